@@ -1,0 +1,51 @@
+"""tqformat: an open format for low-bit model weights. `tqformat.load("repo_dir", device="cuda")` gives a ready model.
+
+The reading order: load_quantized.py (all of reading, in the order of SPEC.md), writer.py (packing and publishing),
+embed.py (the loader as a file of a model repository), __main__.py (the command line).
+"""
+
+from typing import Any
+
+from .load_quantized import (
+    Manifest,
+    Repo,
+    TQFormatError,
+    __version__,
+    fetch,
+    load,
+    load_quantized_model,
+    load_state_dict,
+    load_tokenizer,
+    open_repo,
+    read_manifest,
+)
+
+_WRITING = ("RepoWriter", "add_files", "dequantize_repo", "pack")
+
+
+def __getattr__(name: str) -> Any:
+    """The writer needs torch and numpy at once; whoever only reads a manifest should not wait for them."""
+    if name in _WRITING:
+        from . import writer
+
+        return getattr(writer, name)
+    raise AttributeError(f"module 'tqformat' has no attribute {name!r}")
+
+
+__all__ = [  # noqa: RUF022 (by use)
+    "load",
+    "load_quantized_model",
+    "load_tokenizer",
+    "load_state_dict",
+    "open_repo",
+    "fetch",
+    "read_manifest",
+    "dequantize_repo",
+    "RepoWriter",
+    "pack",
+    "add_files",
+    "Manifest",
+    "Repo",
+    "TQFormatError",
+    "__version__",
+]

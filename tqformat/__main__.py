@@ -1,0 +1,258 @@
+"""The command line: python -m tqformat inspect | verify | dequantize | embed."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .load_quantized import DTYPES, Repo, TQFormatError, __version__, fetch, open_repo
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 220,568,384 -> '210.35 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def table_text(header: Sequence[str], rows: list[Sequence[object]], left: int = 1) -> str:
+    """Columns for a terminal; the first `left` columns are aligned to the left, the others to the right."""
+    cells = [list(header)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+def summary(repo: Repo) -> dict[str, Any]:
+    """What a repository holds: identity, method, storage by kind and weight, honest bits per weight (tables included)."""
+    m = repo.manifest
+    spans = repo.spans
+    stored = {name: span.end - span.begin for name, span in spans.items()}
+    weights: list[dict[str, Any]] = []
+    for name, w in m.tensors.items():
+        names = [w.data, w.column_scale, *(key for s in w.stages or () for key in (s.codes, s.scales))]
+        nbytes, scalars = sum(stored[key] for key in names if key is not None), math.prod(w.shape)
+        row = {"name": name, "kind": w.kind, "shape": list(w.shape), "dtype": w.dtype, "bits": w.effective_bits}
+        weights.append({**row, "scalars": scalars, "stored_bytes": nbytes, "original_bytes": scalars * DTYPES[w.dtype]})
+    kinds: dict[str, dict[str, Any]] = {}
+    for kind in ("quantized", "passthrough"):
+        chosen = [w for w in weights if w["kind"] == kind]
+        totals = {key: sum(w[key] for w in chosen) for key in ("scalars", "original_bytes", "stored_bytes")}
+        kinds[kind] = {
+            "tensors": len(chosen),
+            **totals,
+            "bits_per_weight": _rate(totals["stored_bytes"], totals["scalars"]),
+        }
+    scalars = sum(k["scalars"] for k in kinds.values())
+    payload = sum(stored.values())
+    tables = payload - sum(k["stored_bytes"] for k in kinds.values())
+    on_disk = sum(file.size for file in m.files.values() if file.role == "payload")
+    return {
+        "format_version": m.format_version,
+        "features": list(m.features),
+        "generator": m.generator,
+        "base_model": m.base_model,
+        "loader_kind": m.loader_kind,
+        "quantization": m.quantization,
+        **kinds,
+        "tables": {"stored_bytes": tables},
+        "total": {
+            "tensors": len(weights),
+            "scalars": scalars,
+            "original_bytes": sum(w["original_bytes"] for w in weights),
+            "stored_bytes": payload,
+            "payload_file_bytes": on_disk,
+            "ratio": round(sum(w["original_bytes"] for w in weights) / payload, 3) if payload else 0,
+            "bits_per_weight": _rate(on_disk, scalars),
+        },
+        "tied_weights": dict(m.tied_weights),
+        "files": {name: {"role": file.role, "size": file.size} for name, file in m.files.items()},
+        "weights": weights,
+    }
+
+
+def _rate(nbytes: int, scalars: int) -> float:
+    return round(8 * nbytes / scalars, 4) if scalars else 0.0
+
+
+def inspect(args: argparse.Namespace) -> None:
+    with open_repo(fetch(args.repo), verify=False) as repo:
+        report = summary(repo)
+    if args.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    q, base, total = report["quantization"], report["base_model"], report["total"]
+    print(f"{args.repo}: tqformat {report['format_version']}, written by {report['generator']}")
+    print(
+        f"base model  {base.get('id')} {base.get('revision') or ''} ({base.get('license') or 'licence not stated'}), {report['loader_kind']}"
+    )
+    knobs = {k: v for k, v in q.items() if k not in ("method", "bits", "extra") and v not in (None, [], ())}
+    print(f"method      {q.get('method')} at {q.get('bits')} bits; " + ", ".join(f"{k} {v}" for k, v in knobs.items()))
+    print(f"features    {', '.join(report['features']) or 'none beyond the basic ones'}\n")
+    rows: list[Sequence[object]] = []
+    for kind in ("quantized", "passthrough"):
+        k = report[kind]
+        rows.append(
+            (kind, k["tensors"], k["scalars"], k["original_bytes"], k["stored_bytes"], f"{k['bits_per_weight']:.3f}")
+        )
+    if report["tables"]["stored_bytes"]:
+        rows.append(("codebooks, rotations", "", "", "", report["tables"]["stored_bytes"], ""))
+    bits = f"{_rate(total['stored_bytes'], total['scalars']):.3f}"
+    rows.append(("total", total["tensors"], total["scalars"], total["original_bytes"], total["stored_bytes"], bits))
+    print(table_text(("", "tensors", "scalars", "original bytes", "stored bytes", "bits/weight"), rows))
+    print(f"\nratio {total['ratio']:.3f}; payload files {size_text(total['payload_file_bytes'])}, headers included\n")
+    weights = sorted(report["weights"], key=lambda w: -w["scalars"])
+    shown = weights if args.all else weights[:12]
+    rows = [
+        (
+            w["name"],
+            w["kind"],
+            "x".join(map(str, w["shape"])),
+            w["dtype"],
+            "" if w["bits"] is None else f"{w['bits']:g}",
+            w["stored_bytes"],
+        )
+        for w in shown
+    ]
+    print(
+        table_text(
+            ("largest tensors" if not args.all else "tensors", "kind", "shape", "dtype", "bits", "stored bytes"),
+            rows,
+            left=2,
+        )
+    )
+    if len(shown) < len(weights):
+        print(f"... and {len(weights) - len(shown)} more (--all)")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from .embed import LOADER, read_stamp
+
+    start = time.monotonic()
+    checks: dict[str, Any] = {}
+    with open_repo(fetch(args.repo), verify=True) as repo:
+        m = repo.manifest
+        present = [
+            name for name in m.files if (repo.path / name).exists() or m.files[name].role in ("payload", "support")
+        ]
+        for name in present:
+            if m.files[name].role != "payload":  # open_repo has looked at those
+                repo.check_file(name)
+        checks["files"] = len(present)
+        if LOADER in present:
+            checks["loader"] = read_stamp((repo.path / LOADER).read_bytes()).version
+        checks["weights"] = len(repo.names())
+        decoded = 0
+        for i, name in enumerate(repo.names() if args.decode else ()):
+            if sys.stderr.isatty():
+                print(f"\r\033[Kdecoding {i + 1}/{len(repo.names())} {name[:80]}", end="", file=sys.stderr)
+            decoded += repo.dequantize(name, args.device).numel()
+        checks["decoded_scalars"] = decoded
+    if args.decode and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    seconds = round(time.monotonic() - start, 2)
+    if args.json:
+        print(json.dumps({"repo": str(args.repo), "ok": True, **checks, "seconds": seconds}))
+        return
+    decode = f"{decoded:,} scalars decoded" if args.decode else "not decoded"
+    loader = f"embedded loader {checks['loader']} unchanged" if "loader" in checks else "no embedded loader"
+    print(
+        f"ok: {checks['files']} files match their digests, {checks['weights']} weights bound, {decode}, {loader} ({seconds} s)"
+    )
+
+
+def dequantize(args: argparse.Namespace) -> None:
+    from .load_quantized import torch_dtype
+    from .writer import dequantize_repo
+
+    dtype = torch_dtype(args.dtype.upper()) if args.dtype else None
+    out = dequantize_repo(
+        fetch(args.repo), args.out, device=args.device, dtype=dtype, max_shard_bytes=args.max_shard_bytes
+    )
+    print(json.dumps({"out": str(out)}) if args.json else f"wrote a plain checkpoint to {out}")
+
+
+def embed(args: argparse.Namespace) -> None:
+    from .embed import embed as embed_loader
+    from .embed import stamped_loader
+
+    target = Path(args.repo)
+    if args.print:
+        sys.stdout.buffer.write(stamped_loader())
+        return
+    path = embed_loader(target)
+    print(
+        json.dumps({"loader": str(path), "version": __version__})
+        if args.json
+        else f"embedded loader {__version__}: {path}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m tqformat",
+        description="Read tqformat repositories: low-bit model weights that anybody can check and decode.",
+        epilog="REPO is a directory, or a Hub id such as owner/name. Exit status: 0 done, 1 the repository is at fault, 2 usage.",
+    )
+    top.add_argument("--version", action="version", version=f"tqformat {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("repo", metavar="REPO", help="repository directory or Hub id")
+        sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "inspect", inspect, "Show what a repository holds: method, storage, honest bits per weight. Needs no torch."
+    )
+    sub.add_argument("--all", action="store_true", help="list every tensor, not only the largest")
+    sub = command("verify", verify, "Check structure, sizes, digests and binding, and decode every weight once.")
+    sub.add_argument("--no-decode", dest="decode", action="store_false", help="stop after the digests")
+    sub.add_argument("--device", default="cpu", help="where to decode (default: cpu)")
+    sub = command("dequantize", dequantize, "Write a plain safetensors checkpoint that any tool reads.")
+    sub.add_argument("out", metavar="OUT", help="directory to create")
+    sub.add_argument(
+        "--dtype", choices=("bf16", "f16", "f32"), help="convert floating weights (default: each as it was)"
+    )
+    sub.add_argument("--device", default="cpu", help="where to decode (default: cpu)")
+    sub.add_argument(
+        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest file (default: 5 GB)"
+    )
+    sub = command("embed", embed, "Put this release's load_quantized.py into a repository directory and its manifest.")
+    sub.add_argument(
+        "--print", action="store_true", help="write the stamped loader to standard output instead (REPO is ignored)"
+    )
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except TQFormatError as error:
+        if args.json:
+            print(json.dumps({"ok": False, "code": error.code, "where": error.where, "message": error.message}))
+        else:
+            print(f"error {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,954 @@
+"""Read tqformat 1.0 repositories: low-bit model weights that anybody can check and decode. Licence: Apache-2.0.
+
+This file is all of tqformat's reading, in the order of SPEC.md. It needs the standard library and torch; transformers and
+huggingface_hub are imported when a model is built or fetched. It is embedded in model repositories and works there alone:
+
+    from load_quantized import load_quantized_model, load_tokenizer
+    model, manifest = load_quantized_model(".", device="cuda")
+    tokenizer = load_tokenizer(".")
+
+It runs no code from a repository and unpickles nothing. Input that breaks a rule raises TQFormatError, which says where.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    Literal,
+    Optional,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:  # torch is imported where tensors are made, so that a manifest can be read without it
+    import torch
+    from torch import Tensor
+
+__version__ = "1.0.0"
+MANIFEST = "quant_manifest.json"
+
+
+class TQFormatError(ValueError):
+    """Input that SPEC.md forbids or this reader cannot handle: stable code, place, expected and found [TQ-ERR-1]."""
+
+    def __init__(self, code: str, where: str, message: str) -> None:
+        super().__init__(f"[{code}] {where}: {message}")
+        self.code, self.where, self.message = code, where, message
+
+
+def _require(ok: object, code: str, where: str, expected: str, found: object = None) -> None:
+    if not ok:
+        raise TQFormatError(
+            code, where, f"expected {expected}" + (f", got {str(found)[:80]}" if found is not None else "")
+        )
+
+
+# 3 JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data` by the strict rules of SPEC section 3; raises TQFormatError JSON.* otherwise."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:  # [TQ-JSON-3]
+        result: dict[str, Any] = {}
+        for key, value in items:
+            _require(key not in result, "JSON.DUPLICATE_KEY", where, "each key once in an object", repr(key))
+            result[key] = value
+        return result
+
+    def integer(text: str) -> int:  # [TQ-JSON-4]
+        _require(len(text) <= 17 and abs(int(text)) < 2**53, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
+        return int(text)
+
+    def real(text: str) -> float:
+        _require(math.isfinite(float(text)), "JSON.NUMBER", where, "a finite number", text)
+        return float(text)
+
+    def constant(text: str) -> None:
+        raise TQFormatError("JSON.SYNTAX", where, f"expected JSON, got {text}")
+
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # [TQ-JSON-1] finds the surrogates that escapes leave
+    except UnicodeError as error:
+        raise TQFormatError("JSON.ENCODING", where, f"expected UTF-8 without surrogates: {error}") from None
+    except json.JSONDecodeError as error:
+        code = "JSON.ENCODING" if data.startswith(b"\xef\xbb\xbf") else "JSON.SYNTAX"
+        raise TQFormatError(code, where, f"expected one JSON text: {error}") from None
+    except RecursionError:  # [TQ-JSON-5]
+        raise TQFormatError("JSON.DEPTH", where, "expected at most 64 levels of nesting") from None
+    _require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
+    return dict(value)
+
+
+# 4 Manifest: the tables of the specification as frozen dataclasses. After Manifest.from_dict they are trusted. ---------
+
+DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}  # in bytes
+DTYPES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # [TQ-PAY-4]
+FLOATS = ("F16", "BF16", "F32")
+FEATURES = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens")
+LOADER_KINDS = {  # [TQ-MAN-5]
+    "text-generation": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
+}
+Count = Annotated[int, (0, 2**53 - 1)]
+Size = Annotated[int, (1, 2**20)]
+FileName = Annotated[
+    str, r"(?!(quant_manifest\.json|README\.md)\Z)[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", "PATH.NAME"
+]  # [TQ-REPO-2]
+Extra = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class File:
+    role: Literal["payload", "support", "code", "document"]
+    size: Count
+    sha256: Annotated[str, "[0-9a-f]{64}"]
+    extra: Extra = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Transform:
+    kind: Literal["identity", "hadamard", "dense", "givens"]
+    size: Size
+    factors: tuple[Size, ...] | None = None
+    signs: Annotated[str, "[0-9a-f]*"] | None = None
+    seed: Count | None = None
+    matrix: str | None = None
+    pairs: str | None = None
+    angles: str | None = None
+    extra: Extra = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    entries: Annotated[int, (1, 2**16)]
+    dimension: Annotated[int, (1, 64)]
+    values: tuple[float, ...] | None = None
+    tensor: str | None = None
+    rows: Count | None = None
+    origin: Extra | None = None
+    extra: Extra = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    bits: Annotated[int, (1, 16)]
+    codebook: str
+    transform: str
+    codes: str
+    scales: str
+    window: Annotated[int, (1, 16)] | None = None
+    vector_length: Size | None = None
+    tile: tuple[Annotated[int, (1, 2**22)], ...] | None = None
+    extra: Extra = field(default_factory=dict)
+
+    def layout(self, cols: int) -> tuple[int, int, int, int]:
+        """(window, G, tr, tc) for a weight of `cols` columns, defaults filled in [TQ-MAN-2]."""
+        tr, tc = self.tile or (1, cols)
+        return self.window or self.bits, self.vector_length or cols, tr, tc
+
+
+@dataclass(frozen=True)
+class Weight:
+    kind: Literal["quantized", "passthrough"]
+    shape: tuple[Count, ...]
+    dtype: str
+    effective_bits: float | None = None
+    stages: tuple[Stage, ...] | None = None
+    column_scale: str | None = None
+    data: str | None = None
+    extra: Extra = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: str
+    format_version: str
+    features: tuple[str, ...]
+    generator: str
+    base_model: Extra
+    loader_kind: Literal[tuple(LOADER_KINDS)]  # type: ignore[valid-type]
+    quantization: Extra
+    files: dict[FileName, File]
+    transforms: dict[str, Transform]
+    codebooks: dict[str, Codebook]
+    tensors: dict[str, Weight]
+    accounting: Extra
+    pipeline_tag: str | None = None
+    tied_weights: dict[str, str] = field(default_factory=dict)
+    extra: Extra = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Manifest":
+        """The manifest in parsed JSON, with the checks of [TQ-ERR-3] that need no other file."""
+        name, version, features = data.get("format"), data.get("format_version"), data.get("features")
+        ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", str(version))  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
+        _require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
+        for feature in features if isinstance(features, list) else ():  # [TQ-VER-2]
+            ok = feature in FEATURES or not isinstance(feature, str)
+            _require(
+                ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"one of {', '.join(FEATURES)} (or a newer reader)", feature
+            )
+        manifest: Manifest = typed(cls, data, "")
+        for key, t in manifest.transforms.items():
+            _check_transform(t, f"transforms[{key!r}]")
+        for key, c in manifest.codebooks.items():
+            _check_codebook(c, f"codebooks[{key!r}]")
+        for key, w in manifest.tensors.items():
+            check_weight(w, f"tensors[{key!r}]", manifest)
+        for alias, source in manifest.tied_weights.items():  # [TQ-TIE-1]
+            ok = alias not in manifest.tensors and source in manifest.tensors
+            _require(ok, "BIND.TIED", f"tied_weights[{alias!r}]", "a new name for an entry of tensors", source)
+        return manifest
+
+
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotation `kind` wants it: closed objects, no conversions [TQ-MAN-1, TQ-MAN-2]."""
+    origin, args = get_origin(kind), get_args(kind)
+    if type(None) in args:
+        return None if value is None else typed(args[0], value, where)
+    if origin is Annotated:
+        value = typed(args[0], value, where)
+        ok = re.fullmatch(args[1], value) if isinstance(value, str) else args[1][0] <= value <= args[1][1]
+        _require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, f"{args[0].__name__} in {args[1]}", value)
+        return value
+    if origin is Literal:
+        _require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
+        return value
+    json_type = dict if is_dataclass(kind) else {dict: dict, tuple: list}.get(origin, kind)
+    ok = kind is Any or type(value) is json_type or (kind is float and type(value) is int)
+    _require(ok, "SCHEMA.TYPE", where, f"the JSON form of {json_type}", f"{type(value).__name__} {value!r}")
+    if origin is tuple:
+        return tuple(typed(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        return {typed(args[0], k, f"{where}[{k!r}]"): typed(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return value
+    types, dot = _hints(kind), f"{where}." if where else ""
+    for key in value:
+        _require(key in types, "SCHEMA.UNKNOWN_FIELD", dot + key, f"only {', '.join(types)}")
+    for f in fields(kind):
+        needed = f.default is MISSING and f.default_factory is MISSING
+        _require(f.name in value or not needed, "SCHEMA.MISSING_FIELD", dot + f.name, "this key to be given")
+    return kind(**{key: typed(types[key], v, dot + key) for key, v in value.items()})
+
+
+KEYS = {  # [TQ-MAN-6] the keys that belong to one kind only
+    "hadamard": ("factors", "signs"),
+    "dense": ("matrix",),
+    "givens": ("pairs", "angles"),
+    "quantized": ("effective_bits", "stages"),
+    "passthrough": ("data",),
+}
+
+
+def _check_keys(item: Transform | Weight, where: str) -> None:
+    for kind, keys in KEYS.items():
+        for key in keys if hasattr(item, keys[0]) else ():
+            given, code = (
+                getattr(item, key) is not None,
+                "SCHEMA.MISSING_FIELD" if kind == item.kind else "SCHEMA.AMBIGUOUS",
+            )
+            _require(given == (kind == item.kind), code, f"{where}.{key}", f"this key for {kind}, and only there")
+
+
+def _check_transform(t: Transform, where: str) -> None:
+    _check_keys(t, where)
+    ok = (t.kind != "dense" or t.size <= 4096) and (t.kind != "givens" or t.size % 2 == 0)  # [TQ-TRAN-7, TQ-TRAN-8]
+    _require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
+    if t.factors is not None and t.signs is not None:  # [TQ-TRAN-4, TQ-TRAN-5]
+        ok = 1 <= len(t.factors) <= 20 and math.prod(t.factors) == t.size and all(map(_order_kind, t.factors))
+        _require(ok, "SCHEMA.VALUE", f"{where}.factors", f"Sylvester or Paley orders with product {t.size}", t.factors)
+        ok = len(t.signs) == 2 * -(-t.size // 8) and (t.size % 8 == 0 or int(t.signs[-2:], 16) >> t.size % 8 == 0)
+        _require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
+
+
+def _check_codebook(c: Codebook, where: str) -> None:
+    size = c.entries * c.dimension
+    _require(
+        c.values is None or c.tensor is None, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both"
+    )  # [TQ-BOOK-1]
+    _require(c.values or c.tensor is not None, "SCHEMA.MISSING_FIELD", f"{where}.values", "values or tensor")
+    _require(size <= 2**20, "SCHEMA.VALUE", f"{where}.entries", "at most 2^20 levels", size)  # [TQ-BOOK-5]
+    ok = c.values is None or (len(c.values) == size <= 4096 and c.rows is None)  # [TQ-BOOK-3]
+    _require(ok, "SCHEMA.VALUE", f"{where}.values", f"{size} numbers, at most 4096, no rows", len(c.values or ()))
+
+
+def check_weight(w: Weight, where: str, m: Manifest) -> None:
+    _check_keys(w, where)
+    ok = w.dtype in (FLOATS if w.kind == "quantized" else DTYPES)
+    _require(ok, "SCHEMA.VALUE", f"{where}.dtype", "a dtype of this kind", w.dtype)
+    ok = len(w.shape) <= 8 and math.prod(w.shape) * DTYPES[w.dtype] < 2**53
+    _require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)
+    if w.stages is None:
+        return
+    rows, cols = math.prod(w.shape[:-1]), (w.shape or (0,))[-1]
+    ok = len(w.shape) >= 2 and 1 <= cols <= 2**20 and 1 <= len(w.stages) <= 8  # [TQ-MAN-7]
+    _require(ok, "SCHEMA.VALUE", where, "rank 2 to 8, 1 to 2^20 columns, 1 to 8 stages", list(w.shape))
+    for i, s in enumerate(w.stages):
+        at = f"{where}.stages[{i}]"
+        _require(s.codebook in m.codebooks, "SCHEMA.REFERENCE", f"{at}.codebook", "an id in codebooks", s.codebook)
+        _require(s.transform in m.transforms, "SCHEMA.REFERENCE", f"{at}.transform", "an id in transforms", s.transform)
+        _require(s.tile is None or len(s.tile) == 2, "SCHEMA.VALUE", f"{at}.tile", "[rows, columns]", s.tile)
+        book, size, (window, g, tr, tc) = m.codebooks[s.codebook], m.transforms[s.transform].size, s.layout(cols)
+        p, most = book.dimension, min(16, 8 * book.dimension)
+        _require(s.bits <= most, "SCHEMA.VALUE", f"{at}.bits", f"an integer from 1 to {most}", s.bits)  # [TQ-CODE-1]
+        _require(s.bits <= window, "SCHEMA.VALUE", f"{at}.window", f"an integer from {s.bits} to 16", window)
+        ok = rows % tr == 0 and cols % tc == 0 and tc % p == 0 and tr * tc // p * s.bits >= window  # [TQ-CODE-2]
+        _require(ok, "SCHEMA.VALUE", f"{at}.tile", f"a divisor of [{rows}, {cols}] that holds whole entries", [tr, tc])
+        ok = cols % g == 0 and g % p == 0 and g % size == 0  # [TQ-NUM-1, TQ-CODE-2, TQ-TRAN-1]
+        _require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p} and {size}", g)
+        ok = book.entries == 2**window if window > s.bits else book.entries <= 2**window  # [TQ-BOOK-4]
+        _require(
+            ok and book.rows in (None, rows), "SCHEMA.VALUE", f"{at}.codebook", f"window {window}, {rows} rows", book
+        )
+    height = math.lcm(*(s.layout(cols)[2] for s in w.stages))
+    _require(
+        height * cols <= 2**22, "SCHEMA.VALUE", f"{where}.stages", "tile rows times columns within 2^22", height * cols
+    )
+
+
+# 5 Payload container --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors header; data_offsets count from the end of the header [TQ-PAY-3]."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a payload tensor lies: bytes `begin` to `end` of `file`."""
+
+    file: BinaryIO
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
+    """The tensors of the safetensors file `name` of `size` bytes, read strictly by SPEC section 5."""
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    ok = len(prefix) == 8 and 2 <= length <= 100_000_000 and 8 + length <= size  # [TQ-PAY-1]
+    _require(ok, "CONTAINER.HEADER_LENGTH", name, f"a header that fits a file of {size} bytes", length)
+    text = file.read(length).rstrip(b" ")
+    ok = text.startswith(b"{") and text.endswith(b"}")  # [TQ-PAY-2]
+    _require(ok, "CONTAINER.HEADER", name, "an object followed by nothing but spaces")
+    try:
+        header = parse_json(text, name)
+        typed(dict[str, str], header.pop("__metadata__", {}), f"{name}: __metadata__")
+        entries: dict[str, Entry] = typed(dict[str, Entry], header, name)
+    except TQFormatError as error:
+        code = "CONTAINER.DUPLICATE_NAME" if error.code == "JSON.DUPLICATE_KEY" else "CONTAINER.HEADER"
+        raise TQFormatError(code, error.where, error.message) from None
+    spans, start = {}, 8 + length
+    for key, entry in entries.items():
+        where = f"{name}: {key!r}"
+        ok = len(entry.shape) <= 8 and len(entry.data_offsets) == 2
+        _require(ok, "CONTAINER.HEADER", where, "at most 8 dimensions and two data_offsets")
+        _require(entry.dtype in DTYPES, "CONTAINER.DTYPE", where, "a known dtype", entry.dtype)  # [TQ-PAY-4]
+        (begin, end), nbytes = entry.data_offsets, math.prod(entry.shape) * DTYPES[entry.dtype]
+        _require(end - begin == nbytes < 2**53, "CONTAINER.SHAPE", where, f"{nbytes} bytes", entry.data_offsets)
+        spans[key] = Span(file, entry.dtype, entry.shape, start + begin, start + end)
+    for span in sorted(spans.values(), key=lambda s: (s.begin, s.end)):  # [TQ-PAY-5]
+        _require(span.begin == start, "CONTAINER.OFFSETS", name, f"tensor data at byte {start}", span.begin)
+        start = span.end
+    _require(start == size, "CONTAINER.OFFSETS", name, f"the file to end with its last tensor, at byte {start}", size)
+    return spans
+
+
+def stored_tensors(m: Manifest) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], str]]:
+    """Every storage name in the manifest, its allowed dtypes, its shape (-1: any size) and its place [TQ-PAY-6]."""
+    for name, t in m.transforms.items():
+        where = f"transforms[{name!r}]"
+        if t.matrix is not None:  # [TQ-TRAN-7]
+            yield t.matrix, FLOATS, (t.size, t.size), f"{where}.matrix"
+        if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
+            yield t.pairs, ("I32",), (-1, t.size // 2, 2), f"{where}.pairs"
+            yield t.angles, ("F32",), (-1, t.size // 2), f"{where}.angles"
+    for name, c in m.codebooks.items():
+        if c.tensor is not None:  # [TQ-BOOK-3]
+            shape = (c.entries, c.dimension) if c.rows is None else (c.rows, c.entries, c.dimension)
+            yield c.tensor, ("F16", "F32"), shape, f"codebooks[{name!r}].tensor"
+    for name, w in m.tensors.items():
+        where = f"tensors[{name!r}]"
+        if w.data is not None:  # [TQ-PASS-1]
+            yield w.data, (w.dtype,), w.shape, f"{where}.data"
+        for i, s in enumerate(w.stages or ()):
+            rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
+            _, g, tr, tc = s.layout(cols)
+            tile_bytes = -(-tr * tc // m.codebooks[s.codebook].dimension * s.bits // 8)  # [TQ-CODE-4]
+            yield s.codes, ("U8",), (rows * cols // (tr * tc), tile_bytes), f"{where}.stages[{i}].codes"
+            yield s.scales, FLOATS, (rows, cols // g), f"{where}.stages[{i}].scales"  # [TQ-NUM-1]
+        if w.column_scale is not None:  # [TQ-NUM-2]
+            yield w.column_scale, FLOATS, (w.shape[-1],), f"{where}.column_scale"
+
+
+# 6 Codes --------------------------------------------------------------------------------------------------------------
+
+
+def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
+    """The symbols, int32 [tiles, n], of `codes`, uint8 [tiles, tile_bytes] [TQ-CODE-5, TQ-CODE-6]. Inverse of writer.pack."""
+    import torch
+
+    whole, rest = divmod(n * bits, 8)
+    if rest and bool((codes[:, -1] >> rest).any()):
+        raise TQFormatError(
+            "PACK.PADDING", "codes", "expected the unused high bits of each tile's last byte to be zero"
+        )
+    groups = -(-n // 8)  # eight symbols take `bits` whole bytes
+    stream = codes.new_zeros(len(codes), groups * bits + 3, dtype=torch.int32)
+    stream[:, : codes.shape[1]] = codes
+    if window > bits:  # the stream goes on with its own first bits
+        head = (stream[:, 0] | stream[:, 1] << 8 | stream[:, 2] << 16) & (1 << window - bits) - 1
+        for k in range(3):
+            stream[:, whole + k] |= head << rest >> 8 * k & 255
+    octets = stream.unfold(1, bits + 2, bits)[:, :groups]  # [tiles, groups, bits + 2]
+    symbols = codes.new_empty(len(codes), groups, 8, dtype=torch.int32)
+    for j in range(8):
+        byte, shift = divmod(j * bits, 8)
+        word = octets[:, :, byte]
+        for k in range(1, -(-(shift + window) // 8)):
+            word = word | octets[:, :, byte + k] << 8 * k
+        symbols[:, :, j] = word >> shift & (1 << window) - 1
+    return symbols.reshape(len(codes), -1)[:, :n]
+
+
+# 7 Codebooks ----------------------------------------------------------------------------------------------------------
+
+
+def lookup(symbols: "Tensor", levels: "Tensor") -> "Tensor":
+    """Levels float32 [rows, cols] for symbols [rows, cols/p]; levels [entries, p] or [rows, entries, p] [TQ-BOOK-6]."""
+    import torch
+
+    if levels.dim() == 3:  # [TQ-BOOK-3]
+        first = torch.arange(len(symbols), device=symbols.device) * levels.shape[1]
+        symbols, levels = symbols + first[:, None], levels.flatten(0, 1)
+    table = levels[:, 0] if levels.shape[1] == 1 else levels  # one-dimensional look-up is several times faster
+    return table.index_select(0, symbols.flatten()).reshape(len(symbols), -1)
+
+
+# 8 Transforms: each is built as its inverse, a function of blocks float32 [m, B] ---------------------------------------
+
+
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % k for k in range(2, math.isqrt(q) + 1))
+
+
+def _order_kind(f: int) -> str:
+    """Which construction gives a Hadamard matrix of order f; empty if none does [TQ-TRAN-4]."""
+    if f & (f - 1) == 0:
+        return "sylvester"
+    if f <= 2048 and f % 4 == 0 and _is_prime(f - 1):
+        return "paley1"
+    return "paley2" if f <= 2048 and f % 4 == 0 and f // 2 % 4 == 2 and _is_prime(f // 2 - 1) else ""
+
+
+@functools.cache
+def hadamard_factor(f: int) -> "Tensor":
+    """H_f as float32 [f, f], entries 1 and -1 [TQ-TRAN-4]."""
+    import torch
+
+    kind = _order_kind(f)
+    if kind == "sylvester":
+        half = hadamard_factor(f // 2) if f > 1 else torch.ones(0, 0)
+        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), half) if f > 1 else torch.ones(1, 1)
+    q = f - 1 if kind == "paley1" else f // 2 - 1
+    i, chi = torch.arange(q), torch.full((q,), -1.0)
+    chi[i * i % q], chi[0] = 1.0, 0.0
+    c = torch.nn.functional.pad(chi[(i[:, None] - i) % q], (1, 0, 1, 0), value=1.0)  # order q + 1
+    c[0, 0] = 0.0
+    if kind == "paley1":
+        c[1:, 0] = -1.0
+        return c + torch.eye(q + 1)
+    same, cross = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    return torch.kron(c, cross) + torch.kron(torch.eye(q + 1), same)
+
+
+def _split(f: int) -> list[int]:
+    """Sylvester orders are products of smaller ones, which take fewer operations."""
+    return [32, *_split(f // 32)] if f & (f - 1) == 0 and f > 32 else [f]
+
+
+def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
+    """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5]."""
+    import torch
+
+    size = math.prod(factors)
+    bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
+    s = ((1.0 - 2.0 * bits.flatten()[:size].double()) / math.sqrt(size)).float().to(device)
+    matrices = [hadamard_factor(part).to(device) for f in factors for part in _split(f)]
+
+    def inverse(y: "Tensor") -> "Tensor":
+        below = size
+        for h in matrices:
+            below //= len(h)
+            y = y.reshape(-1, len(h)) @ h if below == 1 else h.t() @ y.reshape(-1, len(h), below)
+        return y.reshape(-1, size) * s
+
+    return inverse
+
+
+def inverse_givens(pairs: "Tensor", angles: "Tensor") -> Callable[["Tensor"], "Tensor"]:
+    """Rotates back, last round first; pairs [rounds, B/2, 2], angles [rounds, B/2] [TQ-TRAN-8]."""
+    rounds = [
+        (p[:, 0], p[:, 1], a.cos().float(), a.sin().float()) for p, a in zip(pairs.long(), angles.double(), strict=True)
+    ]
+
+    def inverse(y: "Tensor") -> "Tensor":
+        for i, j, c, s in reversed(rounds):
+            a, b = y[:, i], y[:, j]
+            y = y.index_copy(1, i, c * a + s * b).index_copy(1, j, c * b - s * a)
+        return y
+
+    return inverse
+
+
+# 9 to 13 Numbers, stages, passthrough, ties, shards: an open repository ------------------------------------------------
+
+
+@contextmanager
+def _full_precision(device: "torch.device") -> Iterator[None]:
+    """float32 products in float32, whatever the program around has set [TQ-NUM-5]."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    names = {
+        "BOOL": "bool",
+        "U8": "uint8",
+        "I8": "int8",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E4M3": "float8_e4m3fn",
+        "BF16": "bfloat16",
+    }
+    dtype = getattr(torch, names.get(name) or name.replace("U", "uint").replace("I", "int").replace("F", "float"))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class Repo:
+    """An open, checked repository; get one from open_repo. Weights are decoded one at a time, in groups of rows."""
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._verify, self._lock = verify, threading.Lock()
+        self._files: dict[str, BinaryIO] = {}
+        self._tables: dict[tuple[str, str], Any] = {}
+        for entry in sorted(os.listdir(self.path)):  # [TQ-REPO-5]
+            ok = (
+                entry in self.manifest.files or entry.startswith(".") or entry in (MANIFEST, "README.md", "__pycache__")
+            )
+            _require(ok, "BIND.EXTRA_FILE", entry, "only files that the manifest lists: list it, or move it away")
+        self.spans: dict[str, Span] = {}
+        try:
+            self._open_payload()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_payload(self) -> None:
+        m = self.manifest
+        shards = sorted(name for name, file in m.files.items() if file.role == "payload")
+        many = [f"turboquant_weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        ok = shards == ["turboquant_weights.safetensors"] or (shards == many and len(shards) > 1)
+        _require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards", shards)  # [TQ-SHARD-1]
+        for name in shards:
+            file = self._files[name] = open(self.check_file(name), "rb")  # noqa: SIM115 (closed in close)
+            for key, span in read_header(file, m.files[name].size, name).items():
+                _require(key not in self.spans, "CONTAINER.DUPLICATE_NAME", name, "a name once in all shards", key)
+                self.spans[key] = span
+        seen: set[str] = set()
+        for key, dtypes, shape, where in stored_tensors(m):  # [TQ-PAY-6]
+            _require(key not in seen, "BIND.MULTIPLE", where, "a storage name that nothing else uses", key)
+            _require(key in self.spans, "BIND.MISSING_TENSOR", where, "a tensor in the payload", key)
+            seen.add(key)
+            span, code = self.spans[key], "PACK.LENGTH" if where.endswith(".codes") else "BIND.TENSOR"
+            ok = len(span.shape) == len(shape) and all(
+                want in (-1, got) for want, got in zip(shape, span.shape, strict=True)
+            )
+            found = f"{span.dtype} {list(span.shape)}"
+            _require(ok and span.dtype in dtypes, code, where, f"{' or '.join(dtypes)} {list(shape)}", found)
+        _require(
+            not self.spans.keys() - seen,
+            "BIND.EXTRA_TENSOR",
+            str(min(self.spans.keys() - seen, default="")),
+            "to be used",
+        )
+        for name, t in m.transforms.items():  # [TQ-TRAN-8]
+            if t.pairs is not None and t.angles is not None:
+                ok = 1 <= self.spans[t.pairs].shape[0] == self.spans[t.angles].shape[0] <= 64
+                _require(ok, "BIND.TENSOR", f"transforms[{name!r}]", "the same 1 to 64 rounds in pairs and angles")
+
+    def check_file(self, name: str) -> Path:
+        """The path of a listed file, after a look at its type, its size and, by default, its digest [TQ-REPO-1, TQ-REPO-4]."""
+        path, listed, digest = self.path / name, self.manifest.files[name], hashlib.sha256()
+        _require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
+        _require(path.is_file(), "PATH.TYPE", name, "a regular file")
+        _require(path.stat().st_size == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", path.stat().st_size)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20) if self._verify else b"":
+                digest.update(block)
+        ok = not self._verify or digest.hexdigest() == listed.sha256
+        _require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest())
+        return path
+
+    def __enter__(self) -> "Repo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def names(self) -> list[str]:
+        """The names of all weights, aliases of tied weights not among them."""
+        return list(self.manifest.tensors)
+
+    def __iter__(self) -> Iterator[tuple[str, "Tensor"]]:
+        for name in self.names():
+            yield name, self.dequantize(name)
+
+    def dequantize(self, name: str, device: Any = "cpu", dtype: Optional["torch.dtype"] = None) -> "Tensor":
+        """The weight `name` (or the alias of one) in its shape, decoded on `device`; `dtype` converts the result [TQ-NUM-7]."""
+        import torch
+
+        m, device = self.manifest, _device(device)
+        name = m.tied_weights.get(name, name)
+        _require(
+            name in m.tensors, "BIND.MISSING_TENSOR", f"tensors[{name!r}]", "the name of a weight in this repository"
+        )
+        w = m.tensors[name]
+        result = torch.empty(w.shape, dtype=dtype or torch_dtype(w.dtype), device=device)
+        with self._lock, _full_precision(device):  # one at a time, so that the working set stays bounded [TQ-LIM-2]
+            if w.data is not None:
+                flat, step = result.reshape(-1), 1 << 22
+                for a in range(0, len(flat), step):
+                    b = min(len(flat), a + step)
+                    flat[a:b] = self._read(w.data, a, b, flat=True).to(device)
+                return result
+            matrix = result.reshape(-1, w.shape[-1])
+            height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
+            step = max(1, (1 << (22 if device.type == "cuda" else 20)) // (height * w.shape[-1])) * height
+            for a in range(0, len(matrix), step):
+                b = min(len(matrix), a + step)
+                try:
+                    matrix[a:b] = self._decode_rows(w, a, b, device)
+                except TQFormatError as error:
+                    raise TQFormatError(
+                        error.code, f"tensors[{name!r}] rows {a} to {b - 1}: {error.where}", error.message
+                    ) from None
+        return result
+
+    def _decode_rows(self, w: Weight, a: int, b: int, device: "torch.device") -> "Tensor":
+        """Rows a to b of a quantized weight in its own dtype [TQ-STAGE-2]."""
+        import torch
+
+        total = torch.zeros(b - a, w.shape[-1], device=device)
+        for i, s in enumerate(w.stages or ()):
+            total += self._decode_stage(s, a, b, w.shape[-1], device, f"stages[{i}]")
+        if w.column_scale is not None:
+            total *= self._finite(self._read(w.column_scale).to(device).float(), "column_scale")
+        return self._finite(total.to(torch_dtype(w.dtype)), "decoded values")  # [TQ-NUM-6]
+
+    def _decode_stage(self, s: Stage, a: int, b: int, cols: int, device: "torch.device", where: str) -> "Tensor":
+        """Rows a to b of one stage as float32 [b - a, cols] [TQ-STAGE-1]."""
+        book, transform = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform]
+        (window, g, tr, tc), p = s.layout(cols), book.dimension
+        across = cols // tc
+        codes = self._read(s.codes, a // tr * across, b // tr * across).to(device)
+        symbols = unpack(codes, tr * tc // p, s.bits, window)
+        if book.entries < 1 << window and bool((symbols >= book.entries).any()):  # [TQ-BOOK-4]
+            raise TQFormatError("PACK.CODE_RANGE", f"{where}.codes", f"expected symbols below {book.entries}")
+        symbols = symbols.reshape(-1, across, tr, tc // p).transpose(1, 2).reshape(b - a, cols // p)  # [TQ-CODE-3]
+        if book.rows is None:
+            levels = self._table(s.codebook, device, lambda: self._levels(book))
+        else:
+            levels = self._finite(self._read(book.tensor or "", a, b).float(), "levels").to(device)
+        scales = self._finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
+        if bool((scales < 0).any()):  # [TQ-NUM-1]
+            raise TQFormatError("DATA.SCALE", f"{where}.scales", "expected scales >= 0")
+        y = (lookup(symbols, levels).reshape(b - a, -1, g) * scales[:, :, None]).reshape(-1, transform.size)
+        inverse = self._table(s.transform, device, lambda: self._inverse(transform, device))
+        return inverse(y).reshape(b - a, cols)  # type: ignore[no-any-return]
+
+    def _levels(self, book: Codebook) -> "Tensor":
+        import torch
+
+        values = self._read(book.tensor) if book.tensor else torch.tensor(book.values, dtype=torch.float64)
+        return self._finite(values.float(), "levels").reshape(book.entries, book.dimension)
+
+    def _inverse(self, t: Transform, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
+        import torch
+
+        if t.matrix is not None:  # [TQ-TRAN-7]
+            q = self._finite(self._read(t.matrix).float(), "matrix").to(device)
+            return lambda y: y @ q
+        if t.pairs is not None and t.angles is not None:
+            pairs, angles = self._read(t.pairs), self._finite(self._read(t.angles), "angles")
+            ok = bool((pairs.flatten(1).sort(1).values == torch.arange(t.size)).all())
+            _require(ok, "DATA.PAIRS", t.pairs, "every index once in each round")
+            return inverse_givens(pairs.to(device), angles.to(device))
+        if t.factors is not None and t.signs is not None:
+            return inverse_hadamard(t.factors, t.signs, device)
+        return lambda y: y
+
+    def _table(self, name: str, device: "torch.device", make: Callable[[], Any]) -> Any:
+        """What `make` gives, moved to `device`; the last 64 are kept, dense matrices of up to 64 MiB among them."""
+        key = (name, str(device))
+        if key not in self._tables:
+            made = make()
+            self._tables[key] = made if callable(made) else made.to(device)
+        return self._tables[key]
+
+    def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
+        """Rows a to b of a payload tensor (elements, if flat) as a new tensor on the CPU."""
+        import torch
+
+        span, dtype = self.spans[key], torch_dtype(self.spans[key].dtype)
+        shape = (math.prod(span.shape),) if flat else span.shape
+        shape = (max(0, (shape[0] if b is None else b) - a), *shape[1:])
+        width = math.prod(shape[1:]) * DTYPES[span.dtype]
+        data = torch.empty(shape[0] * width, dtype=torch.uint8)
+        span.file.seek(span.begin + a * width)
+        if span.file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
+            raise TQFormatError("BIND.SIZE", key, "expected a file that does not shrink while it is read")
+        return data.view(dtype).reshape(shape)
+
+    @staticmethod
+    def _finite(values: "Tensor", where: str) -> "Tensor":
+        if not bool(values.isfinite().all()):
+            raise TQFormatError("DATA.NON_FINITE", where, "expected finite numbers")
+        return values
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The checked manifest of the repository directory `path`."""
+    file = path / MANIFEST
+    _require(file.is_file(), "BIND.MISSING_FILE", str(file), "a repository directory with a manifest")
+    _require(file.stat().st_size <= 2**26, "LIMIT.SIZE", MANIFEST, "at most 64 MiB", file.stat().st_size)  # [TQ-LIM-1]
+    return Manifest.from_dict(parse_json(file.read_bytes(), MANIFEST))
+
+
+def open_repo(path: str | os.PathLike[str], verify: bool = True) -> Repo:
+    """Opens the repository in directory `path` for decoding, a context manager; `verify` compares the payload's digests."""
+    return Repo(path, verify)
+
+
+def load_state_dict(
+    path: str | os.PathLike[str], device: Any = "cpu", dtype: Optional["torch.dtype"] = None, verify: bool = True
+) -> dict[str, "Tensor"]:
+    """All weights of the repository in directory `path`; the aliases of tied weights share their tensors [TQ-TIE-1]."""
+    with open_repo(path, verify) as repo:
+        state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
+        return state | {alias: state[source] for alias, source in repo.manifest.tied_weights.items()}
+
+
+# Models: transformers maps weights to modules by its own rules; this code hands it the weights ---------------------------
+
+
+def load(
+    repo_or_hub_id: str | os.PathLike[str],
+    device: Any = "cpu",
+    dtype: Optional["torch.dtype"] = None,
+    revision: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The ready model, in eval mode, of a repository directory or Hub id; `dtype` defaults to the configuration's."""
+    with open_repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
+        return _build_model(repo, _device(device), dtype, trust_remote_code)
+
+
+def load_quantized_model(
+    path: str | os.PathLike[str] = ".", device: Any = "cpu", **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(model, manifest as parsed JSON), the call that model cards of this kind show; options are those of load."""
+    path = fetch(path, options.pop("revision", None), options.get("trust_remote_code", False))
+    return load(path, device, **options), parse_json((path / MANIFEST).read_bytes(), MANIFEST)
+
+
+def load_tokenizer(
+    repo_or_hub_id: str | os.PathLike[str] = ".", revision: str | None = None, verify: bool = True
+) -> Any:
+    """The tokenizer of a repository directory or Hub id."""
+    with open_repo(fetch(repo_or_hub_id, revision), verify=False) as repo:
+        _check_support(repo, verify, False)
+        return _transformers().AutoTokenizer.from_pretrained(repo.path, local_files_only=True)
+
+
+def fetch(repo_or_hub_id: str | os.PathLike[str], revision: str | None = None, code: bool = False) -> Path:
+    """The directory of a repository; a Hub id is downloaded first, only the files that loading needs [TQ-REPO-3]."""
+    path = Path(repo_or_hub_id)
+    if path.is_dir():
+        return path
+    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_hub_id))
+    _require(ok, "BIND.MISSING_FILE", str(repo_or_hub_id), "a directory, or a Hub id such as owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise TQFormatError(
+            "UNSUPPORTED.LIBRARY", str(path), "expected huggingface_hub: pip install huggingface_hub"
+        ) from None
+    path = Path(snapshot_download(str(repo_or_hub_id), revision=revision, allow_patterns=[MANIFEST]))
+    roles = ("payload", "support", "code") if code else ("payload", "support")
+    names = [name for name, file in read_manifest(path).files.items() if file.role in roles]
+    return Path(
+        snapshot_download(str(repo_or_hub_id), revision=path.name, allow_patterns=[MANIFEST, *names])
+    )  # one commit
+
+
+def _device(device: Any) -> "torch.device":
+    import torch
+
+    result = torch.device(device)
+    ok = result.type != "cuda" or torch.cuda.is_available()
+    _require(ok, "UNSUPPORTED.DEVICE", str(device), "a device that this machine and this torch have")
+    return result
+
+
+def _transformers() -> Any:
+    try:
+        import accelerate  # noqa: F401 (transformers needs it to place weights on a device)
+        import transformers
+    except ImportError as error:
+        raise TQFormatError(
+            "UNSUPPORTED.LIBRARY", str(error.name), "expected: pip install 'transformers>=5' accelerate"
+        ) from None
+    ok = int(transformers.__version__.split(".")[0]) >= 5
+    _require(ok, "UNSUPPORTED.LIBRARY", "transformers", "version 5 or newer", transformers.__version__)
+    return transformers
+
+
+class _Lazy:
+    """A weight that decodes when transformers moves it to its device, so that no weight exists twice."""
+
+    def __init__(self, repo: Repo, name: str) -> None:
+        weight = repo.manifest.tensors[repo.manifest.tied_weights.get(name, name)]
+        self.repo, self.name, self.shape, self.dtype = repo, name, weight.shape, torch_dtype(weight.dtype)
+
+    def __getitem__(self, _: Any) -> "_Lazy":
+        return self
+
+    def to(self, device: Any = None, dtype: Optional["torch.dtype"] = None) -> "Tensor":
+        import torch
+
+        if torch.device(device or "cpu").type == "meta":
+            return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+        return self.repo.dequantize(self.name, device or "cpu", dtype)
+
+
+def _check_support(repo: Repo, verify: bool, code: bool) -> None:
+    repo._verify = verify
+    for name, file in repo.manifest.files.items():
+        if file.role == "support" or (code and file.role == "code"):
+            repo.check_file(name)
+
+
+def _build_model(repo: Repo, device: "torch.device", dtype: Optional["torch.dtype"], trust_remote_code: bool) -> Any:
+    import torch
+
+    transformers, m = _transformers(), repo.manifest
+    _check_support(repo, repo._verify, trust_remote_code)
+    auto, options = getattr(transformers, LOADER_KINDS[m.loader_kind]), {"trust_remote_code": trust_remote_code}
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        config = transformers.AutoConfig.from_pretrained(repo.path, local_files_only=True, **options)
+        with torch.device("meta"):
+            model_class = type(auto.from_config(config, **options))
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise TQFormatError(
+            "UNSUPPORTED.REMOTE_CODE", "config.json", "expected trust_remote_code=True, after a look at the code"
+        ) from None
+    if dtype is None:
+        by_size = sorted((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS)
+        text = config.get_text_config()
+        dtype = (
+            getattr(config, "dtype", None)
+            or getattr(text, "dtype", None)
+            or torch_dtype(by_size[-1][1] if by_size else "F32")
+        )
+
+    def place(where: Any, names: list[str]) -> tuple[Any, dict[str, Any]]:
+        state = {name: _Lazy(repo, name) for name in names}
+        options = {
+            "dtype": dtype,
+            "device_map": {"": where},
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
+        placed: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+            None, config=config, state_dict=state, **options
+        )
+        return placed
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:  # first on the meta device, which costs nothing, to see whether all weights find their place [TQ-SEC-4, TQ-TIE-2]
+        names = repo.names()
+        _, info = place("meta", names)
+        names += [alias for alias in m.tied_weights if alias in info["missing_keys"]]
+        if len(names) > len(m.tensors):
+            _, info = place("meta", names)
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            found = ", ".join(sorted(str(item) for item in info[key]))
+            _require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
+        if bars:
+            logging.enable_progress_bar()
+        model, _ = place(device, names)
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    _require(not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
+    if "generation_config.json" in m.files:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(repo.path, local_files_only=True)
+    model.name_or_path = model.config.name_or_path = str(repo.path)
+    return model.eval()
