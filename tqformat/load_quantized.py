@@ -17,25 +17,19 @@ import math
 import os
 import re
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    BinaryIO,
-    Literal,
-    Optional,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 if TYPE_CHECKING:  # torch is imported where tensors are made, so that a manifest can be read without it
     import torch
     from torch import Tensor
+
+    Dtype: typing.TypeAlias = torch.dtype | None
+    PathLike: typing.TypeAlias = str | os.PathLike[str]
 
 __version__ = "1.0.0"
 MANIFEST = "quant_manifest.json"
@@ -49,7 +43,7 @@ class TQFormatError(ValueError):
         self.code, self.where, self.message = code, where, message
 
 
-def _require(ok: object, code: str, where: str, expected: str, found: object = None) -> None:
+def require(ok: object, code: str, where: str, expected: str, found: object = None) -> None:
     if not ok:
         raise TQFormatError(
             code, where, f"expected {expected}" + (f", got {str(found)[:80]}" if found is not None else "")
@@ -65,16 +59,16 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:  # [TQ-JSON-3]
         result: dict[str, Any] = {}
         for key, value in items:
-            _require(key not in result, "JSON.DUPLICATE_KEY", where, "each key once in an object", repr(key))
+            require(key not in result, "JSON.DUPLICATE_KEY", where, "each key once in an object", repr(key))
             result[key] = value
         return result
 
     def integer(text: str) -> int:  # [TQ-JSON-4]
-        _require(len(text) <= 17 and abs(int(text)) < 2**53, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
+        require(len(text) <= 17 and abs(int(text)) < 2**53, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
         return int(text)
 
     def real(text: str) -> float:
-        _require(math.isfinite(float(text)), "JSON.NUMBER", where, "a finite number", text)
+        require(math.isfinite(float(text)), "JSON.NUMBER", where, "a finite number", text)
         return float(text)
 
     def constant(text: str) -> None:
@@ -91,7 +85,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise TQFormatError(code, where, f"expected one JSON text: {error}") from None
     except RecursionError:  # [TQ-JSON-5]
         raise TQFormatError("JSON.DEPTH", where, "expected at most 64 levels of nesting") from None
-    _require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
+    require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
     return dict(value)
 
 
@@ -99,6 +93,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}  # in bytes
 DTYPES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # [TQ-PAY-4]
+TORCH_NAMES = {"BOOL": "bool", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "BF16": "bfloat16"}
 FLOATS = ("F16", "BF16", "F32")
 FEATURES = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens")
 LOADER_KINDS = {  # [TQ-MAN-5]
@@ -111,6 +106,7 @@ LOADER_KINDS = {  # [TQ-MAN-5]
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
+Name = Annotated[str, r"(?!__metadata__\Z)[^\x00-\x1f\x7f]{1,512}"]  # [TQ-MAN-4]
 Count = Annotated[int, (0, 2**53 - 1)]
 Size = Annotated[int, (1, 2**20)]
 FileName = Annotated[
@@ -134,9 +130,9 @@ class Transform:
     factors: tuple[Size, ...] | None = None
     signs: Annotated[str, "[0-9a-f]*"] | None = None
     seed: Count | None = None
-    matrix: str | None = None
-    pairs: str | None = None
-    angles: str | None = None
+    matrix: Name | None = None
+    pairs: Name | None = None
+    angles: Name | None = None
     extra: Extra = field(default_factory=dict)
 
 
@@ -145,7 +141,7 @@ class Codebook:
     entries: Annotated[int, (1, 2**16)]
     dimension: Annotated[int, (1, 64)]
     values: tuple[float, ...] | None = None
-    tensor: str | None = None
+    tensor: Name | None = None
     rows: Count | None = None
     origin: Extra | None = None
     extra: Extra = field(default_factory=dict)
@@ -156,8 +152,8 @@ class Stage:
     bits: Annotated[int, (1, 16)]
     codebook: str
     transform: str
-    codes: str
-    scales: str
+    codes: Name
+    scales: Name
     window: Annotated[int, (1, 16)] | None = None
     vector_length: Size | None = None
     tile: tuple[Annotated[int, (1, 2**22)], ...] | None = None
@@ -176,8 +172,8 @@ class Weight:
     dtype: str
     effective_bits: float | None = None
     stages: tuple[Stage, ...] | None = None
-    column_scale: str | None = None
-    data: str | None = None
+    column_scale: Name | None = None
+    data: Name | None = None
     extra: Extra = field(default_factory=dict)
 
 
@@ -191,12 +187,12 @@ class Manifest:
     loader_kind: Literal[tuple(LOADER_KINDS)]  # type: ignore[valid-type]
     quantization: Extra
     files: dict[FileName, File]
-    transforms: dict[str, Transform]
-    codebooks: dict[str, Codebook]
-    tensors: dict[str, Weight]
+    transforms: dict[Name, Transform]
+    codebooks: dict[Name, Codebook]
+    tensors: dict[Name, Weight]
     accounting: Extra
     pipeline_tag: str | None = None
-    tied_weights: dict[str, str] = field(default_factory=dict)
+    tied_weights: dict[Name, Name] = field(default_factory=dict)
     extra: Extra = field(default_factory=dict)
 
     @classmethod
@@ -204,13 +200,15 @@ class Manifest:
         """The manifest in parsed JSON, with the checks of [TQ-ERR-3] that need no other file."""
         name, version, features = data.get("format"), data.get("format_version"), data.get("features")
         ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", str(version))  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
-        _require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
+        require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
         for feature in features if isinstance(features, list) else ():  # [TQ-VER-2]
             ok = feature in FEATURES or not isinstance(feature, str)
-            _require(
+            require(
                 ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"one of {', '.join(FEATURES)} (or a newer reader)", feature
             )
         manifest: Manifest = typed(cls, data, "")
+        for key in ("files", "transforms", "codebooks", "tensors", "tied_weights"):  # [TQ-LIM-1]
+            require(len(getattr(manifest, key)) <= 2**20, "LIMIT.SIZE", key, "at most 2^20 entries")
         for key, t in manifest.transforms.items():
             _check_transform(t, f"transforms[{key!r}]")
         for key, c in manifest.codebooks.items():
@@ -219,29 +217,29 @@ class Manifest:
             check_weight(w, f"tensors[{key!r}]", manifest)
         for alias, source in manifest.tied_weights.items():  # [TQ-TIE-1]
             ok = alias not in manifest.tensors and source in manifest.tensors
-            _require(ok, "BIND.TIED", f"tied_weights[{alias!r}]", "a new name for an entry of tensors", source)
+            require(ok, "BIND.TIED", f"tied_weights[{alias!r}]", "a new name for an entry of tensors", source)
         return manifest
 
 
-_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
+_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `kind` wants it: closed objects, no conversions [TQ-MAN-1, TQ-MAN-2]."""
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
         return None if value is None else typed(args[0], value, where)
     if origin is Annotated:
         value = typed(args[0], value, where)
         ok = re.fullmatch(args[1], value) if isinstance(value, str) else args[1][0] <= value <= args[1][1]
-        _require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, f"{args[0].__name__} in {args[1]}", value)
+        require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, f"{args[0].__name__} in {args[1]}", value)
         return value
     if origin is Literal:
-        _require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
+        require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
         return value
     json_type = dict if is_dataclass(kind) else {dict: dict, tuple: list}.get(origin, kind)
     ok = kind is Any or type(value) is json_type or (kind is float and type(value) is int)
-    _require(ok, "SCHEMA.TYPE", where, f"the JSON form of {json_type}", f"{type(value).__name__} {value!r}")
+    require(ok, "SCHEMA.TYPE", where, f"the JSON form of {json_type}", f"{type(value).__name__} {value!r}")
     if origin is tuple:
         return tuple(typed(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
@@ -250,10 +248,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return value
     types, dot = _hints(kind), f"{where}." if where else ""
     for key in value:
-        _require(key in types, "SCHEMA.UNKNOWN_FIELD", dot + key, f"only {', '.join(types)}")
+        require(key in types, "SCHEMA.UNKNOWN_FIELD", dot + key, f"only {', '.join(types)}")
+        ok = value[key] is not None or not any(key in keys for keys in KEYS.values())
+        require(ok, "SCHEMA.TYPE", dot + key, "another value than null")
     for f in fields(kind):
         needed = f.default is MISSING and f.default_factory is MISSING
-        _require(f.name in value or not needed, "SCHEMA.MISSING_FIELD", dot + f.name, "this key to be given")
+        require(f.name in value or not needed, "SCHEMA.MISSING_FIELD", dot + f.name, "this key to be given")
     return kind(**{key: typed(types[key], v, dot + key) for key, v in value.items()})
 
 
@@ -273,61 +273,65 @@ def _check_keys(item: Transform | Weight, where: str) -> None:
                 getattr(item, key) is not None,
                 "SCHEMA.MISSING_FIELD" if kind == item.kind else "SCHEMA.AMBIGUOUS",
             )
-            _require(given == (kind == item.kind), code, f"{where}.{key}", f"this key for {kind}, and only there")
+            require(given == (kind == item.kind), code, f"{where}.{key}", f"this key for {kind}, and only there")
 
 
 def _check_transform(t: Transform, where: str) -> None:
     _check_keys(t, where)
+    ok = t.seed is None or t.kind == "hadamard"
+    require(ok, "SCHEMA.AMBIGUOUS", f"{where}.seed", "this key for hadamard only")
     ok = (t.kind != "dense" or t.size <= 4096) and (t.kind != "givens" or t.size % 2 == 0)  # [TQ-TRAN-7, TQ-TRAN-8]
-    _require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
+    require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
     if t.factors is not None and t.signs is not None:  # [TQ-TRAN-4, TQ-TRAN-5]
-        ok = 1 <= len(t.factors) <= 20 and math.prod(t.factors) == t.size and all(map(_order_kind, t.factors))
-        _require(ok, "SCHEMA.VALUE", f"{where}.factors", f"Sylvester or Paley orders with product {t.size}", t.factors)
+        ok = 1 <= len(t.factors) <= 20 and 1 not in t.factors and math.prod(t.factors) == t.size and all(map(_order_kind, t.factors))
+        require(ok, "SCHEMA.VALUE", f"{where}.factors", f"Sylvester or Paley orders with product {t.size}", t.factors)
         ok = len(t.signs) == 2 * -(-t.size // 8) and (t.size % 8 == 0 or int(t.signs[-2:], 16) >> t.size % 8 == 0)
-        _require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
+        require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
 
 
 def _check_codebook(c: Codebook, where: str) -> None:
     size = c.entries * c.dimension
-    _require(
+    require(
         c.values is None or c.tensor is None, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both"
     )  # [TQ-BOOK-1]
-    _require(c.values or c.tensor is not None, "SCHEMA.MISSING_FIELD", f"{where}.values", "values or tensor")
-    _require(size <= 2**20, "SCHEMA.VALUE", f"{where}.entries", "at most 2^20 levels", size)  # [TQ-BOOK-5]
+    require(c.values is not None or c.tensor is not None, "SCHEMA.MISSING_FIELD", f"{where}.values", "values or tensor")
+    require(size <= 2**20, "SCHEMA.VALUE", f"{where}.entries", "at most 2^20 levels", size)  # [TQ-BOOK-5]
     ok = c.values is None or (len(c.values) == size <= 4096 and c.rows is None)  # [TQ-BOOK-3]
-    _require(ok, "SCHEMA.VALUE", f"{where}.values", f"{size} numbers, at most 4096, no rows", len(c.values or ()))
+    require(ok, "SCHEMA.VALUE", f"{where}.values", f"{size} numbers, at most 4096, no rows", len(c.values or ()))
 
 
 def check_weight(w: Weight, where: str, m: Manifest) -> None:
     _check_keys(w, where)
+    ok = w.column_scale is None or w.kind == "quantized"
+    require(ok, "SCHEMA.AMBIGUOUS", f"{where}.column_scale", "this key for quantized only")
     ok = w.dtype in (FLOATS if w.kind == "quantized" else DTYPES)
-    _require(ok, "SCHEMA.VALUE", f"{where}.dtype", "a dtype of this kind", w.dtype)
+    require(ok, "SCHEMA.VALUE", f"{where}.dtype", "a dtype of this kind", w.dtype)
     ok = len(w.shape) <= 8 and math.prod(w.shape) * DTYPES[w.dtype] < 2**53
-    _require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)
+    require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)
     if w.stages is None:
         return
     rows, cols = math.prod(w.shape[:-1]), (w.shape or (0,))[-1]
     ok = len(w.shape) >= 2 and 1 <= cols <= 2**20 and 1 <= len(w.stages) <= 8  # [TQ-MAN-7]
-    _require(ok, "SCHEMA.VALUE", where, "rank 2 to 8, 1 to 2^20 columns, 1 to 8 stages", list(w.shape))
+    require(ok, "SCHEMA.VALUE", where, "rank 2 to 8, 1 to 2^20 columns, 1 to 8 stages", list(w.shape))
     for i, s in enumerate(w.stages):
         at = f"{where}.stages[{i}]"
-        _require(s.codebook in m.codebooks, "SCHEMA.REFERENCE", f"{at}.codebook", "an id in codebooks", s.codebook)
-        _require(s.transform in m.transforms, "SCHEMA.REFERENCE", f"{at}.transform", "an id in transforms", s.transform)
-        _require(s.tile is None or len(s.tile) == 2, "SCHEMA.VALUE", f"{at}.tile", "[rows, columns]", s.tile)
+        require(s.codebook in m.codebooks, "SCHEMA.REFERENCE", f"{at}.codebook", "an id in codebooks", s.codebook)
+        require(s.transform in m.transforms, "SCHEMA.REFERENCE", f"{at}.transform", "an id in transforms", s.transform)
+        require(s.tile is None or len(s.tile) == 2, "SCHEMA.VALUE", f"{at}.tile", "[rows, columns]", s.tile)
         book, size, (window, g, tr, tc) = m.codebooks[s.codebook], m.transforms[s.transform].size, s.layout(cols)
         p, most = book.dimension, min(16, 8 * book.dimension)
-        _require(s.bits <= most, "SCHEMA.VALUE", f"{at}.bits", f"an integer from 1 to {most}", s.bits)  # [TQ-CODE-1]
-        _require(s.bits <= window, "SCHEMA.VALUE", f"{at}.window", f"an integer from {s.bits} to 16", window)
+        require(s.bits <= most, "SCHEMA.VALUE", f"{at}.bits", f"an integer from 1 to {most}", s.bits)  # [TQ-CODE-1]
+        require(s.bits <= window, "SCHEMA.VALUE", f"{at}.window", f"an integer from {s.bits} to 16", window)
         ok = rows % tr == 0 and cols % tc == 0 and tc % p == 0 and tr * tc // p * s.bits >= window  # [TQ-CODE-2]
-        _require(ok, "SCHEMA.VALUE", f"{at}.tile", f"a divisor of [{rows}, {cols}] that holds whole entries", [tr, tc])
+        require(ok, "SCHEMA.VALUE", f"{at}.tile", f"a divisor of [{rows}, {cols}] that holds whole entries", [tr, tc])
         ok = cols % g == 0 and g % p == 0 and g % size == 0  # [TQ-NUM-1, TQ-CODE-2, TQ-TRAN-1]
-        _require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p} and {size}", g)
+        require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p} and {size}", g)
         ok = book.entries == 2**window if window > s.bits else book.entries <= 2**window  # [TQ-BOOK-4]
-        _require(
+        require(
             ok and book.rows in (None, rows), "SCHEMA.VALUE", f"{at}.codebook", f"window {window}, {rows} rows", book
         )
     height = math.lcm(*(s.layout(cols)[2] for s in w.stages))
-    _require(
+    require(
         height * cols <= 2**22, "SCHEMA.VALUE", f"{where}.stages", "tile rows times columns within 2^22", height * cols
     )
 
@@ -360,10 +364,10 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     ok = len(prefix) == 8 and 2 <= length <= 100_000_000 and 8 + length <= size  # [TQ-PAY-1]
-    _require(ok, "CONTAINER.HEADER_LENGTH", name, f"a header that fits a file of {size} bytes", length)
+    require(ok, "CONTAINER.HEADER_LENGTH", name, f"a header that fits a file of {size} bytes", length)
     text = file.read(length).rstrip(b" ")
     ok = text.startswith(b"{") and text.endswith(b"}")  # [TQ-PAY-2]
-    _require(ok, "CONTAINER.HEADER", name, "an object followed by nothing but spaces")
+    require(ok, "CONTAINER.HEADER", name, "an object followed by nothing but spaces")
     try:
         header = parse_json(text, name)
         typed(dict[str, str], header.pop("__metadata__", {}), f"{name}: __metadata__")
@@ -375,15 +379,15 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
     for key, entry in entries.items():
         where = f"{name}: {key!r}"
         ok = len(entry.shape) <= 8 and len(entry.data_offsets) == 2
-        _require(ok, "CONTAINER.HEADER", where, "at most 8 dimensions and two data_offsets")
-        _require(entry.dtype in DTYPES, "CONTAINER.DTYPE", where, "a known dtype", entry.dtype)  # [TQ-PAY-4]
+        require(ok, "CONTAINER.HEADER", where, "at most 8 dimensions and two data_offsets")
+        require(entry.dtype in DTYPES, "CONTAINER.DTYPE", where, "a known dtype", entry.dtype)  # [TQ-PAY-4]
         (begin, end), nbytes = entry.data_offsets, math.prod(entry.shape) * DTYPES[entry.dtype]
-        _require(end - begin == nbytes < 2**53, "CONTAINER.SHAPE", where, f"{nbytes} bytes", entry.data_offsets)
+        require(end - begin == nbytes < 2**53, "CONTAINER.SHAPE", where, f"{nbytes} bytes", entry.data_offsets)
         spans[key] = Span(file, entry.dtype, entry.shape, start + begin, start + end)
     for span in sorted(spans.values(), key=lambda s: (s.begin, s.end)):  # [TQ-PAY-5]
-        _require(span.begin == start, "CONTAINER.OFFSETS", name, f"tensor data at byte {start}", span.begin)
+        require(span.begin == start, "CONTAINER.OFFSETS", name, f"tensor data at byte {start}", span.begin)
         start = span.end
-    _require(start == size, "CONTAINER.OFFSETS", name, f"the file to end with its last tensor, at byte {start}", size)
+    require(start == size, "CONTAINER.OFFSETS", name, f"the file to end with its last tensor, at byte {start}", size)
     return spans
 
 
@@ -441,7 +445,7 @@ def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
         for k in range(1, -(-(shift + window) // 8)):
             word = word | octets[:, :, byte + k] << 8 * k
         symbols[:, :, j] = word >> shift & (1 << window) - 1
-    return symbols.reshape(len(codes), -1)[:, :n]
+    return symbols.reshape(len(codes), groups * 8)[:, :n]
 
 
 # 7 Codebooks ----------------------------------------------------------------------------------------------------------
@@ -507,7 +511,7 @@ def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device
     size = math.prod(factors)
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
     s = ((1.0 - 2.0 * bits.flatten()[:size].double()) / math.sqrt(size)).float().to(device)
-    matrices = [hadamard_factor(part).to(device) for f in factors for part in _split(f)]
+    matrices = [hadamard_factor(part).to(device).float() for f in factors for part in _split(f)]
 
     def inverse(y: "Tensor") -> "Tensor":
         below = size
@@ -537,103 +541,100 @@ def inverse_givens(pairs: "Tensor", angles: "Tensor") -> Callable[["Tensor"], "T
 # 9 to 13 Numbers, stages, passthrough, ties, shards: an open repository ------------------------------------------------
 
 
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    plain = name.replace("U", "uint").replace("I", "int").replace("F", "float")
+    return getattr(torch, TORCH_NAMES.get(name, plain))  # type: ignore[no-any-return]
+
+
 @contextmanager
-def _full_precision(device: "torch.device") -> Iterator[None]:
+def full_precision(device: "torch.device") -> Iterator[None]:
     """float32 products in float32, whatever the program around has set [TQ-NUM-5]."""
     import torch
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def torch_dtype(name: str) -> "torch.dtype":
-    """The torch dtype of a safetensors dtype name."""
-    import torch
-
-    names = {
-        "BOOL": "bool",
-        "U8": "uint8",
-        "I8": "int8",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E4M3": "float8_e4m3fn",
-        "BF16": "bfloat16",
-    }
-    dtype = getattr(torch, names.get(name) or name.replace("U", "uint").replace("I", "int").replace("F", "float"))
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def finite(values: "Tensor", where: str) -> "Tensor":
+    require(bool(values.isfinite().all()), "DATA.NON_FINITE", where, "finite numbers")
+    return values
 
 
 class Repo:
     """An open, checked repository; get one from open_repo. Weights are decoded one at a time, in groups of rows."""
 
-    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self._verify, self._lock = verify, threading.Lock()
-        self._files: dict[str, BinaryIO] = {}
-        self._tables: dict[tuple[str, str], Any] = {}
-        for entry in sorted(os.listdir(self.path)):  # [TQ-REPO-5]
-            ok = (
-                entry in self.manifest.files or entry.startswith(".") or entry in (MANIFEST, "README.md", "__pycache__")
-            )
-            _require(ok, "BIND.EXTRA_FILE", entry, "only files that the manifest lists: list it, or move it away")
+    _lock = threading.Lock()  # of all repositories: full_precision changes a setting of the whole program
+
+    def __init__(self, path: "PathLike", verify: bool = True) -> None:
+        self.path, self._verify = Path(path), verify
+        self.manifest = m = read_manifest(self.path)
+        known = {MANIFEST, "README.md", "__pycache__", *m.files}
+        extra = [entry for entry in sorted(os.listdir(self.path)) if entry[0] != "." and entry not in known]
+        require(
+            not extra, "BIND.EXTRA_FILE", str(self.path), "only files that the manifest lists", extra
+        )  # [TQ-REPO-5]
         self.spans: dict[str, Span] = {}
+        self._files: list[BinaryIO] = []
+        self._tables: dict[tuple[str, str], Any] = {}
         try:
-            self._open_payload()
+            self._open_payload(m)
         except BaseException:
             self.close()
             raise
 
-    def _open_payload(self) -> None:
-        m = self.manifest
+    def _open_payload(self, m: Manifest) -> None:
         shards = sorted(name for name, file in m.files.items() if file.role == "payload")
         many = [f"turboquant_weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         ok = shards == ["turboquant_weights.safetensors"] or (shards == many and len(shards) > 1)
-        _require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards", shards)  # [TQ-SHARD-1]
+        require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards", shards)  # [TQ-SHARD-1]
         for name in shards:
-            file = self._files[name] = open(self.check_file(name), "rb")  # noqa: SIM115 (closed in close)
-            for key, span in read_header(file, m.files[name].size, name).items():
-                _require(key not in self.spans, "CONTAINER.DUPLICATE_NAME", name, "a name once in all shards", key)
+            self._files.append(open(self.check_file(name), "rb"))  # noqa: SIM115 (closed by close)
+            header = read_header(self._files[-1], m.files[name].size, name)
+            require(header or not shards[1:], "BIND.SHARDS", name, "a tensor in every shard")  # [TQ-SHARD-2]
+            for key, span in header.items():
+                require(key not in self.spans, "CONTAINER.DUPLICATE_NAME", name, "a name once in all shards", key)
                 self.spans[key] = span
         seen: set[str] = set()
         for key, dtypes, shape, where in stored_tensors(m):  # [TQ-PAY-6]
-            _require(key not in seen, "BIND.MULTIPLE", where, "a storage name that nothing else uses", key)
-            _require(key in self.spans, "BIND.MISSING_TENSOR", where, "a tensor in the payload", key)
+            require(key not in seen, "BIND.MULTIPLE", where, "a storage name that nothing else uses", key)
+            require(key in self.spans, "BIND.MISSING_TENSOR", where, "a tensor in the payload", key)
             seen.add(key)
             span, code = self.spans[key], "PACK.LENGTH" if where.endswith(".codes") else "BIND.TENSOR"
-            ok = len(span.shape) == len(shape) and all(
-                want in (-1, got) for want, got in zip(shape, span.shape, strict=True)
-            )
-            found = f"{span.dtype} {list(span.shape)}"
-            _require(ok and span.dtype in dtypes, code, where, f"{' or '.join(dtypes)} {list(shape)}", found)
-        _require(
-            not self.spans.keys() - seen,
-            "BIND.EXTRA_TENSOR",
-            str(min(self.spans.keys() - seen, default="")),
-            "to be used",
-        )
+            ok = span.dtype in dtypes and len(span.shape) == len(shape)
+            ok = ok and all(want in (-1, got) for want, got in zip(shape, span.shape, strict=True))
+            require(ok, code, where, f"{' or '.join(dtypes)} {list(shape)}", f"{span.dtype} {list(span.shape)}")
+        extra = sorted(self.spans.keys() - seen)
+        require(not extra, "BIND.EXTRA_TENSOR", "payload", "only tensors that the manifest names", extra)
         for name, t in m.transforms.items():  # [TQ-TRAN-8]
-            if t.pairs is not None and t.angles is not None:
-                ok = 1 <= self.spans[t.pairs].shape[0] == self.spans[t.angles].shape[0] <= 64
-                _require(ok, "BIND.TENSOR", f"transforms[{name!r}]", "the same 1 to 64 rounds in pairs and angles")
+            rounds = {self.spans[key].shape[0] for key in (t.pairs, t.angles) if key is not None}
+            ok = len(rounds) <= 1 and all(1 <= r <= 64 for r in rounds)
+            require(ok, "BIND.TENSOR", f"transforms[{name!r}]", "the same 1 to 64 rounds in pairs and angles", rounds)
 
     def check_file(self, name: str) -> Path:
-        """The path of a listed file, after a look at its type, its size and, by default, its digest [TQ-REPO-1, TQ-REPO-4]."""
+        """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4]."""
         path, listed, digest = self.path / name, self.manifest.files[name], hashlib.sha256()
-        _require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
-        _require(path.is_file(), "PATH.TYPE", name, "a regular file")
-        _require(path.stat().st_size == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", path.stat().st_size)
+        require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
+        require(path.is_file(), "PATH.TYPE", name, "a regular file")
+        require(path.stat().st_size == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", path.stat().st_size)
         with open(path, "rb") as file:
             while block := file.read(1 << 20) if self._verify else b"":
                 digest.update(block)
         ok = not self._verify or digest.hexdigest() == listed.sha256
-        _require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest())
+        require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest())
         return path
+
+    def check_roles(self, *roles: str) -> None:
+        for name, file in self.manifest.files.items():
+            if file.role in roles:
+                self.check_file(name)
 
     def __enter__(self) -> "Repo":
         return self
@@ -642,7 +643,7 @@ class Repo:
         self.close()
 
     def close(self) -> None:
-        for file in self._files.values():
+        for file in self._files:
             file.close()
 
     def names(self) -> list[str]:
@@ -650,231 +651,213 @@ class Repo:
         return list(self.manifest.tensors)
 
     def __iter__(self) -> Iterator[tuple[str, "Tensor"]]:
-        for name in self.names():
-            yield name, self.dequantize(name)
+        return ((name, self.dequantize(name)) for name in self.names())
 
-    def dequantize(self, name: str, device: Any = "cpu", dtype: Optional["torch.dtype"] = None) -> "Tensor":
-        """The weight `name` (or the alias of one) in its shape, decoded on `device`; `dtype` converts the result [TQ-NUM-7]."""
+    def dequantize(self, name: str, device: Any = "cpu", dtype: "Dtype" = None) -> "Tensor":
+        """The weight (or alias) `name`, decoded on `device` in its shape; `dtype` converts the result [TQ-NUM-7]."""
         import torch
 
-        m, device = self.manifest, _device(device)
-        name = m.tied_weights.get(name, name)
-        _require(
-            name in m.tensors, "BIND.MISSING_TENSOR", f"tensors[{name!r}]", "the name of a weight in this repository"
-        )
-        w = m.tensors[name]
+        device, name = find_device(device), self.manifest.tied_weights.get(name, name)
+        require(name in self.manifest.tensors, "BIND.MISSING_TENSOR", name, "a weight of this repository")
+        w = self.manifest.tensors[name]
         result = torch.empty(w.shape, dtype=dtype or torch_dtype(w.dtype), device=device)
-        with self._lock, _full_precision(device):  # one at a time, so that the working set stays bounded [TQ-LIM-2]
-            if w.data is not None:
-                flat, step = result.reshape(-1), 1 << 22
-                for a in range(0, len(flat), step):
-                    b = min(len(flat), a + step)
-                    flat[a:b] = self._read(w.data, a, b, flat=True).to(device)
-                return result
-            matrix = result.reshape(-1, w.shape[-1])
-            height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
-            step = max(1, (1 << (22 if device.type == "cuda" else 20)) // (height * w.shape[-1])) * height
+        matrix = result.reshape(-1, w.shape[-1] if w.stages else 1)  # [rows, cols]; passthrough: [scalars, 1]
+        height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
+        group = (1 << (22 if device.type == "cuda" else 20)) // (height * matrix.shape[1])
+        step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
+        with self._lock, full_precision(device):
             for a in range(0, len(matrix), step):
                 b = min(len(matrix), a + step)
                 try:
-                    matrix[a:b] = self._decode_rows(w, a, b, device)
+                    matrix[a:b] = self._decode(w, a, b, device)
                 except TQFormatError as error:
-                    raise TQFormatError(
-                        error.code, f"tensors[{name!r}] rows {a} to {b - 1}: {error.where}", error.message
-                    ) from None
+                    where = f"tensors[{name!r}].{error.where}, rows {a} to {b - 1}"
+                    raise TQFormatError(error.code, where, error.message) from None
         return result
 
-    def _decode_rows(self, w: Weight, a: int, b: int, device: "torch.device") -> "Tensor":
-        """Rows a to b of a quantized weight in its own dtype [TQ-STAGE-2]."""
+    def _decode(self, w: Weight, a: int, b: int, device: "torch.device") -> "Tensor":
+        """Rows a to b of a weight in its own dtype [TQ-STAGE-2, TQ-PASS-1]."""
         import torch
 
-        total = torch.zeros(b - a, w.shape[-1], device=device)
+        if w.data is not None:
+            return self._read(w.data, a, b, flat=True).to(device)[:, None]
+        total = torch.zeros(b - a, w.shape[-1], dtype=torch.float32, device=device)
         for i, s in enumerate(w.stages or ()):
             total += self._decode_stage(s, a, b, w.shape[-1], device, f"stages[{i}]")
-        if w.column_scale is not None:
-            total *= self._finite(self._read(w.column_scale).to(device).float(), "column_scale")
-        return self._finite(total.to(torch_dtype(w.dtype)), "decoded values")  # [TQ-NUM-6]
+        if w.column_scale is not None:  # [TQ-NUM-2]
+            total *= finite(self._read(w.column_scale).to(device).float(), "column_scale")
+        return finite(total.to(torch_dtype(w.dtype)), "decoded values")  # [TQ-NUM-6]
 
     def _decode_stage(self, s: Stage, a: int, b: int, cols: int, device: "torch.device", where: str) -> "Tensor":
-        """Rows a to b of one stage as float32 [b - a, cols] [TQ-STAGE-1]."""
+        """Rows a to b of one stage, float32 [b - a, cols] [TQ-STAGE-1]."""
         book, transform = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform]
         (window, g, tr, tc), p = s.layout(cols), book.dimension
-        across = cols // tc
-        codes = self._read(s.codes, a // tr * across, b // tr * across).to(device)
+        codes = self._read(s.codes, a // tr * (cols // tc), b // tr * (cols // tc)).to(device)
         symbols = unpack(codes, tr * tc // p, s.bits, window)
-        if book.entries < 1 << window and bool((symbols >= book.entries).any()):  # [TQ-BOOK-4]
-            raise TQFormatError("PACK.CODE_RANGE", f"{where}.codes", f"expected symbols below {book.entries}")
-        symbols = symbols.reshape(-1, across, tr, tc // p).transpose(1, 2).reshape(b - a, cols // p)  # [TQ-CODE-3]
+        ok = book.entries == 1 << window or not bool((symbols >= book.entries).any())  # [TQ-BOOK-4]
+        require(ok, "PACK.CODE_RANGE", f"{where}.codes", f"symbols below {book.entries}")
+        symbols = symbols.reshape(-1, cols // tc, tr, tc // p).transpose(1, 2).reshape(b - a, cols // p)  # [TQ-CODE-3]
         if book.rows is None:
-            levels = self._table(s.codebook, device, lambda: self._levels(book))
+            levels = self._table("codebooks/" + s.codebook, device, lambda: self._levels(book).to(device))
         else:
-            levels = self._finite(self._read(book.tensor or "", a, b).float(), "levels").to(device)
-        scales = self._finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
-        if bool((scales < 0).any()):  # [TQ-NUM-1]
-            raise TQFormatError("DATA.SCALE", f"{where}.scales", "expected scales >= 0")
-        y = (lookup(symbols, levels).reshape(b - a, -1, g) * scales[:, :, None]).reshape(-1, transform.size)
-        inverse = self._table(s.transform, device, lambda: self._inverse(transform, device))
-        return inverse(y).reshape(b - a, cols)  # type: ignore[no-any-return]
+            levels = finite(self._read(book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
+        scales = finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
+        require(not bool((scales < 0).any()), "DATA.SCALE", f"{where}.scales", "scales >= 0")  # [TQ-NUM-1]
+        y = lookup(symbols, levels).reshape(b - a, -1, g) * scales[:, :, None]
+        inverse = self._table("transforms/" + s.transform, device, lambda: self._inverse(transform, device))
+        return inverse(y.reshape(-1, transform.size)).reshape(b - a, cols)  # type: ignore[no-any-return]
 
     def _levels(self, book: Codebook) -> "Tensor":
         import torch
 
-        values = self._read(book.tensor) if book.tensor else torch.tensor(book.values, dtype=torch.float64)
-        return self._finite(values.float(), "levels").reshape(book.entries, book.dimension)
+        values = self._read(book.tensor) if book.tensor is not None else torch.tensor(book.values, dtype=torch.float64)
+        return finite(values.float(), "codebook").reshape(book.entries, book.dimension)  # [TQ-BOOK-2, TQ-BOOK-3]
 
     def _inverse(self, t: Transform, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
         import torch
 
         if t.matrix is not None:  # [TQ-TRAN-7]
-            q = self._finite(self._read(t.matrix).float(), "matrix").to(device)
+            q = finite(self._read(t.matrix).to(device).float(), "transform")
             return lambda y: y @ q
-        if t.pairs is not None and t.angles is not None:
-            pairs, angles = self._read(t.pairs), self._finite(self._read(t.angles), "angles")
-            ok = bool((pairs.flatten(1).sort(1).values == torch.arange(t.size)).all())
-            _require(ok, "DATA.PAIRS", t.pairs, "every index once in each round")
+        if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
+            pairs, angles = self._read(t.pairs), finite(self._read(t.angles), "transform")
+            ok = torch.equal(pairs.flatten(1).sort(1).values, torch.arange(t.size).expand(len(pairs), -1).int())
+            require(ok, "DATA.PAIRS", "transform", "every index once in each round")
             return inverse_givens(pairs.to(device), angles.to(device))
         if t.factors is not None and t.signs is not None:
             return inverse_hadamard(t.factors, t.signs, device)
-        return lambda y: y
+        return lambda y: y  # [TQ-TRAN-2]
 
     def _table(self, name: str, device: "torch.device", make: Callable[[], Any]) -> Any:
-        """What `make` gives, moved to `device`; the last 64 are kept, dense matrices of up to 64 MiB among them."""
+        """What `make` gives, remembered; forgotten again after 16 others, as a dense matrix can take 64 MiB."""
         key = (name, str(device))
         if key not in self._tables:
-            made = make()
-            self._tables[key] = made if callable(made) else made.to(device)
+            if len(self._tables) >= 16:
+                self._tables.clear()
+            self._tables[key] = make()
         return self._tables[key]
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
-        """Rows a to b of a payload tensor (elements, if flat) as a new tensor on the CPU."""
+        """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU."""
         import torch
 
-        span, dtype = self.spans[key], torch_dtype(self.spans[key].dtype)
+        span = self.spans[key]
         shape = (math.prod(span.shape),) if flat else span.shape
-        shape = (max(0, (shape[0] if b is None else b) - a), *shape[1:])
+        shape = ((shape[0] if b is None else b) - a, *shape[1:])
         width = math.prod(shape[1:]) * DTYPES[span.dtype]
         data = torch.empty(shape[0] * width, dtype=torch.uint8)
         span.file.seek(span.begin + a * width)
-        if span.file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
-            raise TQFormatError("BIND.SIZE", key, "expected a file that does not shrink while it is read")
-        return data.view(dtype).reshape(shape)
-
-    @staticmethod
-    def _finite(values: "Tensor", where: str) -> "Tensor":
-        if not bool(values.isfinite().all()):
-            raise TQFormatError("DATA.NON_FINITE", where, "expected finite numbers")
-        return values
+        ok = span.file.readinto(data.numpy().data) == len(data)  # type: ignore[attr-defined]
+        require(ok, "BIND.SIZE", key, "a file that does not change while it is read")
+        return data.view(torch_dtype(span.dtype)).reshape(shape)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The checked manifest of the repository directory `path`."""
-    file = path / MANIFEST
-    _require(file.is_file(), "BIND.MISSING_FILE", str(file), "a repository directory with a manifest")
-    _require(file.stat().st_size <= 2**26, "LIMIT.SIZE", MANIFEST, "at most 64 MiB", file.stat().st_size)  # [TQ-LIM-1]
+def read_manifest(path: "PathLike") -> Manifest:
+    """The checked manifest of a repository directory; needs no torch."""
+    file = Path(path) / MANIFEST
+    require(file.is_file(), "BIND.MISSING_FILE", str(file), "a directory with a manifest")
+    require(file.stat().st_size <= 2**26, "LIMIT.SIZE", MANIFEST, "at most 64 MiB", file.stat().st_size)  # [TQ-LIM-1]
     return Manifest.from_dict(parse_json(file.read_bytes(), MANIFEST))
 
 
-def open_repo(path: str | os.PathLike[str], verify: bool = True) -> Repo:
-    """Opens the repository in directory `path` for decoding, a context manager; `verify` compares the payload's digests."""
+def open_repo(path: "PathLike", verify: bool = True) -> Repo:
+    """Opens a repository directory for decoding, as a context manager; `verify` compares the payload's digests."""
     return Repo(path, verify)
 
 
 def load_state_dict(
-    path: str | os.PathLike[str], device: Any = "cpu", dtype: Optional["torch.dtype"] = None, verify: bool = True
-) -> dict[str, "Tensor"]:
-    """All weights of the repository in directory `path`; the aliases of tied weights share their tensors [TQ-TIE-1]."""
+    path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True
+) -> dict[str, Any]:
+    """All weights of a repository directory by name; the aliases of tied weights share their tensors [TQ-TIE-1]."""
     with open_repo(path, verify) as repo:
         state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
         return state | {alias: state[source] for alias, source in repo.manifest.tied_weights.items()}
 
 
-# Models: transformers maps weights to modules by its own rules; this code hands it the weights ---------------------------
+# Models: transformers maps weights to modules by its own rules; this code hands it the weights -------------------------
 
 
 def load(
-    repo_or_hub_id: str | os.PathLike[str],
+    repo_or_hub_id: "PathLike",
     device: Any = "cpu",
-    dtype: Optional["torch.dtype"] = None,
+    dtype: "Dtype" = None,
     revision: str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
 ) -> Any:
     """The ready model, in eval mode, of a repository directory or Hub id; `dtype` defaults to the configuration's."""
+    device = find_device(device)
     with open_repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
-        return _build_model(repo, _device(device), dtype, trust_remote_code)
+        repo.check_roles("support", *["code"] * trust_remote_code)
+        return build_model(repo, device, dtype, trust_remote_code)
 
 
-def load_quantized_model(
-    path: str | os.PathLike[str] = ".", device: Any = "cpu", **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """(model, manifest as parsed JSON), the call that model cards of this kind show; options are those of load."""
+def load_quantized_model(path: "PathLike" = ".", device: Any = "cpu", **options: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, manifest as parsed JSON): the call that model cards of this kind show; `options` are those of load."""
     path = fetch(path, options.pop("revision", None), options.get("trust_remote_code", False))
     return load(path, device, **options), parse_json((path / MANIFEST).read_bytes(), MANIFEST)
 
 
-def load_tokenizer(
-    repo_or_hub_id: str | os.PathLike[str] = ".", revision: str | None = None, verify: bool = True
-) -> Any:
+def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None, verify: bool = True) -> Any:
     """The tokenizer of a repository directory or Hub id."""
-    with open_repo(fetch(repo_or_hub_id, revision), verify=False) as repo:
-        _check_support(repo, verify, False)
-        return _transformers().AutoTokenizer.from_pretrained(repo.path, local_files_only=True)
+    path, transformers = fetch(repo_or_hub_id, revision), import_transformers()
+    with open_repo(path, verify=False) as repo:
+        repo._verify = verify
+        repo.check_roles("support")
+    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-def fetch(repo_or_hub_id: str | os.PathLike[str], revision: str | None = None, code: bool = False) -> Path:
-    """The directory of a repository; a Hub id is downloaded first, only the files that loading needs [TQ-REPO-3]."""
+def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = False) -> Path:
+    """The directory of a repository; from a Hub id, downloads the files that loading needs [TQ-REPO-3]."""
     path = Path(repo_or_hub_id)
     if path.is_dir():
         return path
-    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_hub_id))
-    _require(ok, "BIND.MISSING_FILE", str(repo_or_hub_id), "a directory, or a Hub id such as owner/name")
+    name = str(repo_or_hub_id)
+    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./"
+    require(ok, "BIND.MISSING_FILE", name, "a directory, or a Hub id such as owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise TQFormatError(
-            "UNSUPPORTED.LIBRARY", str(path), "expected huggingface_hub: pip install huggingface_hub"
-        ) from None
-    path = Path(snapshot_download(str(repo_or_hub_id), revision=revision, allow_patterns=[MANIFEST]))
-    roles = ("payload", "support", "code") if code else ("payload", "support")
-    names = [name for name, file in read_manifest(path).files.items() if file.role in roles]
-    return Path(
-        snapshot_download(str(repo_or_hub_id), revision=path.name, allow_patterns=[MANIFEST, *names])
-    )  # one commit
+        raise TQFormatError("UNSUPPORTED.LIBRARY", name, "expected: pip install huggingface_hub") from None
+    path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
+    files = read_manifest(path).files.items()
+    wanted = [key for key, file in files if file.role in ("payload", "support") or (code and file.role == "code")]
+    return Path(snapshot_download(name, revision=path.name, allow_patterns=[MANIFEST, *wanted]))  # the same commit
 
 
-def _device(device: Any) -> "torch.device":
+def find_device(device: Any) -> "torch.device":
     import torch
 
-    result = torch.device(device)
-    ok = result.type != "cuda" or torch.cuda.is_available()
-    _require(ok, "UNSUPPORTED.DEVICE", str(device), "a device that this machine and this torch have")
-    return result
-
-
-def _transformers() -> Any:
     try:
-        import accelerate  # noqa: F401 (transformers needs it to place weights on a device)
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        advice = f"expected a device that this machine and this build of torch have ({str(error).splitlines()[0]})"
+        raise TQFormatError("UNSUPPORTED.DEVICE", str(device), advice) from None
+
+
+def import_transformers() -> Any:
+    try:
+        import accelerate  # noqa: F401 (with it transformers places weights on a device)
         import transformers
     except ImportError as error:
-        raise TQFormatError(
-            "UNSUPPORTED.LIBRARY", str(error.name), "expected: pip install 'transformers>=5' accelerate"
-        ) from None
-    ok = int(transformers.__version__.split(".")[0]) >= 5
-    _require(ok, "UNSUPPORTED.LIBRARY", "transformers", "version 5 or newer", transformers.__version__)
+        advice = "expected: pip install 'transformers>=5' accelerate"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", str(error.name), advice) from None
+    found = transformers.__version__
+    require(int(found.split(".")[0]) >= 5, "UNSUPPORTED.LIBRARY", "transformers", "version 5 or newer", found)
     return transformers
 
 
-class _Lazy:
-    """A weight that decodes when transformers moves it to its device, so that no weight exists twice."""
+class LazyWeight:
+    """Stands for a weight in the state dict: decodes when transformers moves it to its device, so that none exists twice."""
 
     def __init__(self, repo: Repo, name: str) -> None:
-        weight = repo.manifest.tensors[repo.manifest.tied_weights.get(name, name)]
-        self.repo, self.name, self.shape, self.dtype = repo, name, weight.shape, torch_dtype(weight.dtype)
+        w = repo.manifest.tensors[repo.manifest.tied_weights.get(name, name)]
+        self.repo, self.name, self.shape, self.dtype = repo, name, w.shape, torch_dtype(w.dtype)
 
-    def __getitem__(self, _: Any) -> "_Lazy":
+    def __getitem__(self, _: Any) -> "LazyWeight":
         return self
 
-    def to(self, device: Any = None, dtype: Optional["torch.dtype"] = None) -> "Tensor":
+    def to(self, device: Any = None, dtype: "Dtype" = None) -> "Tensor":
         import torch
 
         if torch.device(device or "cpu").type == "meta":
@@ -882,73 +865,56 @@ class _Lazy:
         return self.repo.dequantize(self.name, device or "cpu", dtype)
 
 
-def _check_support(repo: Repo, verify: bool, code: bool) -> None:
-    repo._verify = verify
-    for name, file in repo.manifest.files.items():
-        if file.role == "support" or (code and file.role == "code"):
-            repo.check_file(name)
-
-
-def _build_model(repo: Repo, device: "torch.device", dtype: Optional["torch.dtype"], trust_remote_code: bool) -> Any:
+def build_model(repo: Repo, device: "torch.device", dtype: "Dtype", trust_remote_code: bool) -> Any:
+    """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
     import torch
 
-    transformers, m = _transformers(), repo.manifest
-    _check_support(repo, repo._verify, trust_remote_code)
-    auto, options = getattr(transformers, LOADER_KINDS[m.loader_kind]), {"trust_remote_code": trust_remote_code}
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(repo.path, local_files_only=True, **options)
+        config = transformers.AutoConfig.from_pretrained(repo.path, local_files_only=True, **trust)
         with torch.device("meta"):
-            model_class = type(auto.from_config(config, **options))
+            model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise TQFormatError(
-            "UNSUPPORTED.REMOTE_CODE", "config.json", "expected trust_remote_code=True, after a look at the code"
-        ) from None
+        advice = "this model is program text of the repository: read it, then pass trust_remote_code=True"
+        raise TQFormatError("UNSUPPORTED.REMOTE_CODE", "config.json", advice) from None
     if dtype is None:
-        by_size = sorted((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS)
-        text = config.get_text_config()
-        dtype = (
-            getattr(config, "dtype", None)
-            or getattr(text, "dtype", None)
-            or torch_dtype(by_size[-1][1] if by_size else "F32")
-        )
+        largest = max((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS)[1]
+        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
 
-    def place(where: Any, names: list[str]) -> tuple[Any, dict[str, Any]]:
-        state = {name: _Lazy(repo, name) for name in names}
+    def place(where: Any, names: list[str]) -> Any:
+        state = {name: LazyWeight(repo, name) for name in names}
         options = {
             "dtype": dtype,
             "device_map": {"": where},
             "ignore_mismatched_sizes": True,
             "output_loading_info": True,
         }
-        placed: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
-            None, config=config, state_dict=state, **options
-        )
-        return placed
+        return model_class.from_pretrained(None, config=config, state_dict=state, **options)
 
+    logging, names = transformers.utils.logging, repo.names()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:  # first on the meta device, which costs nothing, to see whether all weights find their place [TQ-SEC-4, TQ-TIE-2]
-        names = repo.names()
+    try:  # first on the meta device, which allocates nothing: does every weight find its place? [TQ-SEC-4]
         _, info = place("meta", names)
-        names += [alias for alias in m.tied_weights if alias in info["missing_keys"]]
-        if len(names) > len(m.tensors):
+        needed = [alias for alias in m.tied_weights if alias in info["missing_keys"]]  # [TQ-TIE-2]
+        if needed:
+            names += needed
             _, info = place("meta", names)
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            found = ", ".join(sorted(str(item) for item in info[key]))
-            _require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
+            found = ", ".join(sorted(map(str, info[key])))
+            require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
         if bars:
             logging.enable_progress_bar()
         model, _ = place(device, names)
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    _require(not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    require(not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
     if "generation_config.json" in m.files:
         model.generation_config = transformers.GenerationConfig.from_pretrained(repo.path, local_files_only=True)
-    model.name_or_path = model.config.name_or_path = str(repo.path)
+    model.config.name_or_path = str(repo.path)
     return model.eval()

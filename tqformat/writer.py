@@ -64,7 +64,7 @@ def pack(symbols: torch.Tensor, bits: int, window: int | None = None) -> torch.T
         byte, shift = divmod(j * bits, 8)
         for k in range(-(-(shift + bits) // 8)):
             octets[:, :, byte + k] |= own[:, j::8] << shift >> 8 * k & 255
-    codes = octets[:, :, :bits].to(torch.uint8).reshape(tiles, -1)[:, : -(-n * bits // 8)].contiguous()
+    codes = octets[:, :, :bits].to(torch.uint8).reshape(tiles, groups * bits)[:, : -(-n * bits // 8)].contiguous()
     if window > bits and not torch.equal(unpack(codes, n, bits, window), symbols.to(torch.int32)):
         raise ValueError(f"these symbols are no trellis of {bits} bits and window {window}: neighbours must share bits")
     return codes

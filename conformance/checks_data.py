@@ -1,0 +1,312 @@
+"""Level L2, data: codes, levels, transforms and scales (SPEC.md sections 6 to 9). Payload is read in bounded chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.check import check
+from conformance.checks_binding import STORED
+from conformance.checks_structure import SHAPED
+from conformance.container import DTYPES, Stored
+from conformance.findings import Finding, NotReachedError, brief, join
+from conformance.formulas import lloyd_max_sphere, seed_signs
+from conformance.subject import Stage, Subject
+
+# tensors are there, once, with the right dtype and shape
+BOUND = (*STORED, *SHAPED, "schema.", "bind.missing_tensor", "bind.multiple", "bind.dtype", "bind.shape", "bind.rounds")
+PACKED = (*BOUND, "pack.length")
+MAX_CONSTRUCTIONS = 4096  # of Lloyd-Max levels; a limit of this judge
+
+Words = NDArray[np.uint16] | NDArray[np.uint32]
+
+# 6 Codes
+
+
+@check("pack.length", "L2", "PACK.LENGTH", "TQ-CODE-4", "Pack the codes again, tile by tile.", needs=BOUND)
+def pack_length(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        stored, wanted = repo.payload[stage.codes], (stage.tiles, stage.tile_bytes)
+        if stored.shape != wanted:
+            message = f"expected codes of shape {list(wanted)}, found {list(stored.shape)}"
+            yield Finding(message, stage.pointer + "/codes")
+
+
+@check("pack.padding", "L2", "PACK.PADDING", "TQ-CODE-5", "Clear the bits after a tile's last symbol.", needs=PACKED)
+def pack_padding(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        used = stage.symbols * stage.bits % 8
+        if not used:
+            continue
+        for offset, codes in _tiles(repo, stage):
+            bad = np.flatnonzero(codes[:, -1] >> used)
+            if bad.size:
+                place = offset + (int(bad[0]) + 1) * stage.tile_bytes - 1
+                message = f"expected the bits from {used} on of a tile's last byte to be 0, found one set ({bad.size} such tiles here)"
+                yield Finding(message, stage.pointer + "/codes", repo.payload[stage.codes].file, place)
+
+
+@check("pack.code_range", "L2", "PACK.CODE_RANGE", "TQ-BOOK-4", "Write symbols below `entries`.", needs=PACKED)
+def pack_code_range(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        if stage.window > stage.bits or stage.entries == 2**stage.bits:
+            continue  # every symbol has an entry
+        for offset, codes in _tiles(repo, stage):
+            if bad := _first_beyond(codes, stage.symbols, stage.bits, stage.entries):
+                tile, symbol, value = bad
+                place = offset + tile * stage.tile_bytes + symbol * stage.bits // 8
+                message = f"symbol {symbol} of a tile is {value}, the codebook has {stage.entries} entries"
+                yield Finding(message, stage.pointer + "/codes", repo.payload[stage.codes].file, place)
+
+
+def _tiles(repo: Subject, stage: Stage) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The codes of a stage, some tiles at a time [tiles, tile_bytes], each with its file offset."""
+    for offset, data in repo.chunks(repo.payload[stage.codes], stage.tile_bytes, 2**22):
+        yield offset, np.frombuffer(data, np.uint8).reshape(-1, stage.tile_bytes)
+
+
+def _first_beyond(codes: NDArray[np.uint8], symbols: int, bits: int, entries: int) -> tuple[int, int, int] | None:
+    """The first symbol that is not below `entries`, as (tile, symbol, value), of codes [tiles, tile_bytes]."""
+    # eight symbols take `bits` bytes: with the tiles padded to such groups, symbol j of a group lies in the same bits of each
+    groups = -(-symbols // 8)
+    padded = np.zeros((len(codes), groups * bits), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    grouped = padded.reshape(len(codes), groups, bits)
+    found: list[tuple[int, int, int]] = []
+    for j in range(min(8, symbols)):
+        first, shift = divmod(j * bits, 8)
+        last = (j * bits + bits - 1) // 8
+        word = np.zeros(grouped.shape[:2], np.uint32)
+        for k in range(first, last + 1):
+            word |= grouped[:, :, k].astype(np.uint32) << np.uint32(8 * (k - first))
+        value = (word >> np.uint32(shift)) & np.uint32(2**bits - 1)
+        value = value[:, : -(-(symbols - j) // 8)]  # the last group may lack symbol j
+        if value.size and value.max() >= entries:
+            tile, group = (int(x[0]) for x in np.nonzero(value >= entries))
+            found.append((tile, 8 * group + j, int(value[tile, group])))
+    return min(found, default=None)
+
+
+# Numbers, judged by their bits
+
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+_WORD: dict[str, Any] = {"F16": np.dtype("<u2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
+
+
+def _not_finite(words: Words, dtype: str) -> NDArray[np.bool_]:
+    mask = words.dtype.type(_EXPONENT[dtype])
+    result: NDArray[np.bool_] = (words & mask) == mask
+    return result
+
+
+def _negative(words: Words, dtype: str) -> NDArray[np.bool_]:
+    """Below zero: -0 is not, and NaN is the business of another check."""
+    sign = words.dtype.type(1 << (8 * words.itemsize - 1))
+    result: NDArray[np.bool_] = (words > sign) & ~_not_finite(words, dtype) | (
+        words == (sign | words.dtype.type(_EXPONENT[dtype]))
+    )
+    return result
+
+
+def _elements(
+    repo: Subject, name: str, pointer: str, bad: Callable[[Words, str], NDArray[np.bool_]], what: str
+) -> Iterator[Finding]:
+    """One finding for each chunk of a payload tensor with elements that are `bad`, at the first of them."""
+    stored = repo.payload[name]
+    width = DTYPES[stored.dtype]
+    for offset, data in repo.chunks(stored, width):
+        where = np.flatnonzero(bad(np.frombuffer(data, _WORD[stored.dtype]), stored.dtype))
+        if where.size:
+            place = offset + int(where[0]) * width
+            index = [int(i) for i in np.unravel_index((place - stored.offset) // width, stored.shape)]
+            message = f"{what} at {index} of {brief(name, 200)} ({where.size} such elements here)"
+            yield Finding(message, pointer, stored.file, place)
+
+
+# 7 Codebooks
+
+
+@check("data.levels", "L2", "DATA.NON_FINITE", "TQ-BOOK-3", "Store finite levels.", needs=BOUND)
+def data_levels(repo: Subject) -> Iterator[Finding]:
+    for id, book in repo.manifest["codebooks"].items():
+        if book.get("tensor") is not None:
+            yield from _elements(
+                repo, book["tensor"], join("codebooks", id, "tensor"), _not_finite, "a level that is not finite"
+            )
+
+
+@check(
+    "data.values",
+    "L2",
+    "DATA.NON_FINITE",
+    "TQ-BOOK-2",
+    "Write levels that binary32 can hold.",
+    needs=(*SHAPED, "schema."),
+)
+def data_values(repo: Subject) -> Iterator[Finding]:
+    for id, book in repo.manifest["codebooks"].items():
+        for index in np.flatnonzero(~np.isfinite(_inline(book.get("values") or []))):
+            message = f"expected a level that is finite as binary32, found {book['values'][index]}"
+            yield Finding(message, join("codebooks", id, "values", int(index)))
+
+
+def _inline(values: list[float]) -> NDArray[np.float64]:
+    """Inline levels, rounded to binary32 [TQ-BOOK-2]."""
+    with np.errstate(over="ignore"):
+        rounded: NDArray[np.float64] = np.array(values, np.float64).astype(np.float32).astype(np.float64)
+    return rounded
+
+
+@check(
+    "data.origin",
+    "L2",
+    "DATA.CODEBOOK",
+    "TQ-BOOK-7",
+    "Store the levels of the construction, or name another method.",
+    needs=BOUND,
+)
+def data_origin(repo: Subject) -> Iterator[Finding]:
+    made: dict[tuple[int, int, int, int], NDArray[np.float64]] = {}
+    for id, book in repo.manifest["codebooks"].items():
+        origin = book.get("origin") or {}
+        if origin.get("method") != "lloyd-max-sphere":
+            continue
+        key = (book["entries"], origin["vector_length"], origin["grid_size"], origin["iterations"])
+        if key not in made:
+            if len(made) == MAX_CONSTRUCTIONS:
+                raise NotReachedError(f"more than {MAX_CONSTRUCTIONS} different origins: this judge constructs no more")
+            made[key] = lloyd_max_sphere(*key)
+        levels = (
+            _inline(book["values"]) if book.get("tensor") is None else read_floats(repo, repo.payload[book["tensor"]])
+        )
+        with np.errstate(invalid="ignore"):
+            error = np.abs(levels.ravel() - made[key])
+        if not np.all(error <= 1e-5):
+            index = int(np.argmax(~(error <= 1e-5)))
+            message = (
+                f"expected level {index} to be {made[key][index]:.7g} within 10^-5, found {levels.ravel()[index]:.7g}"
+            )
+            yield Finding(message, join("codebooks", id))
+
+
+def read_floats(repo: Subject, stored: Stored) -> NDArray[np.float64]:
+    """A payload tensor of floats as float64, exactly."""
+    return floats(repo.bytes_of(stored), stored.dtype).reshape(stored.shape)
+
+
+def floats(data: bytes, dtype: str) -> NDArray[np.float64]:
+    """The exact values of F16, BF16 or F32 bytes."""
+    if dtype == "BF16":  # the upper half of a binary32
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype])
+    with np.errstate(invalid="ignore"):  # a signalling NaN is no surprise here
+        exact: NDArray[np.float64] = values.astype(np.float64)
+    return exact
+
+
+# 8 Transforms
+
+
+def _transforms(repo: Subject, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((id, transform) for id, transform in repo.manifest["transforms"].items() if transform["kind"] == kind)
+
+
+@check(
+    "data.signs",
+    "L2",
+    "DATA.SIGNS",
+    "TQ-TRAN-6",
+    "Write the signs of the seed's stream, or no seed.",
+    needs=(*SHAPED, "schema."),
+)
+def data_signs(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "hadamard"):
+        if transform.get("seed") is not None:
+            wanted = seed_signs(transform["seed"], transform["size"])
+            if transform["signs"] != wanted:
+                place = next(i for i, (a, b) in enumerate(zip(transform["signs"], wanted, strict=True)) if a != b)
+                message = f"the signs differ from the stream of seed {transform['seed']} from hex digit {place} on"
+                yield Finding(message, join("transforms", id, "signs"))
+
+
+@check("data.matrix", "L2", "DATA.NON_FINITE", "TQ-TRAN-7", "Store a finite matrix.", needs=BOUND)
+def data_matrix(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "dense"):
+        pointer = join("transforms", id, "matrix")
+        yield from _elements(repo, transform["matrix"], pointer, _not_finite, "a matrix element that is not finite")
+
+
+@check(
+    "data.orthogonality",
+    "L2",
+    "DATA.ORTHOGONALITY",
+    "TQ-TRAN-7",
+    "Orthogonalise the matrix.",
+    needs=(*BOUND, "data.matrix"),
+)
+def data_orthogonality(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "dense"):
+        stored = repo.payload[transform["matrix"]]
+        q = read_floats(repo, stored)
+        tolerance = 2.0**-12 if stored.dtype == "F32" else 2.0**-6
+        worst, place = 0.0, [0, 0]
+        for first in range(0, len(q), 512):
+            block = q[:, first : first + 512].T @ q[:, first:]  # QᵗQ is symmetric: the upper blocks are enough
+            block[np.arange(len(block)), np.arange(len(block))] -= 1
+            at = np.unravel_index(np.argmax(np.abs(block)), block.shape)
+            if abs(block[at]) > worst:
+                worst, place = float(abs(block[at])), [first + int(at[0]), first + int(at[1])]
+        if worst > tolerance:
+            message = f"expected QᵗQ - I of at most {tolerance:.3g}, found {worst:.3g} at {place}"
+            yield Finding(message, join("transforms", id, "matrix"), stored.file, stored.offset)
+
+
+@check("data.angles", "L2", "DATA.NON_FINITE", "TQ-TRAN-8", "Store finite angles.", needs=BOUND)
+def data_angles(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "givens"):
+        pointer = join("transforms", id, "angles")
+        yield from _elements(repo, transform["angles"], pointer, _not_finite, "an angle that is not finite")
+
+
+@check(
+    "data.pairs", "L2", "DATA.PAIRS", "TQ-TRAN-8", "Let each round pair every index from 0 to B - 1 once.", needs=BOUND
+)
+def data_pairs(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "givens"):
+        stored, size = repo.payload[transform["pairs"]], transform["size"]
+        for offset, data in repo.chunks(stored, 4 * size, 4 * size):
+            indices = np.sort(np.frombuffer(data, "<i4"))
+            bad = np.flatnonzero(indices != np.arange(size))
+            if bad.size:
+                number = (offset - stored.offset) // (4 * size)
+                message = (
+                    f"round {number} does not hold the index {int(bad[0])} exactly once, or holds one beyond {size - 1}"
+                )
+                yield Finding(message, join("transforms", id, "pairs"), stored.file, offset)
+
+
+# 9 Scales
+
+
+@check("data.scales", "L2", "DATA.NON_FINITE", "TQ-NUM-1", "Store finite scales.", needs=BOUND)
+def data_scales(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        yield from _elements(repo, stage.scales, stage.pointer + "/scales", _not_finite, "a scale that is not finite")
+
+
+@check("data.scale_sign", "L2", "DATA.SCALE", "TQ-NUM-1", "Store scales from 0; flip the levels instead.", needs=BOUND)
+def data_scale_sign(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        yield from _elements(repo, stage.scales, stage.pointer + "/scales", _negative, "a negative scale")
+
+
+@check("data.column_scale", "L2", "DATA.NON_FINITE", "TQ-NUM-2", "Store finite column scales.", needs=BOUND)
+def data_column_scale(repo: Subject) -> Iterator[Finding]:
+    for name, entry in repo.quantized.items():
+        if entry.get("column_scale") is not None:
+            pointer = join("tensors", name, "column_scale")
+            yield from _elements(repo, entry["column_scale"], pointer, _not_finite, "a column scale that is not finite")

@@ -1,0 +1,261 @@
+"""Level L3, decode: every weight is finite, and the embedded loader is a known one or decodes as the oracle does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from conformance import isolate, oracle
+from conformance.check import check
+from conformance.checks_binding import NAMED
+from conformance.checks_data import PACKED, floats, read_floats
+from conformance.container import DTYPES
+from conformance.findings import Finding, NotReachedError, brief, join
+from conformance.jsonio import read_object
+from conformance.subject import Stage, Subject
+
+LOADER = "load_quantized.py"
+STAMP = b"# tqformat-stamp: "
+MAX_LOADER = 2**24
+GROUP = 2**22  # elements that are decoded at a time
+
+DECODABLE = (*PACKED, "pack.", "data.")
+LARGEST = {"F16": 65504.0, "BF16": (2 - 2.0**-7) * 2.0**127, "F32": (2 - 2.0**-23) * 2.0**127}
+
+# 9 Arithmetic: no decoded element overflows
+
+
+@check(
+    "decode.finite",
+    "L3",
+    "DATA.NON_FINITE",
+    "TQ-NUM-6",
+    "Scale the weight down, or give it a wider dtype.",
+    needs=DECODABLE,
+)
+def decode_finite(repo: Subject) -> Iterator[Finding]:
+    levels = {id: _largest_level(repo, id) for id in repo.manifest["codebooks"]}
+    growth = {id: _growth(repo, id) for id in repo.manifest["transforms"]}
+    stages: dict[str, list[Stage]] = {}
+    for stage in repo.stages:
+        stages.setdefault(stage.weight, []).append(stage)
+    for name, entry in repo.quantized.items():
+        # most weights are far from the limit, and a bound shows it without decoding
+        bound = sum(_largest(repo, s.scales) * levels[s.codebook] * growth[s.transform] for s in stages[name])
+        bound *= _largest(repo, entry["column_scale"]) if entry.get("column_scale") is not None else 1.0
+        if bound * 1.001 <= LARGEST[entry["dtype"]]:
+            continue
+        for first, decoded in _decoded(repo, stages[name]):
+            rounded = oracle.round_to(decoded.exact, decoded.dtype)
+            bad = np.argwhere(~np.isfinite(rounded))
+            if len(bad):
+                row, column = (int(i) for i in bad[0])
+                message = f"the element at row {first + row}, column {column} is {decoded.exact[row, column]:.6g}, beyond {decoded.dtype}"
+                yield Finding(message, join("tensors", name))
+                break
+
+
+def _largest(repo: Subject, name: str) -> float:
+    """The largest magnitude in a payload tensor of floats."""
+    stored = repo.payload[name]
+    chunks = repo.chunks(stored, DTYPES[stored.dtype])
+    return max((float(np.abs(floats(data, stored.dtype)).max(initial=0)) for _, data in chunks), default=0.0)
+
+
+def _largest_level(repo: Subject, id: str) -> float:
+    book = repo.manifest["codebooks"][id]
+    if book.get("tensor") is not None:
+        return _largest(repo, book["tensor"])
+    return max(abs(float(value)) for value in book["values"])
+
+
+def _growth(repo: Subject, id: str) -> float:
+    """How much the largest magnitude of a block can grow under T^-1."""
+    transform = repo.manifest["transforms"][id]
+    if transform["kind"] == "identity":
+        return 1.0
+    if transform["kind"] == "dense":  # Qᵗ y: the largest column sum of magnitudes
+        q = read_floats(repo, repo.payload[transform["matrix"]])
+        return float(np.abs(q).sum(axis=0).max())
+    return math.sqrt(transform["size"])  # orthogonal: no element exceeds the block's norm
+
+
+def _decoded(repo: Subject, stages: list[Stage]) -> Iterator[tuple[int, oracle.Decoded]]:
+    """A weight as the oracle decodes it, some rows [rows, cols] at a time, each with its first row."""
+    rows, cols = stages[0].rows, stages[0].cols
+    step = math.lcm(*(stage.tile[0] for stage in stages))
+    step *= max(1, GROUP // (step * cols))
+    for first in range(0, rows, step):
+        yield first, _decode_rows(repo, stages, first, min(step, rows - first))
+
+
+def _decode_rows(repo: Subject, stages: list[Stage], first: int, count: int) -> oracle.Decoded:
+    """The oracle's view of `count` rows from `first` on: a weight of its own, whose payload is cut out of the whole."""
+    payload: oracle.Payload = {}
+
+    def cut(name: str, per_row: float, whole: bool = False) -> None:
+        """Takes a tensor whose outermost dimension has `per_row` items for each row of the weight."""
+        stored = repo.payload[name]
+        if whole:
+            payload[name] = stored.dtype, stored.shape, repo.bytes_of(stored)
+            return
+        item = math.prod(stored.shape[1:]) * DTYPES[stored.dtype]
+        start, items = round(first * per_row), round(count * per_row)
+        data = repo.folder.read(stored.file, stored.offset + start * item, items * item)
+        payload[name] = stored.dtype, (items, *stored.shape[1:]), data
+
+    name = stages[0].weight
+    entry: dict[str, Any] = {**repo.manifest["tensors"][name], "shape": [count, stages[0].cols]}
+    books, transforms = repo.manifest["codebooks"], repo.manifest["transforms"]
+    for stage in stages:
+        cut(stage.codes, stage.cols // stage.tile[1] / stage.tile[0])
+        cut(stage.scales, 1)
+        if books[stage.codebook].get("tensor") is not None:
+            cut(books[stage.codebook]["tensor"], 1, whole=books[stage.codebook].get("rows") is None)
+        for key in ("matrix", "pairs", "angles"):
+            if key in transforms[stage.transform]:
+                cut(transforms[stage.transform][key], 1, whole=True)
+    if entry.get("column_scale") is not None:
+        cut(entry["column_scale"], 1, whole=True)
+    manifest = {"tensors": {name: entry}, "codebooks": books, "transforms": transforms}
+    return oracle.decode_weight(manifest, payload, name)
+
+
+# The embedded loader [TQ-REPO-6]
+
+
+def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None]:
+    """The loader's body and its stamp, None without one."""
+    if repo.file_kinds.get(LOADER) != "file":
+        raise NotReachedError(f"the repository embeds no {LOADER}")
+    size = repo.folder.size(LOADER)
+    if size > MAX_LOADER:
+        raise NotReachedError(f"the embedded loader has {size} bytes, more than this judge reads")
+    data = repo.folder.read(LOADER, 0, size)
+    start = data.removesuffix(b"\n").rfind(b"\n") + 1
+    if not data.startswith(STAMP, start):
+        return data, None
+    return data[:start], read_object(data[start + len(STAMP) :]).value or {}
+
+
+@check(
+    "decode.loader_stamp",
+    "L3",
+    "BIND.LOADER",
+    "TQ-REPO-6",
+    "Embed the loader again: it was changed after its release.",
+    needs=NAMED,
+)
+def decode_loader_stamp(repo: Subject) -> Iterator[Finding]:
+    body, stamp = _loader(repo)
+    digest = hashlib.sha256(body).hexdigest()
+    if stamp is not None and stamp.get("body_sha256") != digest:
+        message = f"the stamp says {brief(stamp.get('body_sha256'), 80)}, the loader's body has the digest {digest}"
+        yield Finding(message, file=LOADER, offset=len(body))
+
+
+@check(
+    "decode.loader_release", "L3", "BIND.LOADER", "TQ-REPO-6", "Embed the released loader of that version.", needs=NAMED
+)
+def decode_loader_release(repo: Subject) -> Iterator[Finding]:
+    body, stamp = _loader(repo)
+    digests = repo.options.known_loaders.get(str((stamp or {}).get("version")))
+    if digests is not None and hashlib.sha256(body).hexdigest() not in digests:
+        yield Finding(
+            f"the loader says it is version {brief((stamp or {})['version'])}, and is not",
+            file=LOADER,
+            offset=len(body),
+        )
+    elif digests is None and not repo.options.run_loader:
+        message = "the embedded loader is no known release; --run-loader runs it, isolated"
+        if not repo.options.require_release:
+            raise NotReachedError(message)
+        yield Finding(message, file=LOADER)
+
+
+@check(
+    *("decode.loader_run", "L3", "DATA.DECODE", "TQ-NUM-5", "Embed a loader that decodes this repository."),
+    needs=(*NAMED, *DECODABLE, "bind.", "decode.finite"),
+)
+def decode_loader_run(repo: Subject) -> Iterator[Finding]:
+    if not repo.options.run_loader:
+        return
+    _loader(repo)  # there is one
+    program = repo.folder.read(LOADER, 0, repo.folder.size(LOADER))
+    options = repo.options
+    stages: dict[str, list[Stage]] = {}
+    for stage in repo.stages:
+        stages.setdefault(stage.weight, []).append(stage)
+    left = dict(repo.manifest["tensors"])
+    total = sum(math.prod(entry["shape"]) * DTYPES[entry["dtype"]] for entry in left.values())
+    limits = (options.loader_memory, options.loader_seconds, options.allow_network)
+    try:
+        with isolate.running(program, repo.folder.path, *limits) as loader, repo.progress("loader", total) as bar:
+            if "network" not in loader.event()["given_up"] and not options.allow_network:
+                raise NotReachedError(
+                    "the network cannot be shut off here; --allow-network-unisolated runs the loader all the same"
+                )
+            while (event := loader.event())["event"] == "tensor":
+                entry = left.pop(str(event.get("name")), None)
+                if entry is None:
+                    yield Finding(
+                        f"the loader names {brief(event.get('name'), 200)}, which is no weight, or names it twice",
+                        file=LOADER,
+                    )
+                    return
+                pointer, size = join("tensors", str(event["name"])), math.prod(entry["shape"]) * DTYPES[entry["dtype"]]
+                if [event.get(key) for key in ("dtype", "shape", "size")] != [entry["dtype"], entry["shape"], size]:
+                    found = f"{event.get('dtype')} {event.get('shape')}"
+                    yield Finding(
+                        f"expected {entry['dtype']} {entry['shape']} from the loader, found {brief(found)}", pointer
+                    )
+                    return
+                difference = (_passed_through if entry["kind"] == "passthrough" else _compared)(
+                    repo, loader, entry, stages.get(str(event["name"]))
+                )
+                if difference:
+                    yield Finding(difference, pointer)
+                bar.update(size)
+            for name in left:
+                yield Finding("the loader leaves this weight out", join("tensors", name))
+    except isolate.LoaderError as error:
+        yield Finding(str(error), file=LOADER, code=error.code)
+
+
+def _passed_through(repo: Subject, loader: isolate.Loader, entry: dict[str, Any], _: list[Stage] | None) -> str | None:
+    """How the loader's bytes of a passthrough weight differ from the stored ones [TQ-PASS-1]."""
+    difference = None
+    stored = repo.payload[entry["data"]]
+    for offset, data in repo.chunks(stored, DTYPES[stored.dtype]):
+        if loader.read(len(data)) != data:
+            difference = (
+                difference or f"the loader's bytes differ from those stored at byte {offset} of {stored.file} or after"
+            )
+    return difference
+
+
+def _compared(repo: Subject, loader: isolate.Loader, entry: dict[str, Any], stages: list[Stage] | None) -> str | None:
+    """How the loader's elements of a quantized weight differ from the oracle's by more than [TQ-NUM-5] allows."""
+    assert stages
+    count, difference = 0, ""
+    for first, decoded in _decoded(repo, stages):
+        data = loader.read(decoded.exact.size * DTYPES[decoded.dtype])
+        values = floats(data, decoded.dtype).reshape(decoded.exact.shape)
+        wrong = np.argwhere(~oracle.is_correct(values, decoded))
+        if len(wrong) and not count:
+            row, column = (int(i) for i in wrong[0])
+            x, e = decoded.exact[row, column], decoded.tolerance[row, column]
+            difference = f"row {first + row}, column {column}: expected {x:.9g} within {e:.3g}, rounded; the loader gives {values[row, column]:.9g}"
+        count += len(wrong)
+    return f"{difference} ({count} such elements)" if count else None
+
+
+def known_loaders(text: str) -> dict[str, list[str]]:
+    """The table known_loaders.json: version -> digests of the loader's body."""
+    table: dict[str, list[str]] = json.loads(text)
+    return table

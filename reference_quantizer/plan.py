@@ -1,0 +1,218 @@
+"""What becomes of each tensor of a checkpoint, decided from names, shapes and dtypes alone; `quantize` executes it."""
+
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from reference_quantizer.rotation import divisors, rotation_size
+from reference_quantizer.source import Info, Source, same_bytes
+from tqformat.load_quantized import DTYPES as ITEMSIZE
+from tqformat.load_quantized import FLOATS, TQFormatError
+
+MAX_COLS = 2**20  # [TQ-MAN-7]
+HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight"),
+    *("tok_embeddings.weight", "token_embedding.weight"),
+)
+LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The knobs that shape the result; each is recorded in the manifest's `quantization`."""
+
+    bits: int = 2
+    rotation: str = "hadamard"  # hadamard, haar, none
+    vector_length: int | None = None  # None: the whole row
+    seed: int = 42
+    grid_size: int = 8193
+    iterations: int = 96
+    scale_dtype: str = "auto"  # auto, F16, BF16, F32
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    protect_fragments: tuple[str, ...] = ()
+    protected_bits: int | None = None  # None: passthrough
+
+    def to_quantization(self) -> dict[str, Any]:
+        """The manifest's `quantization` object [TQ-MAN-5]."""
+        return {
+            "method": "turboquant_mse",
+            "bits": self.bits,
+            "seed": self.seed,
+            "rotation": self.rotation,
+            "vector_length": self.vector_length,
+            "grid_size": self.grid_size,
+            "iterations": self.iterations,
+            "scale_dtype": self.scale_dtype,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "protected_names": list(self.protect),
+            "protected_fragments": list(self.protect_fragments),
+            "protected_bits": self.protected_bits,
+        }
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor's fate. `bits` is None for a passthrough tensor, and `reason` says why it is one."""
+
+    info: Info
+    stored_bytes: int
+    bits: int | None = None
+    vector_length: int = 0  # G
+    codebook: str = ""
+    transform: str = ""
+    reason: str = ""
+    protected: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "passthrough" if self.bits is None else "quantized"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole repository, except for its values."""
+
+    settings: Settings
+    tensors: list[TensorPlan]
+    transforms: dict[str, tuple[str, int]]  # id -> kind, size
+    codebooks: dict[str, tuple[int, int]]  # id -> entries, vector_length
+    ties: dict[str, str] = field(default_factory=dict)  # alias -> source
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the stored rotation matrices; codebooks and signs are inline."""
+        return sum(4 * size * size for kind, size in self.transforms.values() if kind == "dense")
+
+    def accounting(self) -> dict[str, int | float]:
+        """The manifest's `accounting` [TQ-ACC-1, TQ-ACC-2]."""
+        quantized = [t for t in self.tensors if t.bits is not None]
+        passthrough = [t for t in self.tensors if t.bits is None]
+        original = sum(t.info.nbytes for t in self.tensors)
+        stored = sum(t.stored_bytes for t in self.tensors) + self.table_bytes
+        return {
+            "original_bytes": original,
+            "stored_bytes": stored,
+            "ratio": round(original / stored, 6) if stored else 0,
+            "quantized_tensors": len(quantized),
+            "passthrough_tensors": len(passthrough),
+            "quantized_scalars": sum(t.info.scalars for t in quantized),
+            "passthrough_scalars": sum(t.info.scalars for t in passthrough),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        tensors: dict[str, dict[str, Any]] = {}
+        for t in self.tensors:
+            entry = {"kind": t.kind, "shape": list(t.info.shape), "dtype": t.info.dtype, "stored_bytes": t.stored_bytes}
+            if t.bits is None:
+                entry |= {"reason": t.reason}
+            else:
+                entry |= {"bits": t.bits, "vector_length": t.vector_length, "transform": t.transform}
+                entry |= {"codebook": t.codebook, "protected": t.protected}
+            tensors[t.info.name] = entry
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
+        result = {"settings": settings, "accounting": self.accounting(), "tensors": tensors}
+        return result | {"tied_weights": self.ties, "notes": self.notes}
+
+
+def make_plan(source: Source, settings: Settings) -> Plan:
+    """Decide every tensor of `source`. Reads headers alone, and the bytes of tensors that look tied."""
+    missing = [name for name in settings.protect if name not in source.tensors]
+    if missing:
+        raise TQFormatError("SCHEMA.REFERENCE", f"--protect {missing[0]}", "the checkpoint has no tensor of this name")
+    ties = find_ties(source, settings)
+    plan = Plan(settings, [], {}, {}, ties, list(source.notes))
+    counts: dict[str, int] = {}  # line -> tensors that it is about
+    for name, info in source.tensors.items():
+        if name not in ties:
+            plan.tensors.append(_plan_tensor(info, settings, plan, counts))
+    plan.notes.extend(f"{line} ({count} tensor{'s' * (count > 1)})" for line, count in counts.items())
+    for pattern in settings.include + settings.exclude:
+        if not any(fnmatchcase(name, pattern) for name in source.tensors):
+            plan.notes.append(f"the glob {pattern!r} matches no tensor")
+    for fragment in settings.protect_fragments:
+        if not any(fragment in name for name in source.tensors):
+            plan.notes.append(f"no tensor name holds the protected fragment {fragment!r}")
+    plan.notes.extend(f"{alias} equals {original} byte for byte: stored once" for alias, original in ties.items())
+    return plan
+
+
+def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, int]) -> TensorPlan:
+    """Decide one tensor, and add the tables that it needs to `plan` and lines worth telling to `counts`."""
+
+    def tell(line: str) -> None:
+        counts[line] = counts.get(line, 0) + 1
+
+    bits, reason, protected = choose_bits(info, settings)
+    if bits is None:
+        if info.cols > MAX_COLS and len(info.shape) >= 2:
+            tell(f"rows of {info.cols} are beyond the format's {MAX_COLS}: kept as they are")
+        return TensorPlan(info, info.nbytes, reason=reason, protected=protected)
+    g = choose_vector_length(info.cols, settings.vector_length)
+    if settings.vector_length not in (None, g):
+        tell(f"rows of {info.cols}: vectors of {g}, their largest divisor up to {settings.vector_length}")
+    kind = {"hadamard": "hadamard", "haar": "dense", "none": "identity"}[settings.rotation]
+    size = 1 if kind == "identity" else rotation_size(kind, g)
+    if kind != "identity" and size < g:
+        what = f"rotated in blocks of {size}" if size > 1 else "not rotated"
+        tell(f"vectors of {g}: {what}, the largest size that {settings.rotation} has for them")
+    kind = "identity" if size == 1 else kind
+    transform = "identity" if size == 1 else f"{settings.rotation}-{size}"
+    codebook = f"lloyd-max-g{g}-b{bits}"
+    plan.transforms[transform] = (kind, size)
+    plan.codebooks[codebook] = (2**bits, g)
+    scale_dtype = "F32" if settings.scale_dtype == "F32" else "F16"  # BF16 is as long
+    stored = stored_bytes_of_stage(info.rows, info.cols, g, bits, scale_dtype)
+    return TensorPlan(info, stored, bits, g, codebook, transform, protected=protected)
+
+
+def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
+    """The bits of a tensor, or None and the reason why it stays as it is; and whether the protection rules matched."""
+    protected = info.name in settings.protect or any(f in info.name for f in settings.protect_fragments)
+    if info.dtype not in FLOATS:
+        return None, f"dtype {info.dtype}", protected
+    if not 2 <= len(info.shape) <= 8 or info.cols < 1:
+        return None, f"shape {list(info.shape)}", protected
+    if info.cols > MAX_COLS:
+        return None, "too many columns", protected
+    if settings.include and not any(fnmatchcase(info.name, glob) for glob in settings.include):
+        return None, "not included", protected
+    if any(fnmatchcase(info.name, glob) for glob in settings.exclude):
+        return None, "excluded", protected
+    if protected:
+        return settings.protected_bits, "" if settings.protected_bits else "protected", True
+    return settings.bits, "", False
+
+
+def choose_vector_length(cols: int, wanted: int | None) -> int:
+    """G for rows of `cols`: the largest divisor of `cols` that is not above `wanted`."""
+    return cols if wanted is None else next(d for d in divisors(cols) if d <= wanted)
+
+
+def find_ties(source: Source, settings: Settings) -> dict[str, str]:
+    """Output heads and embeddings with the same bytes and the same fate: alias -> the embedding that is stored."""
+    if source.is_inventory:
+        return {}
+    endings = EMBEDDINGS + HEADS
+    matrices = {n: i for n, i in source.tensors.items() if len(i.shape) == 2 and i.scalars >= LARGE}
+    named = {n: i for n, i in matrices.items() if n.endswith(endings)}
+    ranked = sorted(named, key=lambda n: (next(k for k, ending in enumerate(endings) if n.endswith(ending)), n))
+    ties: dict[str, str] = {}
+    for k, name in enumerate(ranked):
+        for original in ranked[:k]:
+            alike = original not in ties and original.endswith(EMBEDDINGS)
+            alike = alike and choose_bits(named[original], settings) == choose_bits(named[name], settings)
+            if alike and same_bytes(source, named[original], named[name]):
+                ties[name] = original
+                break
+    return ties
+
+
+def stored_bytes_of_stage(rows: int, cols: int, vector_length: int, bits: int, scale_dtype: str) -> int:
+    """Bytes of the codes and scales of a scalar stage with tiles of one row [TQ-CODE-4, TQ-NUM-1]."""
+    return rows * (-(-cols * bits // 8) + cols // vector_length * ITEMSIZE[scale_dtype])

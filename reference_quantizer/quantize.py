@@ -1,0 +1,253 @@
+"""Executes a plan: reads each tensor in row chunks, encodes it and hands it to the writer."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from reference_quantizer import __version__, codebook, support
+from reference_quantizer.encode import Encoded, Encoder, encode, normalise
+from reference_quantizer.plan import Plan, Settings, TensorPlan
+from reference_quantizer.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
+from reference_quantizer.source import Info, Reader, Source
+from tqformat.embed import stamped_loader
+from tqformat.load_quantized import TQFormatError, torch_dtype
+from tqformat.writer import RepoWriter, pack
+
+T = TypeVar("T")
+GENERATOR = f"reference_quantizer {__version__}"
+F16_SCALES = (2.0**-14, 65504.0)  # the normal range of F16
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the repository goes, and what its manifest says about the model."""
+
+    path: Path
+    base_model: dict[str, Any]
+    loader_kind: str
+    pipeline_tag: str | None = None
+    device: str = "cpu"
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+
+
+def quantize(source: Source, plan: Plan, target: Target, progress: "Progress | None" = None) -> Path:
+    """Write the repository that `plan` describes; returns its path. Interrupted, the same call continues."""
+    progress = progress or Progress(0, quiet=True)
+    files, _ = support.files_to_copy(source)
+    settings = plan.settings
+    with (
+        Reader(source) as reader,
+        Workers(target.device) as workers,
+        RepoWriter(
+            target.path,
+            base_model=target.base_model,
+            loader_kind=target.loader_kind,
+            pipeline_tag=target.pipeline_tag,
+            quantization=settings.to_quantization(),
+            generator=GENERATOR,
+            max_shard_bytes=target.max_shard_bytes,
+            overwrite=target.overwrite,
+            resume_key=resume_key(source, settings, target),
+        ) as writer,
+    ):
+        rotations = {name: _add_transform(writer, name, plan, target.device) for name in plan.transforms}
+        books = {name: _add_codebook(writer, name, plan, target.device) for name in plan.codebooks}
+        for item in plan.tensors:
+            if item.info.name in writer.done:
+                progress.advance(item.info.scalars)
+            elif item.bits is None:
+                chunks = (_advance(bytes_, progress, item.info) for bytes_ in reader.byte_chunks(item.info))
+                writer.add_passthrough(item.info.name, chunks, shape=item.info.shape, dtype=item.info.dtype)
+            else:
+                rotation, levels = rotations[item.transform], books[item.codebook]
+                _add_quantized(writer, reader, workers, item, settings, rotation, levels, progress)
+        for alias, original in plan.ties.items():
+            writer.tie(alias, original)
+        for path, role in files.items():
+            writer.add_file(path, role)
+        writer.add_file(support.REQUIREMENTS.encode(), "document", "requirements.txt")
+        writer.add_file(stamped_loader(), "code", "load_quantized.py")
+        progress.close()
+        return writer.finish()
+
+
+def check_device(device: str) -> None:
+    """UNSUPPORTED.DEVICE unless tensors can be made on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TQFormatError("UNSUPPORTED.DEVICE", f"--device {device}", reason) from None
+
+
+def resume_key(source: Source, settings: Settings, target: Target) -> str:
+    """A digest of everything that the weights' bytes depend on: settings, device, and the checkpoint's files."""
+    job = [GENERATOR, asdict(settings), target.device, target.max_shard_bytes, source.identity]
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _add_transform(writer: RepoWriter, name: str, plan: Plan, device: str) -> Rotation:
+    kind, size = plan.transforms[name]
+    seed, matrix = plan.settings.seed, None
+    if kind == "hadamard":
+        signs = seed_signs(seed, size).hex()
+        writer.add_transform(name, kind, size, factors=list(hadamard_factors(size) or ()), signs=signs, seed=seed)
+    elif kind == "dense":
+        matrix = haar_matrix(seed, size)
+        writer.add_transform(name, kind, size, matrix=torch.from_numpy(matrix), extra={"method": "haar", "seed": seed})
+    else:
+        writer.add_transform(name, kind, size)
+    return make_rotation(kind, size, seed, matrix, device)
+
+
+def _add_codebook(writer: RepoWriter, name: str, plan: Plan, device: str) -> Tensor:
+    entries, g = plan.codebooks[name]
+    construction = {"vector_length": g, "grid_size": plan.settings.grid_size, "iterations": plan.settings.iterations}
+    levels = torch.tensor(codebook.lloyd_max_levels(entries, **construction))
+    writer.add_codebook(name, levels, origin={"method": codebook.METHOD} | construction)
+    return levels.to(device)
+
+
+def _add_quantized(
+    writer: RepoWriter,
+    reader: Reader,
+    workers: "Workers",
+    item: TensorPlan,
+    settings: Settings,
+    rotation: Rotation,
+    levels: Tensor,
+    progress: "Progress",
+) -> None:
+    """Encode one weight chunk by chunk, as the writer asks for them."""
+    info, bits, g = item.info, item.bits or 0, item.vector_length
+    scale_dtype = choose_scale_dtype(reader, workers, info, g, settings.scale_dtype)
+    encoder = Encoder(g, rotation, levels, torch_dtype(scale_dtype), torch_dtype(info.dtype))
+    extra: dict[str, Any] = {"relative_error": 0.0}  # replaced below, before the writer records the entry
+    if item.protected:
+        extra["protected"] = True
+    scales: list[Tensor] = []
+
+    def codes() -> Iterator[Tensor]:
+        def encode_rows(rows: Tensor) -> tuple[Tensor, Encoded]:
+            result = encode(rows, encoder)
+            return pack(result.symbols, bits).cpu(), result
+
+        error = norm = 0.0
+        for packed, result in workers.map(encode_rows, reader.row_chunks(info)):
+            error, norm = error + result.squared_error, norm + result.squared_norm
+            scales.append(result.scales.cpu())
+            yield packed
+            progress.advance(result.symbols.numel())
+        extra["relative_error"] = float(f"{error / norm if norm else 0.0:.6g}")
+
+    stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}
+    stage |= {"codes": codes(), "scales": _drain(scales), "scale_dtype": scale_dtype}
+    stage |= {"vector_length": None if g == info.cols else g}
+    writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra)
+
+
+def _drain(chunks: list[Tensor]) -> Iterator[Tensor]:
+    """What is in the list when the first chunk is asked for: the writer takes the scales after the codes."""
+    yield from chunks
+
+
+def choose_scale_dtype(reader: Reader, workers: "Workers", info: Info, vector_length: int, wanted: str) -> str:
+    """The scale dtype of a weight; with `auto` F16, or BF16 where a scale would leave F16's normal range.
+
+    Reads the weight once, and raises DATA.NON_FINITE for a value that is not finite.
+    """
+    smallest, largest = math.inf, 0.0
+    for _, rms in workers.map(lambda rows: normalise(rows, vector_length), reader.row_chunks(info)):
+        if not bool(torch.isfinite(rms).all()):
+            advice = f"a value is NaN or infinite; keep the tensor as it is with --protect {info.name}"
+            raise TQFormatError("DATA.NON_FINITE", info.name, advice)
+        positive = rms[rms > 0]
+        if len(positive):
+            smallest, largest = min(smallest, positive.min().item()), max(largest, positive.max().item())
+    if wanted == "auto":
+        return "F16" if smallest >= F16_SCALES[0] and largest <= F16_SCALES[1] else "BF16"
+    if wanted == "F16" and largest > F16_SCALES[1]:
+        advice = f"a scale of {largest:g} is beyond F16; use --scale-dtype auto"
+        raise TQFormatError("DATA.NON_FINITE", info.name, advice)
+    return wanted
+
+
+def _advance(chunk: memoryview, progress: "Progress", info: Info) -> Tensor:
+    progress.advance(len(chunk) * info.scalars // max(1, info.nbytes))
+    return torch.frombuffer(chunk, dtype=torch.uint8)
+
+
+class Workers:
+    """A few threads that work on row chunks, each with one core, and hand back the results in order.
+
+    One core for each chunk keeps sums and products the same on machines with other numbers of cores. A context manager.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.count = 1 if device != "cpu" else min(4, os.cpu_count() or 1)
+
+    def __enter__(self) -> "Workers":
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)
+
+    def map(self, function: Callable[[Tensor], T], chunks: Iterable[Tensor]) -> Iterator[T]:
+        """`function` of each chunk, converted to float32 on the device; as many chunks exist as there are threads."""
+        waiting: deque[Future[T]] = deque()
+        for chunk in chunks:
+            rows = chunk.to(self.device, torch.float32, copy=True)  # the chunk's memory is used again for the next one
+            waiting.append(self._pool.submit(function, rows))
+            if len(waiting) >= self.count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Progress:
+    """Scalars done: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, total: int, quiet: bool = False, every: float = 10.0) -> None:
+        self.total, self.done, self.every = total, 0, every
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if not quiet and not self._lines:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="w", unit_scale=True, desc="quantizing", file=sys.stderr)
+
+    def advance(self, scalars: int) -> None:
+        """Count `scalars` more as done."""
+        self.done += scalars
+        if self._bar is not None:
+            self._bar.update(scalars)
+        elif self._lines and time.monotonic() - self._last >= self.every:
+            self._last = time.monotonic()
+            rate = self.done / (self._last - self._start) / 1e6
+            share = 100 * self.done / max(1, self.total)
+            print(f"quantizing: {share:.0f}% of {self.total:,} weights, {rate:.1f} M/s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

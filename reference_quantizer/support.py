@@ -1,0 +1,125 @@
+"""What surrounds the weights of a checkpoint: support files, licence, and which class builds the model."""
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from reference_quantizer.source import Source
+from tqformat.load_quantized import LOADER_KINDS, TQFormatError
+
+REQUIREMENTS = "torch>=2.4\ntransformers>=5\naccelerate\nhuggingface_hub\nsafetensors\n"
+
+PATTERNS = {  # role -> file names, compared in lower case
+    "support": [
+        *("*config*.json", "*token*.json", "vocab*", "merges*.txt", "*chat_template*", "*.jinja", "normalizer.json"),
+        *("tokenizer*", "*.model", "*.spm", "*.tiktoken"),
+    ],
+    "document": ["licen[cs]e*", "notice*", "copying*", "copyright*", "use_policy*", "*_license*", "*_licence*"],
+}
+NEVER = ["quant_manifest.json", "readme.md", "load_quantized.py", "*.safetensors", "*.index.json", "*.bin", "*.pt"]
+NEVER += ["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "eval_summary.json", "sample_generations.json"]
+FRONT_LICENSE = r"^license:[ \t]*\n?[ \t]*(?:-[ \t]*)?[\"']?([\w.+-]+)"
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # [TQ-REPO-2]
+
+ARCHITECTURES = {  # ending of a class name -> loader kind
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageTextToText": "image-text-to-text",
+    "ForSeq2SeqLM": "text2text-generation",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "Model": "feature-extraction",
+}
+LICENCES = {  # words that must all occur in a licence file -> identifier on the Hub
+    "apache-2.0": ["Apache License", "Version 2.0, January 2004"],
+    "mit": ["Permission is hereby granted, free of charge", "THE SOFTWARE IS PROVIDED"],
+    "bsd-3-clause": ["Redistribution and use in source and binary forms", "Neither the name"],
+    "gpl-3.0": ["GNU GENERAL PUBLIC LICENSE", "Version 3, 29 June 2007"],
+}
+
+
+def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
+    """The files to copy beside the weights with their roles, in order of names, and lines about those left behind."""
+    roles: dict[Path, str] = {}
+    notes: list[str] = []
+    lower: set[str] = set()
+    for path in sorted(p for p in source.path.iterdir() if p.is_file()):
+        role = _role(path.name, remote_code="auto_map" in (source.config or {}))
+        if role is None:
+            continue
+        if not FILE_NAME.fullmatch(path.name) or path.name.lower() in lower:
+            notes.append(f"{path.name}: not copied, the format does not allow this file name")
+            continue
+        lower.add(path.name.lower())
+        roles[path] = role
+        if role == "code":
+            notes.append(f"{path.name}: copied, since config.json names code; read it before you trust it")
+    return roles, notes
+
+
+def _role(name: str, remote_code: bool) -> str | None:
+    lower = name.lower()
+    if any(fnmatchcase(lower, pattern) for pattern in NEVER):
+        return None
+    if lower.endswith(".py"):
+        return "code" if remote_code else None
+    matches = (role for role, patterns in PATTERNS.items() if any(fnmatchcase(lower, p) for p in patterns))
+    return next(matches, None)
+
+
+def find_loader_kind(config: dict[str, Any] | None) -> str:
+    """The manifest's `loader_kind` that a config.json calls for; SCHEMA.VALUE where that is not clear [TQ-MAN-5]."""
+    advice = f"pass --loader-kind, one of: {', '.join(LOADER_KINDS)}"
+    if config is None:
+        raise TQFormatError("BIND.MISSING_FILE", "config.json", f"not there, so the model class is unknown; {advice}")
+    names = config.get("architectures")
+    names = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+    kinds = {_architecture_kind(name, config) for name in names}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        found = ", ".join(names) or "none"
+        raise TQFormatError("SCHEMA.VALUE", "config.json: architectures", f"found {found[:200]}: not clear; {advice}")
+    return kind
+
+
+def _architecture_kind(name: str, config: dict[str, Any]) -> str | None:
+    if name.endswith("ForConditionalGeneration"):
+        if "vision_config" in config:
+            return "image-text-to-text"
+        if "num_mel_bins" in config:
+            return "automatic-speech-recognition"
+        return "text2text-generation" if config.get("is_encoder_decoder") else None
+    if name.endswith(("EncoderDecoderModel", "DoubleHeadsModel")):
+        return None
+    return next((kind for ending, kind in ARCHITECTURES.items() if name.endswith(ending)), None)
+
+
+def refuse_quantized(config: dict[str, Any] | None) -> None:
+    """A checkpoint that another method has already quantized is an error: its tensors are not the weights."""
+    found = (config or {}).get("quantization_config") or (config or {}).get("compression_config")
+    if found:
+        method = found.get("quant_method", "?") if isinstance(found, dict) else "?"
+        message = f"the checkpoint is already quantized ({method}); start from the model it was made from"
+        raise TQFormatError("SCHEMA.VALUE", "config.json: quantization_config", message)
+
+
+def find_license(path: Path) -> str | None:
+    """The licence identifier in the model card's front matter, else that of a licence file that is easily recognised."""
+    card = path / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
+        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        found = re.search(FRONT_LICENSE, front[1], re.MULTILINE) if front else None
+        if found:
+            return found[1].lower()
+    for candidate in sorted(
+        p for p in path.iterdir() if re.match("licen[cs]e|copying", p.name.lower()) and p.is_file()
+    ):
+        text = " ".join(candidate.read_text(encoding="utf-8", errors="replace")[:20000].split())
+        for name, words in LICENCES.items():
+            if all(w in text for w in words):
+                return name
+    return None

@@ -1,0 +1,1 @@
+"""The JSON schemas of tqformat, as package data."""

@@ -1,0 +1,176 @@
+"""Shared helpers: repositories with random codes for every setting, and repositories made from model checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tqformat import RepoWriter, pack
+from tqformat.load_quantized import MANIFEST
+
+ROOT = Path(__file__).parents[1]
+HEAD: dict[str, Any] = {
+    "base_model": {"id": "org/base"},
+    "quantization": {"method": "test", "bits": 4},
+    "generator": "tests 1",
+}
+needs_cuda = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+
+def new_writer(path: Path, loader_kind: str = "text-generation", **options: Any) -> RepoWriter:
+    return RepoWriter(path, **{**HEAD, "loader_kind": loader_kind, **options})
+
+
+def random_symbols(
+    rng: np.random.Generator, tiles: int, n: int, bits: int, window: int, entries: int | None = None
+) -> torch.Tensor:
+    """Symbols int32 [tiles, n]; with window > bits those of a random stream."""
+    if window == bits:
+        return torch.from_numpy(rng.integers(0, entries or 1 << bits, (tiles, n), dtype=np.int32))
+    stream = rng.integers(0, 2, (tiles, n * bits))
+    place = (np.arange(n)[:, None] * bits + np.arange(window)) % (n * bits)  # [n, window] [TQ-CODE-6]
+    return torch.from_numpy((stream[:, place] << np.arange(window)).sum(-1).astype(np.int32))
+
+
+def random_stage(rng: np.random.Generator, shape: Iterable[int], p: int = 1, **stage: Any) -> dict[str, Any]:
+    """A stage for add_quantized with random codes and scales; `p` is the codebook's dimension."""
+    *leading, cols = shape
+    rows, bits = int(np.prod(leading, dtype=np.int64)), stage["bits"]
+    tr, tc = stage.get("tile") or (1, cols)
+    symbols = random_symbols(
+        rng, rows * cols // (tr * tc), tr * tc // p, bits, stage.get("window") or bits, stage.pop("entries", None)
+    )
+    scales = rng.uniform(0.01, 0.02, (rows, cols // (stage.get("vector_length") or cols)))
+    dtype = stage.pop("scale_dtype", torch.float32)
+    return {**stage, "codes": pack(symbols, bits, stage.get("window")), "scales": torch.tensor(scales).to(dtype)}
+
+
+def random_signs(rng: np.random.Generator, size: int) -> str:
+    data = bytearray(rng.bytes(-(-size // 8)))
+    if size % 8:
+        data[-1] &= (1 << size % 8) - 1
+    return data.hex()
+
+
+def every_setting(writer: RepoWriter, seed: int = 0) -> None:
+    """Adds one weight for each decode setting, and passthrough tensors of several dtypes."""
+    rng = np.random.default_rng(seed)
+    levels = [-1.51, -0.4528, 0.4528, 1.51]
+    add = writer.add_quantized
+
+    writer.add_transform("i", "identity", 1)
+    writer.add_transform("h", "hadamard", 24, factors=[2, 12], signs=random_signs(rng, 24))
+    writer.add_transform("q", "dense", 8, matrix=torch.linalg.qr(torch.from_numpy(rng.normal(size=(8, 8))).float())[0])
+    pairs = np.stack([rng.permutation(8).reshape(4, 2) for _ in range(3)]).astype(np.int32)
+    writer.add_transform("g", "givens", 8, pairs=pairs, angles=rng.normal(size=(3, 4)).astype(np.float32))
+    writer.add_codebook("c", levels)
+    writer.add_codebook("vector", torch.from_numpy(rng.normal(size=(16, 4))).half(), stored=True)
+    writer.add_codebook("row", torch.from_numpy(rng.normal(size=(6, 4, 1))).float())
+    writer.add_codebook("trellis", torch.from_numpy(rng.normal(size=64)).float())
+    writer.add_codebook("ternary", [-1.0, 0.0, 1.0])
+
+    def stage(shape: list[int], transform: str, codebook: str, bits: int = 2, **keys: Any) -> dict[str, Any]:
+        return random_stage(rng, shape, transform=transform, codebook=codebook, bits=bits, **keys)
+
+    add("plain", [6, 48], "BF16", [stage([6, 48], "i", "c", scale_dtype=torch.bfloat16)])
+    add("hadamard", [6, 48], "F16", [stage([6, 48], "h", "c", vector_length=24, scale_dtype=torch.float16)])
+    add("dense", [6, 48], "F32", [stage([6, 48], "q", "c")])
+    add("givens", [6, 48], "F32", [stage([6, 48], "g", "c", vector_length=16)])
+    add("vector", [6, 48], "F32", [stage([6, 48], "h", "vector", bits=4, p=4)])
+    add("row", [2, 3, 48], "F32", [stage([2, 3, 48], "i", "row")])
+    add("trellis", [6, 48], "F32", [stage([6, 48], "h", "trellis", window=6, tile=[2, 16])])
+    add("ternary", [3, 5], "F32", [stage([3, 5], "i", "ternary", entries=3)])
+    stages = [stage([6, 48], "h", "c"), stage([6, 48], "q", "c", tile=[3, 24])]
+    add("stages", [6, 48], "BF16", stages, column_scale=torch.from_numpy(rng.uniform(0.5, 2, 48)).half())
+    add("conv", [2, 3, 2, 2, 24], "F32", [stage([2, 3, 2, 2, 24], "h", "c")])
+    add("empty", [0, 24], "F32", [stage([0, 24], "h", "c")])
+    writer.add_passthrough("norm", torch.from_numpy(rng.normal(size=48)).bfloat16())
+    writer.add_passthrough("count", torch.tensor(7))
+    writer.add_passthrough("mask", torch.tensor([[True, False, True]]))
+    writer.add_passthrough("none", torch.empty(0, 3))
+    writer.tie("plain.alias", "plain")
+
+
+def quantize_simply(writer: RepoWriter, name: str, weight: torch.Tensor, dtype: str, bits: int = 4) -> None:
+    """Rounds a weight to evenly spaced levels, one scale per row; needs the codebook `c<bits>` and the transform `i`."""
+    matrix = weight.reshape(-1, weight.shape[-1]).float()
+    scales = matrix.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+    top = (1 << bits) - 1
+    symbols = ((matrix / scales / 2.5 + 1) / 2 * top).round().clamp(0, top).int()
+    codes = {"bits": bits, "codebook": f"c{bits}", "transform": "i", "codes": pack(symbols, bits), "scales": scales}
+    writer.add_quantized(name, weight.shape, dtype, [codes])
+
+
+def repo_from_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    loader_kind: str,
+    extra: dict[str, torch.Tensor] | None = None,
+    drop: Iterable[str] = (),
+    ties: dict[str, str] | None = None,
+    **options: Any,
+) -> Path:
+    """Quantizes every matrix of a saved checkpoint at 4 bit, keeps the rest, and adds its configuration files."""
+    from safetensors.torch import load_file
+
+    names = {DTYPE: name for DTYPE, name in ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16"))}
+    with new_writer(out, loader_kind, **options) as writer:
+        writer.add_transform("i", "identity", 1)
+        writer.add_codebook("c4", torch.linspace(-2.5, 2.5, 16))
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            tensors |= load_file(file)
+        for name, tensor in {**tensors, **(extra or {})}.items():
+            if name in (drop or ()) or name in (ties or {}):
+                continue
+            if tensor.dim() >= 2 and tensor.dtype in names:
+                quantize_simply(writer, name, tensor, names[tensor.dtype])
+            else:
+                writer.add_passthrough(name, tensor)
+        for alias, source in (ties or {}).items():
+            writer.tie(alias, source)
+        for file in sorted(checkpoint.glob("*.json")):
+            if not file.name.endswith(".index.json"):
+                writer.add_file(file, "support")
+        return writer.finish()
+
+
+def edit_manifest(repo: Path, change: Any) -> None:
+    manifest = json.loads((repo / MANIFEST).read_text("utf-8"))
+    change(manifest)
+    (repo / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+
+
+def run_python(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 120, check: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    """Runs a fresh interpreter, offline; other settings of this process are inherited."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd, timeout=timeout, check=check
+    )
+
+
+@pytest.fixture
+def settings_repo(tmp_path: Path) -> Path:
+    """A repository with one weight for each decode setting."""
+    with new_writer(tmp_path / "settings") as writer:
+        every_setting(writer)
+        return writer.finish()
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test talks to the Hub; the stand-in Hub of test_hub.py runs against a subprocess."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,108 @@
+"""Imports run one way: load_quantized <- writer <- reference_quantizer; conformance shares no code with tqformat."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+
+OURS = ("tqformat", "reference_quantizer", "conformance", "schemas", "tests", "benchmarks")
+
+
+def imports(file: Path) -> dict[str, bool]:
+    """Absolute module name -> whether it is imported when the file is; relative imports and names are resolved."""
+    package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
+    found: dict[str, bool] = {}
+
+    def visit(node: ast.AST, top: bool) -> None:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+            argument = node.args[0]
+            names = [argument.value if isinstance(argument, ast.Constant) else "?"]
+        for name in names:
+            found[name] = found.get(name, False) or top
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child, top)
+            return
+        inside = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(file.read_text("utf-8")), True)
+    return found
+
+
+def roots(file: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(file)}
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, package
+    return files
+
+
+def ids(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_the_loader_stands_alone() -> None:
+    found = roots(ROOT / "tqformat" / "load_quantized.py")
+    assert not found & set(OURS)
+    third = {name for name in found if name not in sys.stdlib_module_names}
+    assert third <= {"torch", "safetensors", "transformers", "accelerate", "huggingface_hub"}
+    at_once = {name.partition(".")[0] for name, top in imports(ROOT / "tqformat" / "load_quantized.py").items() if top}
+    assert at_once <= set(sys.stdlib_module_names)
+    assert "__future__" not in found  # with @dataclass it fails in a module that is not in sys.modules
+
+
+@pytest.mark.parametrize("file", sources("tqformat"), ids=ids)
+def test_tqformat_imports_no_other_package_of_ours(file: Path) -> None:
+    assert roots(file) & set(OURS) <= {"tqformat"}
+
+
+def test_reading_does_not_import_writing() -> None:
+    assert not [name for name in imports(ROOT / "tqformat" / "embed.py") if "writer" in name and imports_at_once("embed.py", name)]
+    writer = imports(ROOT / "tqformat" / "writer.py")
+    assert not [name for name in writer if name.startswith(("tqformat.embed", "tqformat.__main__"))]
+
+
+def imports_at_once(file: str, name: str) -> bool:
+    return imports(ROOT / "tqformat" / file)[name]
+
+
+@pytest.mark.parametrize("file", sources("reference_quantizer"), ids=ids)
+def test_the_quantizer_does_not_import_conformance(file: Path) -> None:
+    assert roots(file) & set(OURS) <= {"reference_quantizer", "tqformat", "schemas"}
+
+
+@pytest.mark.parametrize("file", sources("conformance"), ids=ids)
+def test_conformance_shares_no_code_with_tqformat(file: Path) -> None:
+    allowed = {"conformance", "schemas"}
+    if (ROOT / "conformance" / "adapters") in file.parents:  # these run tqformat as one of the implementations under test
+        allowed |= {"tqformat", "torch"}
+    assert not roots(file) & {"tqformat", "torch", "safetensors", "reference_quantizer", "transformers"} - allowed
+    assert roots(file) & set(OURS) <= allowed
+
+
+def test_this_test_can_see_an_import(tmp_path: Path) -> None:
+    inner = ROOT / "tqformat" / "__main__.py"
+    assert {"tqformat.load_quantized", "tqformat.load_quantized.Repo"} <= imports(inner).keys()
+    assert imports(inner)["tqformat.writer"] is False and imports(inner)["tqformat.load_quantized"] is True
+
+
+def test_importing_tqformat_imports_no_torch() -> None:
+    code = (
+        "import sys, tqformat; tqformat.read_manifest, tqformat.load;"
+        "print(sorted({'torch', 'numpy', 'safetensors', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = run_python("-c", code)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
