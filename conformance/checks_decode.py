@@ -12,8 +12,8 @@ import numpy as np
 
 from conformance import isolate, oracle
 from conformance.check import check
-from conformance.checks_binding import NAMED
 from conformance.checks_data import PACKED, floats, read_floats
+from conformance.checks_structure import NAMED
 from conformance.container import DTYPES
 from conformance.findings import Finding, NotReachedError, brief, join
 from conformance.jsonio import read_object

@@ -41,7 +41,7 @@ def manifest_missing(repo: Subject) -> Iterator[Finding]:
     needs=("manifest.missing",),
 )
 def manifest_type(repo: Subject) -> Iterator[Finding]:
-    if (kind := repo.folder.kind(MANIFEST)) != "file":
+    if (kind := repo.folder.kind(MANIFEST)) not in ("file", "missing"):
         yield Finding(f"expected a regular file, found a {kind}")
 
 

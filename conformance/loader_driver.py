@@ -33,12 +33,10 @@ NAMES = {
         for kind, short in (("int", "I"), ("uint", "U"), ("float", "F"))
         for bits in (8, 16, 32, 64)
     },
-    **{
-        "torch.bool": "BOOL",
-        "torch.bfloat16": "BF16",
-        "torch.float8_e5m2": "F8_E5M2",
-        "torch.float8_e4m3fn": "F8_E4M3",
-    },
+    "torch.bool": "BOOL",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fn": "F8_E4M3",
 }
 
 

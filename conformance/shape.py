@@ -46,7 +46,8 @@ def shape_findings(manifest: dict[str, Any]) -> list[Finding]:
                 findings.append(finding)
     # what a key of another kind holds does not matter
     stray = tuple(f"{finding.pointer}/" for finding in findings if finding.kind == "ambiguous")
-    return [f for f in findings if f.kind == "ambiguous" or not f"{f.pointer}/".startswith(stray)]
+    findings = [f for f in findings if f.kind == "ambiguous" or not f"{f.pointer}/".startswith(stray)]
+    return [f for f in findings if f.pointer not in ("/format", "/format_version")]  # judged before all else
 
 
 # jsonschema, made strict

@@ -1,5 +1,6 @@
 """The reference quantizer as a program: plans, sources, whole jobs, interruptions."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -85,8 +86,8 @@ def run(*args: Any) -> int:
     return main(["quantize", *map(str, args), "--quiet"])
 
 
-def files_of(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+def files_of(path: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -283,7 +283,12 @@ def _check_transform(t: Transform, where: str) -> None:
     ok = (t.kind != "dense" or t.size <= 4096) and (t.kind != "givens" or t.size % 2 == 0)  # [TQ-TRAN-7, TQ-TRAN-8]
     require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
     if t.factors is not None and t.signs is not None:  # [TQ-TRAN-4, TQ-TRAN-5]
-        ok = 1 <= len(t.factors) <= 20 and 1 not in t.factors and math.prod(t.factors) == t.size and all(map(_order_kind, t.factors))
+        ok = (
+            1 <= len(t.factors) <= 20
+            and 1 not in t.factors
+            and math.prod(t.factors) == t.size
+            and all(map(_order_kind, t.factors))
+        )
         require(ok, "SCHEMA.VALUE", f"{where}.factors", f"Sylvester or Paley orders with product {t.size}", t.factors)
         ok = len(t.signs) == 2 * -(-t.size // 8) and (t.size % 8 == 0 or int(t.signs[-2:], 16) >> t.size % 8 == 0)
         require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
@@ -666,7 +671,7 @@ class Repo:
         group = (1 << (22 if device.type == "cuda" else 20)) // (height * matrix.shape[1])
         step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
         with self._lock, full_precision(device):
-            for a in range(0, len(matrix), step):
+            for a in range(0, max(1, len(matrix)), step):  # tables are looked at even where there are no rows
                 b = min(len(matrix), a + step)
                 try:
                     matrix[a:b] = self._decode(w, a, b, device)
