@@ -464,7 +464,7 @@ def lookup(symbols: "Tensor", levels: "Tensor") -> "Tensor":
         first = torch.arange(len(symbols), device=symbols.device) * levels.shape[1]
         symbols, levels = symbols + first[:, None], levels.flatten(0, 1)
     table = levels[:, 0] if levels.shape[1] == 1 else levels  # one-dimensional look-up is several times faster
-    return table.index_select(0, symbols.flatten()).reshape(len(symbols), -1)
+    return table.index_select(0, symbols.flatten()).reshape(len(symbols), symbols.shape[1] * levels.shape[1])
 
 
 # 8 Transforms: each is built as its inverse, a function of blocks float32 [m, B] ---------------------------------------
@@ -708,7 +708,7 @@ class Repo:
             levels = finite(self._read(book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
         scales = finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
         require(not bool((scales < 0).any()), "DATA.SCALE", f"{where}.scales", "scales >= 0")  # [TQ-NUM-1]
-        y = lookup(symbols, levels).reshape(b - a, -1, g) * scales[:, :, None]
+        y = lookup(symbols, levels).reshape(b - a, cols // g, g) * scales[:, :, None]
         inverse = self._table("transforms/" + s.transform, device, lambda: self._inverse(transform, device))
         return inverse(y.reshape(-1, transform.size)).reshape(b - a, cols)  # type: ignore[no-any-return]
 
