@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from importlib.resources import files
@@ -124,4 +125,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a check is short and makes hardly a cycle; the collector would visit millions of JSON values in vain
     sys.exit(main())

@@ -119,11 +119,10 @@ def main() -> None:
             module = importlib.util.module_from_spec(specification)
             sys.modules["load_quantized"] = module  # dataclasses look their module up
             specification.loader.exec_module(module)
-            torch = sys.modules["torch"]
             with module.open_repo(repository) as repo:
                 for name in repo.names():
                     tensor = repo.dequantize(name).detach().cpu().contiguous()
-                    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+                    data = memoryview(tensor.reshape(-1).view(sys.modules["torch"].uint8).numpy())
                     dtype = NAMES.get(str(tensor.dtype), str(tensor.dtype))
                     say(event="tensor", name=name, dtype=dtype, shape=list(tensor.shape), size=len(data))
                     write(data)

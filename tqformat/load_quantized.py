@@ -19,7 +19,6 @@ import re
 import threading
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -509,36 +508,40 @@ def _split(f: int) -> list[int]:
     return [32, *_split(f // 32)] if f & (f - 1) == 0 and f > 32 else [f]
 
 
+def wide(y: "Tensor") -> "Tensor":
+    """float64 where the device has it: rounding never shows, whatever float32 settings the program around has [TQ-NUM-5]."""
+    return y if y.device.type == "mps" else y.double()
+
+
 def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
     """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5]."""
     import torch
 
     size = math.prod(factors)
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
-    s = ((1.0 - 2.0 * bits.flatten()[:size].double()) / math.sqrt(size)).float().to(device)
-    matrices = [hadamard_factor(part).to(device).float() for f in factors for part in _split(f)]
+    s = wide((1.0 - 2.0 * bits.flatten()[:size]).to(device)) / math.sqrt(size)
+    matrices = [wide(hadamard_factor(part).to(device)) for f in factors for part in _split(f)]
 
     def inverse(y: "Tensor") -> "Tensor":
-        below = size
+        y, below = wide(y), size
         for h in matrices:
             below //= len(h)
             y = y.reshape(-1, len(h)) @ h if below == 1 else h.t() @ y.reshape(-1, len(h), below)
-        return y.reshape(-1, size) * s
+        return (y.reshape(-1, size) * s).float()
 
     return inverse
 
 
 def inverse_givens(pairs: "Tensor", angles: "Tensor") -> Callable[["Tensor"], "Tensor"]:
     """Rotates back, last round first; pairs [rounds, B/2, 2], angles [rounds, B/2] [TQ-TRAN-8]."""
-    rounds = [
-        (p[:, 0], p[:, 1], a.cos().float(), a.sin().float()) for p, a in zip(pairs.long(), angles.double(), strict=True)
-    ]
+    rounds = [(p[:, 0], p[:, 1], a.cos(), a.sin()) for p, a in zip(pairs.long(), wide(angles), strict=True)]
 
     def inverse(y: "Tensor") -> "Tensor":
+        y = wide(y)
         for i, j, c, s in reversed(rounds):
             a, b = y[:, i], y[:, j]
             y = y.index_copy(1, i, c * a + s * b).index_copy(1, j, c * b - s * a)
-        return y
+        return y.float()
 
     return inverse
 
@@ -552,20 +555,6 @@ def torch_dtype(name: str) -> "torch.dtype":
 
     plain = name.replace("U", "uint").replace("I", "int").replace("F", "float")
     return getattr(torch, TORCH_NAMES.get(name, plain))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def full_precision(device: "torch.device") -> Iterator[None]:
-    """float32 products in float32, whatever the program around has set [TQ-NUM-5]."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.device("cpu"), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def finite(values: "Tensor", where: str) -> "Tensor":
@@ -668,9 +657,9 @@ class Repo:
         result = torch.empty(w.shape, dtype=dtype or torch_dtype(w.dtype), device=device)
         matrix = result.reshape(-1, w.shape[-1] if w.stages else 1)  # [rows, cols]; passthrough: [scalars, 1]
         height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
-        group = (1 << (22 if device.type == "cuda" else 20)) // (height * matrix.shape[1])
+        group = (1 << (22 if device.type == "cuda" else 18)) // (height * matrix.shape[1])
         step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
-        with self._lock, full_precision(device):
+        with self._lock, torch.no_grad():
             for a in range(0, max(1, len(matrix)), step):  # tables are looked at even where there are no rows
                 b = min(len(matrix), a + step)
                 try:
@@ -723,7 +712,7 @@ class Repo:
 
         if t.matrix is not None:  # [TQ-TRAN-7]
             q = finite(self._read(t.matrix).to(device).float(), "transform")
-            return lambda y: y @ q
+            return lambda y: (wide(y) @ wide(q)).float()
         if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
             pairs, angles = self._read(t.pairs), finite(self._read(t.angles), "transform")
             ok = torch.equal(pairs.flatten(1).sort(1).values, torch.arange(t.size).expand(len(pairs), -1).int())

@@ -27,6 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from .load_quantized import (
     DTYPES,
     FEATURES,
@@ -260,7 +265,25 @@ class RepoWriter:
         self._tied: dict[str, str] = {}
         self._sources: dict[str, tuple[str, Path | bytes]] = {}
         self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._lock()
         self._open_spool(json.dumps({"tqformat": FORMAT_VERSION, "key": resume_key}))
+
+    def _lock(self) -> None:
+        """Holds .<name>.lock until the writer closes, so that two writers of one target cannot mix their spools."""
+        self._lock_path = self.path.with_name(f".{self.path.name}.lock")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = open(self._lock_path, "w")  # noqa: SIM115 (closed in _unlock)
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock_file.close()
+                raise BlockingIOError(f"another process is writing {self.path} (it holds {self._lock_path})") from None
+
+    def _unlock(self) -> None:
+        if not self._lock_file.closed:
+            self._lock_path.unlink(missing_ok=True)
+            self._lock_file.close()
 
     def _open_spool(self, first_line: str) -> None:
         journal, spool = self._partial / "journal.jsonl", self._partial / "spool"
@@ -277,6 +300,8 @@ class RepoWriter:
             self._parts |= record["parts"]
             end = record["end"]
         self._spool, self._journal = open(spool, "ab"), open(journal, "ab")  # noqa: SIM115 (closed in _close)
+        if self._spool.tell() < end:
+            raise OSError(f"{spool} ends early; remove {self._partial} and start again")
         self._spool.truncate(end)
         self._journal.truncate(sum(len(line.encode()) + 1 for line in lines))
         self._pending: list[str] = []
@@ -291,16 +316,16 @@ class RepoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._spool.closed:
-            return
         self._close()
         if not self._resumable:
             shutil.rmtree(self._partial, ignore_errors=True)
+        self._unlock()
 
     def _close(self) -> None:
-        self._commit()
-        self._spool.close()
-        self._journal.close()
+        if not self._spool.closed:
+            self._commit()
+            self._spool.close()
+            self._journal.close()
 
     def _add(
         self, table: str, id: str, entry: dict[str, Any], parts: dict[str, tuple[str, tuple[int, ...], Iterable[Data]]]
@@ -387,8 +412,8 @@ class RepoWriter:
         """Adds a quantized weight. Each stage has the keys of SPEC section 4, with data instead of storage names.
 
         `codes` is uint8 [tiles, tile_bytes] and `scales` [rows, cols/G]; either may be an iterable of chunks along the first
-        dimension, and `scale_dtype` then names the dtype of the scales. Only one chunk need exist at a time, except that
-        all codes of a stage are taken before its scales.
+        dimension, and `scale_dtype` then names the dtype of the scales. All codes of a stage are taken before its scales.
+        `extra` is recorded once everything has been taken, so an encoder may still fill it in while it yields chunks.
         """
         entry: dict[str, Any] = {
             "kind": "quantized",
@@ -512,6 +537,7 @@ class RepoWriter:
         open_repo(built, verify=False).close()
         publish(built, self.path, self._overwrite)
         shutil.rmtree(self._partial)
+        self._unlock()
         return self.path
 
 
