@@ -10,7 +10,9 @@ from load_quantized import load_quantized_model, load_tokenizer  # noqa: E402
 
 model, manifest = load_quantized_model(sys.argv[1], device="cpu")
 tokenizer = load_tokenizer(sys.argv[1])
-print(f"{manifest['base_model']['id']} at {manifest['quantization']['bits']} bit, {sum(p.numel() for p in model.parameters()):,} weights")
+print(
+    f"{manifest['base_model']['id']} at {manifest['quantization']['bits']} bit, {sum(p.numel() for p in model.parameters()):,} weights"
+)
 for question in sys.argv[2:]:
     chat = [{"role": "user", "content": question}]
     batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -41,7 +41,7 @@ def main() -> None:
     run(sys.executable, "-m", "tqformat", "verify", str(release))
 
     step("4. load with the repository's own load_quantized.py, where tqformat cannot be imported, and ask")
-    run(sys.executable, "-I", str(CODE), str(release), QUESTION, "Give three tips for staying healthy.")
+    run(sys.executable, "-I", str(CODE), str(release), QUESTION, "Why do people like music?")
 
     step("5. what is stored")
     run(sys.executable, "-m", "tqformat", "inspect", str(release))

@@ -577,7 +577,7 @@ class Repo:
         )  # [TQ-REPO-5]
         self.spans: dict[str, Span] = {}
         self._files: list[BinaryIO] = []
-        self._tables: dict[tuple[str, str], Any] = {}
+        self._tables: dict[str, Any] = {}
         try:
             self._open_payload(m)
         except BaseException:
@@ -660,6 +660,7 @@ class Repo:
         group = (1 << (22 if device.type == "cuda" else 18)) // (height * matrix.shape[1])
         step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
         with self._lock, torch.no_grad():
+            self._tables.clear()  # a dense matrix may take 128 MiB: those of one weight must not add up with another's
             for a in range(0, max(1, len(matrix)), step):  # tables are looked at even where there are no rows
                 b = min(len(matrix), a + step)
                 try:
@@ -692,13 +693,13 @@ class Repo:
         require(ok, "PACK.CODE_RANGE", f"{where}.codes", f"symbols below {book.entries}")
         symbols = symbols.reshape(-1, cols // tc, tr, tc // p).transpose(1, 2).reshape(b - a, cols // p)  # [TQ-CODE-3]
         if book.rows is None:
-            levels = self._table("codebooks/" + s.codebook, device, lambda: self._levels(book).to(device))
+            levels = self._table("codebooks/" + s.codebook, lambda: self._levels(book).to(device))
         else:
             levels = finite(self._read(book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
         scales = finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
         require(not bool((scales < 0).any()), "DATA.SCALE", f"{where}.scales", "scales >= 0")  # [TQ-NUM-1]
         y = lookup(symbols, levels).reshape(b - a, cols // g, g) * scales[:, :, None]
-        inverse = self._table("transforms/" + s.transform, device, lambda: self._inverse(transform, device))
+        inverse = self._table("transforms/" + s.transform, lambda: self._inverse(transform, device))
         return inverse(y.reshape(-1, transform.size)).reshape(b - a, cols)  # type: ignore[no-any-return]
 
     def _levels(self, book: Codebook) -> "Tensor":
@@ -711,8 +712,8 @@ class Repo:
         import torch
 
         if t.matrix is not None:  # [TQ-TRAN-7]
-            q = finite(self._read(t.matrix).to(device).float(), "transform")
-            return lambda y: (wide(y) @ wide(q)).float()
+            q = wide(finite(self._read(t.matrix).to(device).float(), "transform"))
+            return lambda y: (wide(y) @ q).float()
         if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
             pairs, angles = self._read(t.pairs), finite(self._read(t.angles), "transform")
             ok = torch.equal(pairs.flatten(1).sort(1).values, torch.arange(t.size).expand(len(pairs), -1).int())
@@ -722,14 +723,11 @@ class Repo:
             return inverse_hadamard(t.factors, t.signs, device)
         return lambda y: y  # [TQ-TRAN-2]
 
-    def _table(self, name: str, device: "torch.device", make: Callable[[], Any]) -> Any:
-        """What `make` gives, remembered; forgotten again after 16 others, as a dense matrix can take 64 MiB."""
-        key = (name, str(device))
-        if key not in self._tables:
-            if len(self._tables) >= 16:
-                self._tables.clear()
-            self._tables[key] = make()
-        return self._tables[key]
+    def _table(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for each weight."""
+        if name not in self._tables:
+            self._tables[name] = make()
+        return self._tables[name]
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
         """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU."""

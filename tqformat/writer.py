@@ -37,11 +37,13 @@ from .load_quantized import (
     FEATURES,
     LOADER_KINDS,
     MANIFEST,
+    FileName,
     Manifest,
     TQFormatError,
     Weight,
     check_weight,
     open_repo,
+    parse_json,
     stored_tensors,
     torch_dtype,
     typed,
@@ -287,7 +289,7 @@ class RepoWriter:
 
     def _open_spool(self, first_line: str) -> None:
         journal, spool = self._partial / "journal.jsonl", self._partial / "spool"
-        lines = journal.read_text("utf-8").split("\n")[:-1] if self._resumable and journal.exists() else []
+        lines = journal.read_text("utf-8", "replace").split("\n")[:-1] if self._resumable and journal.exists() else []
         if not lines or lines[0] != first_line:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
@@ -482,6 +484,7 @@ class RepoWriter:
     def add_file(self, source: str | os.PathLike[str] | bytes, role: str, name: str | None = None) -> None:
         """Adds a file, role support, code or document [TQ-REPO-3]; `name` defaults to the source's."""
         name = name or Path(os.fsdecode(source) if not isinstance(source, bytes) else "").name
+        typed(FileName, name, f"files[{name!r}]")
         self._sources[name] = (role, source if isinstance(source, bytes) else Path(source))
 
     def _manifest(self, **tables: dict[str, Any]) -> Manifest:
@@ -551,11 +554,13 @@ def _write_synced(path: Path, content: bytes) -> None:
 def add_files(repo: str | os.PathLike[str], sources: dict[str, tuple[str, bytes]]) -> None:
     """Adds or replaces files of a finished repository, name -> (role, content); the manifest is replaced last, at once."""
     path = Path(repo)
-    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    manifest = parse_json((path / MANIFEST).read_bytes(), MANIFEST)
+    Manifest.from_dict(manifest)
     for name, (role, content) in sources.items():
-        _write_synced(path / f".{name}.new", content)
         manifest["files"][name] = {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     Manifest.from_dict(manifest)
+    for name, (_, content) in sources.items():
+        _write_synced(path / f".{name}.new", content)
     _write_synced(path / f".{MANIFEST}.new", manifest_text(manifest).encode())
     for name in (*sources, MANIFEST):
         os.replace(path / f".{name}.new", path / name)

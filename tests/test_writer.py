@@ -1,0 +1,656 @@
+"""The writer: packing, every setting, the same bytes for the same input, and a crash at any point."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import HEAD, edit_manifest, every_setting, new_writer, random_stage, random_symbols, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conformance import oracle
+from tqformat import RepoWriter, TQFormatError, add_files, dequantize_repo, load_state_dict, open_repo, pack
+from tqformat.load_quantized import DTYPES, MANIFEST, torch_dtype, unpack
+from tqformat.writer import accounting, features_in_use, shard_names, split_shards
+
+# ------------------------------------------------------------------------------------------------ pack
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[torch.Tensor, int, int]:
+    bits = draw(st.integers(1, 16))
+    window = draw(st.integers(bits, 16))
+    n = draw(st.integers(-(-window // bits), 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return random_symbols(rng, draw(st.integers(0, 4)), n, bits, window), bits, window
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(streams())
+def test_unpack_undoes_pack(stream: tuple[torch.Tensor, int, int]) -> None:
+    symbols, bits, window = stream
+    n = symbols.shape[1]
+    codes = pack(symbols, bits, window)
+    assert codes.dtype == torch.uint8 and codes.shape == (len(symbols), -(-n * bits // 8)) and codes.is_contiguous()
+    assert torch.equal(unpack(codes, n, bits, window), symbols)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(streams(), st.data())
+def test_pack_undoes_unpack(stream: tuple[torch.Tensor, int, int], data: st.DataObject) -> None:
+    symbols, bits, window = stream
+    n = symbols.shape[1]
+    codes = torch.from_numpy(np.random.default_rng(n).integers(0, 256, (3, -(-n * bits // 8)), dtype=np.uint8))
+    codes[:, -1] &= 255 >> (-n * bits % 8)
+    assert torch.equal(pack(unpack(codes, n, bits, window), bits, window), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_pack_takes_any_integer_dtype(dtype: torch.dtype) -> None:
+    for bits in (1, 3, 7):
+        symbols = torch.arange(20).reshape(2, 10) % (1 << bits)
+        assert torch.equal(pack(symbols.to(dtype), bits), pack(symbols.int(), bits))
+
+
+def test_pack_rejects_symbols_out_of_range() -> None:
+    for bits, bad in ((1, 2), (3, 8), (8, 256), (16, 65536), (4, -1)):
+        symbols = torch.zeros(2, 5, dtype=torch.int64)
+        symbols[1, 4] = bad
+        with pytest.raises(ValueError, match="symbols"):
+            pack(symbols, bits)
+
+
+def test_pack_rejects_what_is_no_trellis() -> None:
+    symbols = random_symbols(np.random.default_rng(0), 2, 12, 2, 6)
+    assert pack(symbols, 2, 6).shape == (2, 3)
+    for place in ((0, 0), (1, 11)):
+        broken = symbols.clone()
+        broken[place] ^= 1 << 5  # a bit that the neighbour shares
+        with pytest.raises(ValueError, match="trellis"):
+            pack(broken, 2, 6)
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def test_shard_names_and_groups() -> None:
+    assert shard_names("turboquant_weights", 1) == ["turboquant_weights.safetensors"]
+    assert shard_names("x", 2) == ["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"]
+    assert split_shards({}, 5) == [[]]
+    assert split_shards({"a": 3, "b": 2, "c": 9, "d": 0, "e": 1}, 5) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_accounting_adds_up(settings_repo: Path) -> None:
+    with open_repo(settings_repo) as repo:
+        m = repo.manifest
+        stored = sum(span.end - span.begin for span in repo.spans.values())
+        assert m.accounting == accounting(m.tensors.values(), stored)
+        assert sorted(features_in_use(m)) == sorted(m.features) == sorted(
+            ["trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens"]
+        )  # fmt: skip
+        quantized = [w for w in m.tensors.values() if w.kind == "quantized"]
+        assert m.accounting["quantized_tensors"] == len(quantized) == 11
+        assert m.accounting["original_bytes"] == sum(int(np.prod(w.shape)) * DTYPES[w.dtype] for w in m.tensors.values())
+        assert m.tensors["vector"].effective_bits == 1 and m.tensors["stages"].effective_bits == 4
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def check_with_oracle(path: Path) -> int:
+    truth, values = oracle.decode_repo(path), load_state_dict(path)
+    for name, entry in truth.items():
+        if entry.data is None:
+            assert oracle.is_correct(values[name].double().numpy(), entry).all(), name
+        else:
+            assert values[name].reshape(-1).view(torch.uint8).numpy().tobytes() == entry.data
+    return len(truth)
+
+
+@pytest.mark.parametrize("limit", [1, 700, 5_000_000_000])
+def test_every_setting_round_trips(tmp_path: Path, limit: int) -> None:
+    with new_writer(tmp_path / "repo", max_shard_bytes=limit) as writer:
+        every_setting(writer)
+        path = writer.finish()
+    assert path == tmp_path / "repo" and list(tmp_path.iterdir()) == [path]
+    assert check_with_oracle(path) == 15
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(shards) == 1 if limit > 10**6 else shards == shard_names("turboquant_weights", len(shards))
+    assert limit > 1 or len(shards) > 25
+
+
+def test_what_was_written_is_what_was_given(tmp_path: Path) -> None:
+    """The packed symbols, scales and levels come back exactly: with `identity`, values are levels times scales."""
+    rng = np.random.default_rng(1)
+    symbols = torch.from_numpy(rng.integers(0, 8, (7, 30), dtype=np.int32))
+    levels, scales = torch.linspace(-2, 2, 8), torch.from_numpy(rng.uniform(0, 3, (7, 3))).bfloat16()
+    with new_writer(tmp_path / "repo") as writer:
+        writer.add_transform("i", "identity", 1)
+        writer.add_codebook("c", levels)
+        stage = {"bits": 3, "codebook": "c", "transform": "i", "vector_length": 10, "codes": pack(symbols, 3)}
+        writer.add_quantized("w", (7, 30), "F32", [{**stage, "scales": scales}])
+        path = writer.finish()
+    want = (levels[symbols].reshape(7, 3, 10) * scales.float()[:, :, None]).reshape(7, 30)
+    assert torch.equal(load_state_dict(path)["w"], want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passthrough_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    data = np.random.default_rng(2).integers(0, 2 if dtype == "BOOL" else 256, 24 * DTYPES[dtype], dtype=np.uint8)
+    tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(2, 3, 4)
+    with new_writer(tmp_path / "repo") as writer:
+        writer.add_passthrough("whole", tensor)
+        writer.add_passthrough("raw", iter([data[:5], data[5:]]), shape=[2, 3, 4], dtype=dtype)
+        writer.add_passthrough("scalar", tensor[0, 0, 0])
+        path = writer.finish()
+    values = load_state_dict(path)
+    for name, want in (("whole", tensor), ("raw", tensor), ("scalar", tensor[0, 0, 0])):
+        assert values[name].dtype == want.dtype and values[name].shape == want.shape
+        assert values[name].reshape(-1).view(torch.uint8).tolist() == want.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_chunks_equal_whole_tensors(tmp_path: Path) -> None:
+    stage = random_stage(np.random.default_rng(3), [9, 16], bits=3, codebook="c", transform="i", vector_length=8)
+
+    def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield from tensor.split(2)
+
+    paths = []
+    for i, chunked in enumerate((False, True)):
+        with new_writer(tmp_path / str(i)) as writer:
+            writer.add_transform("i", "identity", 1)
+            writer.add_codebook("c", torch.linspace(-1, 1, 8))
+            parts = {key: pieces(stage[key]) if chunked else stage[key] for key in ("codes", "scales")}
+            writer.add_quantized("w", [9, 16], "BF16", [{**stage, **parts, "scale_dtype": "F32" if chunked else None}])
+            norm = torch.arange(10.0)
+            writer.add_passthrough("n", pieces(norm) if chunked else norm, shape=[10], dtype="F32")
+            paths.append(writer.finish())
+    assert contents(paths[0]) == contents(paths[1])
+
+
+def test_codes_are_taken_before_scales(tmp_path: Path) -> None:
+    """An encoder may yield codes and keep the scales it finds on the way."""
+    found: list[torch.Tensor] = []
+
+    def codes() -> Iterator[torch.Tensor]:
+        for k in range(4):
+            found.append(torch.full((2, 1), float(k)))
+            yield torch.full((2, 1), k, dtype=torch.uint8)
+
+    with new_writer(tmp_path / "repo") as writer:
+        writer.add_transform("i", "identity", 1)
+        writer.add_codebook("c", [0.0, 1.0])
+        stage = {"bits": 1, "codebook": "c", "transform": "i", "codes": codes(), "scales": found, "scale_dtype": "F32"}
+        writer.add_quantized("w", [8, 8], "F32", [{**stage, "scales": (s for s in found)}])
+        path = writer.finish()
+    assert load_state_dict(path)["w"][:, 0].tolist() == [0, 0, 1, 1, 0, 0, 3, 3]
+
+
+# ------------------------------------------------------------------------------------------------ determinism
+
+
+def calls(seed: int) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The calls of every_setting, recorded."""
+    recorded: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **keys: recorded.append((name, args, keys))
+
+    every_setting(Recorder(), seed)  # type: ignore[arg-type]
+    return recorded
+
+
+def test_the_same_input_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    results = []
+    for i in range(3):
+        everything = [*calls(0), ("add_file", (b"{}", "support", "config.json"), {}), ("add_file", (b"x", "document", "A"), {})]
+        if i:  # tables before the weights that use them, otherwise any order
+            random.Random(i).shuffle(everything)
+            everything.sort(key=lambda call: call[0] not in ("add_codebook", "add_transform"))
+        with new_writer(tmp_path / str(i), max_shard_bytes=900) as writer:
+            for name, args, keys in everything:
+                getattr(writer, name)(*args, **keys)
+            results.append(contents(writer.finish()))
+    assert results[0] == results[1] == results[2] and len(results[0]) > 5
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def names(recorded: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> set[str]:
+    return {args[0] for name, args, _ in recorded if name in ("add_quantized", "add_passthrough")}
+
+
+def apply(writer: RepoWriter, recorded: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> None:
+    for name, args, keys in recorded:
+        getattr(writer, name)(*args, **keys)
+
+
+def test_resume(tmp_path: Path) -> None:
+    recorded = calls(0)
+    with new_writer(tmp_path / "whole") as writer:
+        apply(writer, recorded)
+        whole = contents(writer.finish())
+
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        assert writer.done == set()
+        apply(writer, recorded[:14])
+        done = writer.done
+    assert done == names(recorded[:14]) and len(done) == 5 and not (tmp_path / "repo").exists()
+
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        assert writer.done == done
+        rest = [call for call in recorded if call[1][0] not in done]
+        apply(writer, rest)
+        assert contents(writer.finish()) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["repo", "whole"]
+
+
+def test_adding_again_what_is_there_does_nothing(tmp_path: Path) -> None:
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        apply(writer, calls(0))
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        size = (tmp_path / ".repo.partial" / "spool").stat().st_size
+        apply(writer, calls(0))
+        assert (tmp_path / ".repo.partial" / "spool").stat().st_size == size
+        assert check_with_oracle(writer.finish()) == 15
+
+
+@pytest.mark.parametrize("second", ["another job", None])
+def test_another_job_starts_anew(tmp_path: Path, second: str | None) -> None:
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        writer.add_passthrough("old", torch.ones(3))
+    with new_writer(tmp_path / "repo", resume_key=second) as writer:
+        assert writer.done == set()
+        writer.add_passthrough("new", torch.ones(3))
+        assert load_state_dict(writer.finish()).keys() == {"new"}
+
+
+def test_nothing_is_left_without_a_resume_key(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), new_writer(tmp_path / "repo") as writer:
+        writer.add_passthrough("a", torch.ones(3))
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, 40])
+def test_a_half_written_journal_line_is_ignored(tmp_path: Path, cut: int) -> None:
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        writer.add_passthrough("first", torch.arange(5.0))
+        writer.add_passthrough("zweite Gewichtsmatrix \u00e4\u00f6\u00fc\U0001f600" * 3, torch.arange(7.0))
+    journal = tmp_path / ".repo.partial" / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    assert len(lines) == 4
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        assert writer.done == {"first"}
+        writer.add_passthrough("second", torch.arange(9.0))
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        assert writer.done == {"first", "second"}
+        state = load_state_dict(writer.finish())
+    assert torch.equal(state["first"], torch.arange(5.0)) and torch.equal(state["second"], torch.arange(9.0))
+
+
+def test_a_journal_cut_anywhere_is_no_obstacle(tmp_path: Path) -> None:
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        for k in range(3):
+            writer.add_passthrough(f"w\u20ac{k}", torch.full((4,), float(k)))
+    journal = tmp_path / ".repo.partial" / "journal.jsonl"
+    whole, spool = journal.read_bytes(), (tmp_path / ".repo.partial" / "spool").read_bytes()
+    for length in range(len(whole) + 1):
+        (tmp_path / ".repo.partial").mkdir(exist_ok=True)
+        journal.write_bytes(whole[:length])
+        (tmp_path / ".repo.partial" / "spool").write_bytes(spool)
+        with new_writer(tmp_path / "repo", resume_key="job") as writer:
+            assert len(writer.done) == max(0, whole[:length].count(b"\n") - 1)
+
+
+def test_a_lost_spool_is_never_taken_for_zeros(tmp_path: Path) -> None:
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        writer.add_passthrough("a", torch.ones(1000))
+    (tmp_path / ".repo.partial" / "spool").write_bytes(b"")
+    try:
+        with new_writer(tmp_path / "repo", resume_key="job") as writer:
+            assert writer.done == set()
+    except OSError as error:
+        assert "start again" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ crashes
+
+DRIVER = """
+import os, shutil, signal, sys
+import torch
+from tqformat import RepoWriter, writer
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def strike(when, owner, name, count=1):
+    original, left = getattr(owner, name), [count]
+    def wrapped(*args, **keys):
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            die()
+        result = original(*args, **keys)
+        if left[0] == 0:
+            die()
+        return result
+    setattr(owner, name, wrapped)
+
+def job(point, target, overwrite):
+    RepoWriter.COMMIT_SECONDS = 0
+    head = {"base_model": {"id": "m"}, "quantization": {"method": "m", "bits": 1}, "generator": "g"}
+    options = {"max_shard_bytes": 100, "resume_key": "k", "overwrite": overwrite}
+    with RepoWriter(target, loader_kind="text-generation", **head, **options) as w:
+        if point.startswith("add"):
+            strike(point[3:-1], RepoWriter, "_commit", int(point[-1]))
+        def chunks():
+            yield torch.ones(10)
+            w._spool.flush()
+            die()
+        for k in range(5):
+            if f"w{k}" not in w.done:
+                data = chunks() if point == "chunk" and k == 3 else torch.full((20,), float(k) + 1)
+                w.add_passthrough(f"w{k}", data, shape=[20], dtype="F32")
+        w.add_file(b"{}", "support", "config.json")
+        if point.startswith("shard"):
+            strike("after", writer, "write_safetensors", int(point[-1]))
+        elif point == "manifest":
+            strike("after", writer, "_write_synced", 2)
+        elif point == "publish":
+            strike("before", writer, "publish")
+        elif point == "rename":
+            strike("after", os, "rename")
+        elif point == "exchange":
+            strike("after", writer, "_exchange")
+        elif point == "sweep":
+            strike("before", writer.shutil, "rmtree", 2)
+        w.finish()
+
+def child(*arguments):
+    sys.stderr.flush()
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        job(*arguments)
+        status = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+root = sys.argv[1]
+for name in sorted(os.listdir(root)):
+    point, overwrite = name.split("-")
+    place = os.path.join(root, name)
+    target = os.path.join(place, "repo")
+    killed = child(point, target, overwrite == "True")
+    shutil.copytree(place, os.path.join(root, name + "-killed"))
+    again = child("", target, overwrite == "True") if overwrite == "True" or not os.path.exists(target) else None
+    print(name, killed, again)
+"""
+POINTS = ["addbefore1", "addafter1", "addbefore3", "addafter4", "chunk", "shard1", "shard3", "manifest", "publish", "sweep", "none"]
+KILLS = [f"{p}-{o}" for o in (False, True) for p in [*POINTS, "exchange" if o else "rename"]]
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """Every kill of the list, each in its own process and directory; the exit codes of it and of its rerun."""
+    root = tmp_path_factory.mktemp("kills")
+    for kill in KILLS:
+        (root / kill).mkdir()
+        if kill.endswith("True"):
+            with new_writer(root / kill / "repo") as writer:
+                writer.add_passthrough("old", torch.zeros(3))
+                writer.finish()
+    done = run_python("-c", DRIVER, str(root), cwd=root)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return root, {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forked")
+@pytest.mark.parametrize("kill", KILLS)
+def test_kill(kills: tuple[Path, dict[str, list[str]]], kill: str) -> None:
+    """After kill -9 the target is absent (or the old one), or complete; a rerun completes it and sweeps up."""
+    root, codes = kills
+    point, overwrite = kill.split("-")
+    complete = {f"w{k}": [k + 1.0] * 20 for k in range(5)}
+
+    def state(place: str) -> dict[str, list[float]] | None:
+        target = root / place / "repo"
+        return {name: t.tolist() for name, t in load_state_dict(target).items()} if target.exists() else None
+
+    first, second = codes[kill]
+    assert first == ("0" if point == "none" else str(-signal.SIGKILL)) and second in ("0", "None")
+    before = {"old": [0.0] * 3} if overwrite == "True" else None
+    assert state(f"{kill}-killed") == (complete if point in ("rename", "exchange", "sweep", "none") else before)
+    assert {p.name for p in (root / f"{kill}-killed").iterdir()} <= {"repo", ".repo.partial", ".repo.lock"}
+    assert state(kill) == complete
+    if second == "0":
+        assert [p.name for p in (root / kill).iterdir()] == ["repo"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[RepoWriter]:
+    with new_writer(tmp_path / "repo") as w:
+        w.add_transform("i", "identity", 1)
+        w.add_codebook("c", [-1.0, 1.0])
+        yield w
+
+
+def good() -> dict[str, Any]:
+    return {"bits": 1, "codebook": "c", "transform": "i", "codes": torch.zeros(4, 1, dtype=torch.uint8), "scales": torch.ones(4, 1)}
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "codes of another dtype": ({"codes": torch.zeros(4, 1)}, "codes"),
+    "too few codes": ({"codes": torch.zeros(3, 1, dtype=torch.uint8)}, "expected 4 bytes"),
+    "too many codes": ({"codes": torch.zeros(4, 2, dtype=torch.uint8)}, "expected 4 bytes"),
+    "scales in double": ({"scales": torch.ones(4, 1).double()}, "F16 or BF16 or F32"),
+    "integer scales": ({"scales": torch.ones(4, 1).int()}, "F16 or BF16 or F32"),
+    "too few scales": ({"scales": torch.ones(3, 1)}, "expected 16 bytes"),
+    "chunks of scales without a dtype": ({"scales": iter([torch.ones(4, 1)])}, "None"),
+    "unknown codebook": ({"codebook": "d"}, "SCHEMA.REFERENCE"),
+    "unknown transform": ({"transform": "d"}, "SCHEMA.REFERENCE"),
+    "unknown key": ({"colour": "red"}, "SCHEMA.UNKNOWN_FIELD"),
+    "no bits": ({"bits": 0}, "SCHEMA.VALUE"),
+    "too many bits": ({"bits": 9}, "SCHEMA.VALUE"),
+    "window below bits": ({"bits": 2, "window": 1}, "SCHEMA.VALUE"),
+    "codebook too small for the window": ({"window": 2}, "SCHEMA.VALUE"),
+    "vector_length that does not divide": ({"vector_length": 3}, "SCHEMA.VALUE"),
+    "tile that does not divide": ({"tile": [3, 8]}, "SCHEMA.VALUE"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_stages_are_refused_and_leave_no_trace(writer: RepoWriter, kind: str) -> None:
+    change, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        writer.add_quantized("w", [4, 8], "F32", [{**good(), **change}])
+    assert writer.done == set()
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    assert torch.equal(load_state_dict(writer.finish())["w"], -torch.ones(4, 8))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [([8], "F32"), ([4, 8], "I32"), ([4, 8], "F64"), ([4, -8], "F32"), ([4, 0], "F32")])
+def test_bad_weights_are_refused(writer: RepoWriter, shape: list[int], dtype: str) -> None:
+    with pytest.raises(TQFormatError, match="SCHEMA"):
+        writer.add_quantized("w", shape, dtype, [good()])
+
+
+def test_duplicates_are_refused(writer: RepoWriter) -> None:
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    with pytest.raises(ValueError, match="added before"):
+        writer.add_quantized("w", [4, 8], "BF16", [good()])
+    with pytest.raises(ValueError, match="added before"):
+        writer.add_passthrough("w", torch.ones(2))
+    with pytest.raises(ValueError, match="taken"):
+        writer.add_passthrough("w.codes", torch.ones(2))
+    with pytest.raises(ValueError, match="added before"):
+        writer.add_codebook("c", [-1.0, 2.0])
+    with pytest.raises(ValueError, match="added before"):
+        writer.add_transform("i", "identity", 2)
+
+
+def test_wrong_passthrough_data_is_refused(writer: RepoWriter) -> None:
+    with pytest.raises(ValueError, match="expected 12 bytes"):
+        writer.add_passthrough("a", torch.ones(2), shape=[3])
+    with pytest.raises(ValueError, match="expected F16 data"):
+        writer.add_passthrough("b", torch.ones(2), dtype="F16")
+    with pytest.raises(ValueError, match="needed with chunks"):
+        writer.add_passthrough("c", iter([torch.ones(2)]))
+    assert writer.done == set()
+
+
+def test_a_failing_source_leaves_no_trace(writer: RepoWriter) -> None:
+    def broken() -> Iterator[torch.Tensor]:
+        yield torch.ones(2)
+        raise KeyError("source")
+
+    with pytest.raises(KeyError, match="source"):
+        writer.add_passthrough("a", broken(), shape=[4], dtype="F32")
+    writer.add_passthrough("a", torch.arange(4.0))
+    writer.add_passthrough("b", torch.arange(5.0))
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    state = load_state_dict(writer.finish())
+    assert state["a"].tolist() == [0, 1, 2, 3] and state["b"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("table", ["codebooks", "transforms"])
+def test_an_unused_table_entry_is_refused(writer: RepoWriter, tmp_path: Path, table: str) -> None:
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    if table == "codebooks":
+        writer.add_codebook("spare", [1.0])
+    else:
+        writer.add_transform("spare", "identity", 4)
+    with pytest.raises(ValueError, match=f"{table} that no stage names: spare"):
+        writer.finish()
+    assert not (tmp_path / "repo").exists()
+
+
+def test_an_existing_target_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "precious").touch()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        new_writer(tmp_path / "repo")
+    assert [path.name for path in tmp_path.rglob("*")] == ["repo", "precious"]
+    with pytest.raises(ValueError, match="loader_kind"):
+        new_writer(tmp_path / "other", loader_kind="poetry")
+
+
+@pytest.mark.parametrize("name", ["quant_manifest.json", "README.md", "a b.json", "../x.json", ".hidden", "a/b"])
+def test_file_names_are_plain(tmp_path: Path, name: str) -> None:
+    with pytest.raises((TQFormatError, ValueError)), new_writer(tmp_path / "repo") as w:
+        w.add_passthrough("a", torch.ones(2))
+        w.add_file(b"x", "support", name)
+        w.finish()
+    assert not (tmp_path / "repo").exists() and not (tmp_path / "x.json").exists()
+
+
+def test_a_tie_without_its_weight_is_refused(writer: RepoWriter, tmp_path: Path) -> None:
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    writer.tie("alias", "nothing")
+    with pytest.raises(TQFormatError, match="BIND.TIED"):
+        writer.finish()
+    assert not (tmp_path / "repo").exists()
+
+
+def test_an_invalid_transform_is_refused_at_the_latest_by_finish(tmp_path: Path) -> None:
+    for k, keys in enumerate(({"factors": [4], "signs": "00"}, {"factors": [8], "signs": "0"}, {"factors": [8]})):
+        with pytest.raises(TQFormatError, match="SCHEMA"), new_writer(tmp_path / str(k)) as w:
+            w.add_transform("i", "hadamard", 8, **keys)
+            w.add_codebook("c", [-1.0, 1.0])
+            w.add_quantized("w", [4, 8], "F32", [good()])
+            w.finish()
+        assert not (tmp_path / str(k)).exists()
+
+
+# ------------------------------------------------------------------------------------------------ add_files, dequantize_repo
+
+
+def test_add_files(settings_repo: Path) -> None:
+    weights = contents(settings_repo)["turboquant_weights.safetensors"]
+    add_files(settings_repo, {"config.json": ("support", b"{}"), "load_quantized.py": ("code", b"pass")})
+    add_files(settings_repo, {"config.json": ("support", b'{"a": 1}')})
+    now = contents(settings_repo)
+    assert now.keys() == {MANIFEST, "turboquant_weights.safetensors", "config.json", "load_quantized.py"}
+    assert (now["config.json"], now["load_quantized.py"], now["turboquant_weights.safetensors"]) == (b'{"a": 1}', b"pass", weights)
+    with open_repo(settings_repo) as repo:
+        repo.check_roles("support", "code")
+        assert repo.manifest.files["load_quantized.py"].role == "code"
+
+
+def test_add_files_refuses_bad_names_and_roles(settings_repo: Path) -> None:
+    before = contents(settings_repo)
+    for name, role in (("README.md", "document"), ("a b", "support"), ("a.json", "friend"), (MANIFEST, "support")):
+        with pytest.raises((TQFormatError, ValueError, OSError)):
+            add_files(settings_repo, {name: (role, b"x")})
+        assert {k: v for k, v in contents(settings_repo).items() if not k.startswith(".")} == before
+    open_repo(settings_repo).close()
+
+
+@pytest.mark.parametrize("limit", [5_000_000_000, 1000])
+def test_dequantize_repo(settings_repo: Path, tmp_path: Path, limit: int) -> None:
+    from safetensors.torch import load_file
+
+    add_files(settings_repo, {"config.json": ("support", b"{}"), "LICENSE": ("document", b"x")})
+    out = dequantize_repo(settings_repo, tmp_path / "plain", max_shard_bytes=limit)
+    want, state = load_state_dict(settings_repo), {}
+    files = sorted(out.glob("*.safetensors"))
+    for file in files:
+        state |= load_file(file)
+    assert state.keys() == want.keys()
+    for name, tensor in want.items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert (len(files) > 2) == (limit == 1000)
+    if limit == 1000:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == want.keys() and set(index["weight_map"].values()) == {f.name for f in files}
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in want.values())
+    assert {p.name for p in out.iterdir()} - {f.name for f in files} - {"model.safetensors.index.json"} == {"config.json"}
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    with pytest.raises(FileExistsError):
+        dequantize_repo(settings_repo, out)
+
+
+def test_dequantize_repo_to_another_dtype(settings_repo: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = dequantize_repo(settings_repo, tmp_path / "plain", dtype=torch.float16)
+    state, want = load_file(out / "model.safetensors"), load_state_dict(settings_repo)
+    for name, tensor in want.items():
+        assert torch.equal(state[name], tensor.half() if tensor.is_floating_point() else tensor), name
+
+
+def test_dequantize_repo_of_a_damaged_one_leaves_no_target(settings_repo: Path, tmp_path: Path) -> None:
+    edit_manifest(settings_repo, lambda m: m["files"]["turboquant_weights.safetensors"].update(sha256="0" * 64))
+    with pytest.raises(TQFormatError, match="BIND.DIGEST"):
+        dequantize_repo(settings_repo, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_the_head_is_kept(tmp_path: Path) -> None:
+    with new_writer(tmp_path / "repo", extra={"note": "\u00e4"}, pipeline_tag="text-ranking") as w:
+        w.add_passthrough("a", torch.ones(2))
+        with open_repo(w.finish()) as repo:
+            m = repo.manifest
+    assert (m.base_model, m.generator, m.quantization) == (HEAD["base_model"], HEAD["generator"], HEAD["quantization"])
+    assert (m.extra, m.pipeline_tag, m.format_version, m.features) == ({"note": "\u00e4"}, "text-ranking", "1.0", ())
