@@ -623,6 +623,10 @@ def schema_values(c: Cases) -> None:
     )
     reference = "SCHEMA.REFERENCE"
     value("no-codebook", "MAN-9", "/tensors/w/stages/0/codebook", "c", "No such codebook.", code=reference)
+    other = "/tensors/C:\\w\\0/stages/0"  # where another stage still names the entry
+    keys = {"code": reference, "base": "valid/json/odd-names"}
+    value("no-codebook-second", "MAN-9", f"{other}/codebook", "c", "No such codebook.", **keys)
+    value("no-transform-second", "MAN-9", f"{other}/transform", "w", "No such transform.", **keys)
     value("no-transform", "MAN-9", "/tensors/w/stages/0/transform", "w", "No such transform.", code=reference)
     value(
         "unused-transform",

@@ -435,6 +435,20 @@ def bind(c: Cases) -> None:
         **keys,
     )
 
+    loader = "load_quantized.py"
+    c.add(
+        "bind/loader-changed",
+        "REPO-7",
+        "BIND.LOADER",
+        "The embedded loader is changed, its stamp is not.",
+        "The stamp's digest is not that of the body.",
+        {"op": "splice", "file": loader, "find": "Stands for", "text": "Stands in for"},
+        refresh(loader),
+        base="valid/repository/loader",
+        pointer=loader,
+        judge="validator",
+    )
+
     # [TQ-SHARD-1, TQ-SHARD-2]
     shards = "BIND.SHARDS"
     keys = {"pointer": "/files"}

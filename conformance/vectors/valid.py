@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -666,6 +667,14 @@ def repository() -> Iterator[Valid]:
     repo = typical()
     text = "Support, code and document files, two weights, a passthrough tensor, every feature, a tie."
     yield Valid("repository/typical", rules("REPO-1 REPO-3 REPO-4 SEC-1 MAN-9 PAY-6 ACC-1 TIE-1"), text, repo)
+
+    repo = small("repository/loader")
+    body = b'"""Stands for a loader: only its stamp matters here."""\n'
+    stamp = {"format": "1.0", "version": "0.0.0", "body_sha256": hashlib.sha256(body).hexdigest()}
+    repo.others["load_quantized.py"] = ("code", body + f"# tqformat-stamp: {json.dumps(stamp)}\n".encode())
+    yield Valid(
+        "repository/loader", rules("REPO-6 REPO-7"), "A stamped loader; which release it is, is another question.", repo
+    )
 
     repo = small("repository/file-names")
     for name in ("_", "0", "a" + "-._" * 42 + "a", "A.JSON", "tokenizer.model"):
