@@ -12,6 +12,7 @@ from pathlib import Path
 from conformance import checks_binding, checks_data, checks_decode, checks_structure, report
 from conformance.check import CHECKS, LEVELS, Judgement, judge
 from conformance.folder import Folder
+from conformance.runner import run
 from conformance.subject import Options, Subject
 
 # importing the checks lists them, in the order of judgement
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     loader.add_argument(
         "--allow-network-unisolated", action="store_true", help="run it even where the network cannot be shut off"
     )
+    run.add_parser(commands)
     return top
 
 
@@ -121,7 +123,8 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return check(parser().parse_args(argv))
+    arguments = parser().parse_args(argv)
+    return run.run(arguments) if arguments.command == "run" else check(arguments)
 
 
 if __name__ == "__main__":

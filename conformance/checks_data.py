@@ -93,10 +93,10 @@ def _first_beyond(codes: NDArray[np.uint8], symbols: int, bits: int, entries: in
 # Numbers, judged by their bits
 
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
-_WORD: dict[str, Any] = {"F16": np.dtype("<u2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
+WORDS: dict[str, Any] = {"F16": np.dtype("<u2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
 
 
-def _not_finite(words: Words, dtype: str) -> NDArray[np.bool_]:
+def not_finite(words: Words, dtype: str) -> NDArray[np.bool_]:
     mask = words.dtype.type(_EXPONENT[dtype])
     result: NDArray[np.bool_] = (words & mask) == mask
     return result
@@ -105,7 +105,7 @@ def _not_finite(words: Words, dtype: str) -> NDArray[np.bool_]:
 def _negative(words: Words, dtype: str) -> NDArray[np.bool_]:
     """Below zero: -0 is not, and NaN is the business of another check."""
     sign = words.dtype.type(1 << (8 * words.itemsize - 1))
-    result: NDArray[np.bool_] = (words > sign) & ~_not_finite(words, dtype) | (
+    result: NDArray[np.bool_] = (words > sign) & ~not_finite(words, dtype) | (
         words == (sign | words.dtype.type(_EXPONENT[dtype]))
     )
     return result
@@ -118,7 +118,7 @@ def _elements(
     stored = repo.payload[name]
     width = DTYPES[stored.dtype]
     for offset, data in repo.chunks(stored, width):
-        where = np.flatnonzero(bad(np.frombuffer(data, _WORD[stored.dtype]), stored.dtype))
+        where = np.flatnonzero(bad(np.frombuffer(data, WORDS[stored.dtype]), stored.dtype))
         if where.size:
             place = offset + int(where[0]) * width
             index = [int(i) for i in np.unravel_index((place - stored.offset) // width, stored.shape)]
@@ -134,7 +134,7 @@ def data_levels(repo: Subject) -> Iterator[Finding]:
     for id, book in repo.manifest["codebooks"].items():
         if book.get("tensor") is not None:
             yield from _elements(
-                repo, book["tensor"], join("codebooks", id, "tensor"), _not_finite, "a level that is not finite"
+                repo, book["tensor"], join("codebooks", id, "tensor"), not_finite, "a level that is not finite"
             )
 
 
@@ -237,7 +237,7 @@ def data_signs(repo: Subject) -> Iterator[Finding]:
 def data_matrix(repo: Subject) -> Iterator[Finding]:
     for id, transform in _transforms(repo, "dense"):
         pointer = join("transforms", id, "matrix")
-        yield from _elements(repo, transform["matrix"], pointer, _not_finite, "a matrix element that is not finite")
+        yield from _elements(repo, transform["matrix"], pointer, not_finite, "a matrix element that is not finite")
 
 
 @check(
@@ -269,7 +269,7 @@ def data_orthogonality(repo: Subject) -> Iterator[Finding]:
 def data_angles(repo: Subject) -> Iterator[Finding]:
     for id, transform in _transforms(repo, "givens"):
         pointer = join("transforms", id, "angles")
-        yield from _elements(repo, transform["angles"], pointer, _not_finite, "an angle that is not finite")
+        yield from _elements(repo, transform["angles"], pointer, not_finite, "an angle that is not finite")
 
 
 @check(
@@ -295,7 +295,7 @@ def data_pairs(repo: Subject) -> Iterator[Finding]:
 @check("data.scales", "L2", "DATA.NON_FINITE", "TQ-NUM-1", "Store finite scales.", needs=BOUND)
 def data_scales(repo: Subject) -> Iterator[Finding]:
     for stage in repo.stages:
-        yield from _elements(repo, stage.scales, stage.pointer + "/scales", _not_finite, "a scale that is not finite")
+        yield from _elements(repo, stage.scales, stage.pointer + "/scales", not_finite, "a scale that is not finite")
 
 
 @check("data.scale_sign", "L2", "DATA.SCALE", "TQ-NUM-1", "Store scales from 0; flip the levels instead.", needs=BOUND)
@@ -309,4 +309,4 @@ def data_column_scale(repo: Subject) -> Iterator[Finding]:
     for name, entry in repo.quantized.items():
         if entry.get("column_scale") is not None:
             pointer = join("tensors", name, "column_scale")
-            yield from _elements(repo, entry["column_scale"], pointer, _not_finite, "a column scale that is not finite")
+            yield from _elements(repo, entry["column_scale"], pointer, not_finite, "a column scale that is not finite")

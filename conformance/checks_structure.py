@@ -31,13 +31,11 @@ def manifest_missing(repo: Subject) -> Iterator[Finding]:
 
 
 @check(
-    *(
-        "manifest.type",
-        "L0",
-        "PATH.TYPE",
-        "TQ-REPO-1",
-        "Put a regular file there; for a copy in the Hub's cache use --hub-cache.",
-    ),
+    "manifest.type",
+    "L0",
+    "PATH.TYPE",
+    "TQ-REPO-1",
+    "Put a regular file there; for a copy in the Hub's cache use --hub-cache.",
     needs=("manifest.missing",),
 )
 def manifest_type(repo: Subject) -> Iterator[Finding]:
@@ -46,7 +44,11 @@ def manifest_type(repo: Subject) -> Iterator[Finding]:
 
 
 @check(
-    *("manifest.size", "L0", "LIMIT.SIZE", "TQ-LIM-1", "Move inline values into payload tensors and drop provenance."),
+    "manifest.size",
+    "L0",
+    "LIMIT.SIZE",
+    "TQ-LIM-1",
+    "Move inline values into payload tensors and drop provenance.",
     needs=("manifest.missing", "manifest.type"),
 )
 def manifest_size(repo: Subject) -> Iterator[Finding]:
@@ -79,31 +81,10 @@ _json("values", "LIMIT.MEMORY", "TQ-LIM-1", "This judge reads no more; move valu
 PARSED = ("manifest.", "json.")
 
 
-@check(
-    "version.missing",
-    "L0",
-    "SCHEMA.MISSING_FIELD",
-    "TQ-MAN-3",
-    "Add the key: nothing else can be judged.",
-    needs=PARSED,
-)
-def version_missing(repo: Subject) -> Iterator[Finding]:
-    for key in ("format", "format_version"):
-        if key not in repo.manifest:
-            yield Finding(f"the key {key} is required", join(key))
-
-
-@check("version.type", "L0", "SCHEMA.TYPE", "TQ-MAN-3", "Write a string: nothing else can be judged.", needs=PARSED)
-def version_type(repo: Subject) -> Iterator[Finding]:
-    for key in ("format", "format_version"):
-        if key in repo.manifest and not isinstance(repo.manifest[key], str):
-            yield Finding(f"expected a string, found {brief(repo.manifest[key])}", join(key))
-
-
 @check("version.format", "L0", "SCHEMA.VERSION", "TQ-MAN-3", "This validator judges tqformat alone.", needs=PARSED)
 def version_format(repo: Subject) -> Iterator[Finding]:
     value = repo.manifest.get("format")
-    if isinstance(value, str) and value != "tqformat":
+    if value != "tqformat":
         yield Finding(f"expected tqformat, found {brief(value)}", "/format")
 
 
@@ -118,19 +99,17 @@ def version_format(repo: Subject) -> Iterator[Finding]:
 def version_number(repo: Subject) -> Iterator[Finding]:
     value = repo.manifest.get("format_version")
     # [TQ-VER-3] any minor version of 1
-    if isinstance(value, str) and not re.fullmatch(r"1\.(0|[1-9][0-9]*)", value, re.ASCII):
+    if not isinstance(value, str) or not re.fullmatch(r"1\.(0|[1-9][0-9]*)", value, re.ASCII):
         yield Finding(f"expected 1.0 or a later 1.x, found {brief(value)}", "/format_version")
 
 
 @check(
-    *(
-        "version.features",
-        "L0",
-        "SCHEMA.UNKNOWN_FEATURE",
-        "TQ-VER-2",
-        "Use a validator that knows the feature, or correct its name.",
-    ),
-    needs=(*PARSED, "version.missing", "version.type", "version.format", "version.number"),
+    "version.features",
+    "L0",
+    "SCHEMA.UNKNOWN_FEATURE",
+    "TQ-VER-2",
+    "Use a validator that knows the feature, or correct its name.",
+    needs=(*PARSED, "version.format", "version.number"),
 )
 def version_features(repo: Subject) -> Iterator[Finding]:
     features = repo.manifest.get("features")
@@ -178,13 +157,11 @@ def path_collision(repo: Subject) -> Iterator[Finding]:
 
 
 @check(
-    *(
-        "path.type",
-        "L0",
-        "PATH.TYPE",
-        "TQ-REPO-1",
-        "Put a regular file there; for a copy in the Hub's cache use --hub-cache.",
-    ),
+    "path.type",
+    "L0",
+    "PATH.TYPE",
+    "TQ-REPO-1",
+    "Put a regular file there; for a copy in the Hub's cache use --hub-cache.",
     needs=(*READ, "path.name"),
 )
 def path_type(repo: Subject) -> Iterator[Finding]:
@@ -256,8 +233,8 @@ def schema_columns(repo: Subject) -> Iterator[Finding]:
 )
 def schema_scalars(repo: Subject) -> Iterator[Finding]:
     for name, entry in repo.manifest["tensors"].items():
-        # [TQ-SEC-3] Python's integers do not overflow
-        if (scalars := math.prod(entry["shape"])) > jsonio.MAX_INTEGER:
+        # [TQ-SEC-3] Python's integers do not overflow; the strides of an empty tensor must not, either
+        if (scalars := math.prod(size or 1 for size in entry["shape"])) > jsonio.MAX_INTEGER:
             yield Finding(f"expected at most 2^53 - 1 scalars, found {scalars}", join("tensors", name, "shape"))
 
 
@@ -671,7 +648,11 @@ _container("values", "LIMIT.MEMORY", "TQ-LIM-1", "This judge reads no more: use 
 
 
 @check(
-    *("container.name_in_shards", "L0", "CONTAINER.DUPLICATE_NAME", "TQ-PAY-3", "Keep the tensor in one shard."),
+    "container.name_in_shards",
+    "L0",
+    "CONTAINER.DUPLICATE_NAME",
+    "TQ-PAY-3",
+    "Keep the tensor in one shard.",
     needs=OPENED,
 )
 def container_name_in_shards(repo: Subject) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from tqformat import RepoWriter, pack
 from tqformat.load_quantized import MANIFEST
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine are slow
 HEAD: dict[str, Any] = {
     "base_model": {"id": "org/base"},
     "quantization": {"method": "test", "bits": 4},
@@ -158,7 +159,13 @@ def run_python(
     """Runs a fresh interpreter, offline; other settings of this process are inherited."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd, timeout=timeout, check=check
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=cwd,
+        timeout=timeout,
+        check=check,
     )
 
 

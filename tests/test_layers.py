@@ -70,7 +70,11 @@ def test_tqformat_imports_no_other_package_of_ours(file: Path) -> None:
 
 
 def test_reading_does_not_import_writing() -> None:
-    assert not [name for name in imports(ROOT / "tqformat" / "embed.py") if "writer" in name and imports_at_once("embed.py", name)]
+    assert not [
+        name
+        for name in imports(ROOT / "tqformat" / "embed.py")
+        if "writer" in name and imports_at_once("embed.py", name)
+    ]
     writer = imports(ROOT / "tqformat" / "writer.py")
     assert not [name for name in writer if name.startswith(("tqformat.embed", "tqformat.__main__"))]
 
@@ -87,7 +91,9 @@ def test_the_quantizer_does_not_import_conformance(file: Path) -> None:
 @pytest.mark.parametrize("file", sources("conformance"), ids=ids)
 def test_conformance_shares_no_code_with_tqformat(file: Path) -> None:
     allowed = {"conformance", "schemas"}
-    if (ROOT / "conformance" / "adapters") in file.parents:  # these run tqformat as one of the implementations under test
+    if (
+        ROOT / "conformance" / "adapters"
+    ) in file.parents:  # these run tqformat as one of the implementations under test
         allowed |= {"tqformat", "torch"}
     assert not roots(file) & {"tqformat", "torch", "safetensors", "reference_quantizer", "transformers"} - allowed
     assert roots(file) & set(OURS) <= allowed

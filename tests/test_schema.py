@@ -17,7 +17,14 @@ from tqformat import load_quantized as reader
 from tqformat.load_quantized import MANIFEST, Codebook, File, Manifest, Stage, Transform, Weight
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "schemas" / "manifest.schema.json").read_text("utf-8"))
-TABLES = {"Manifest": Manifest, "File": File, "Transform": Transform, "Codebook": Codebook, "Stage": Stage, "Tensor": Weight}
+TABLES = {
+    "Manifest": Manifest,
+    "File": File,
+    "Transform": Transform,
+    "Codebook": Codebook,
+    "Stage": Stage,
+    "Tensor": Weight,
+}
 AREAS = "PATH|JSON|SCHEMA|CONTAINER|BIND|PACK|DATA|LIMIT|UNSUPPORTED|INTERNAL"
 
 

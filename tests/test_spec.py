@@ -108,7 +108,9 @@ def test_hadamard_factors_agree_for_large_orders(spec: dict[str, Any], f: int) -
     assert expected is None or np.array_equal(h.numpy(), expected)
 
 
-@pytest.mark.parametrize("factors", [(2,), (4,), (12,), (20,), (28,), (64,), (128,), (2, 12), (12, 2), (20, 12), (4, 3 * 4, 2)])
+@pytest.mark.parametrize(
+    "factors", [(2,), (4,), (12,), (20,), (28,), (64,), (128,), (2, 12), (12, 2), (20, 12), (4, 3 * 4, 2)]
+)
 def test_inverse_hadamard_and_signs_agree(spec: dict[str, Any], factors: tuple[int, ...]) -> None:
     size = int(np.prod(factors))
     h = np.ones((1, 1))

@@ -17,10 +17,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conformance import checks_data, jsonio, shape
+from conformance import checks_data, checks_decode, jsonio, oracle, shape
 from conformance.__main__ import main
 from conformance.check import CHECKS, Judgement, judge
 from conformance.folder import Folder
@@ -286,8 +286,9 @@ text("json.duplicate_key", "JSON.DUPLICATE_KEY", b'"dimension": 2', b'"dimension
 text("json.integer", "JSON.NUMBER", b'"bits": 2.5', b'"bits": 9007199254740992', "/quantization/bits")
 text("json.number", "JSON.NUMBER", b'"bits": 2.5', b'"bits": 1e999', "/quantization/bits")
 text("json.depth", "JSON.DEPTH", b'"none/none"', b'"none/none", "extra": {"x": ' + b"[" * 62 + b"]" * 62 + b"}")
-put("version.missing", "SCHEMA.MISSING_FIELD", "/format_version", ...)
-put("version.type", "SCHEMA.TYPE", "/format_version", 1)
+put("version.format", "SCHEMA.VERSION", "/format", ...)
+put("version.number", "SCHEMA.VERSION", "/format_version", 1)
+put("version.number", "SCHEMA.VERSION", "/format_version", ...)
 put("version.format", "SCHEMA.VERSION", "/format", "other")
 put("version.number", "SCHEMA.VERSION", "/format_version", "2.0")
 put("version.number", "SCHEMA.VERSION", "/format_version", "1.0\n")
@@ -509,6 +510,12 @@ raw("data.column_scale", "DATA.NON_FINITE", "a.columns", 0, b"\0\0\x80\x7f", "/t
 raw("decode.finite", "DATA.NON_FINITE", "b.scales", 0, b"\x80\x4b", "/tensors/b")
 
 
+@case("decode.finite", "DATA.NON_FINITE", "/tensors/a")  # column scales of 0 do not hide what overflows before them
+def _(r: Repo) -> None:
+    r.tensors["a.scales.0"] = "F32", [4, 2], np.full((4, 2), 3e38, "<f4").tobytes()
+    r.tensors["a.columns"] = "F32", [24], bytes(96)
+
+
 def stamped(body: bytes, version: str = "1.0.0", digest: str | None = None) -> bytes:
     stamp = {"format": "1.0", "version": version, "body_sha256": digest or hashlib.sha256(body).hexdigest()}
     return body + b"# tqformat-stamp: " + json.dumps(stamp).encode() + b"\n"
@@ -717,9 +724,29 @@ def test_numbers_are_judged_by_their_bits(dtype: str) -> None:
     values = np.arange(2**16, dtype=np.uint32) << (16 if width == 4 else 0)
     data = values.astype("<u4" if width == 4 else "<u2")
     exact = checks_data.floats(data.tobytes(), dtype)
-    assert (checks_data._not_finite(data, dtype) == ~np.isfinite(exact)).all()
+    assert (checks_data.not_finite(data, dtype) == ~np.isfinite(exact)).all()
     with np.errstate(invalid="ignore"):
         assert (checks_data._negative(data, dtype) == (exact < 0)).all()
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from(["F16", "BF16", "F32"]))
+def test_the_sieve_of_decoded_values_lets_nothing_wrong_pass(data: st.DataObject, dtype: str) -> None:
+    finite = st.floats(-7e4, 7e4) | st.floats(-1e-37, 1e-37) | st.sampled_from([0.0, 65519.0, 65520.0, 3.3999e38, 1.0])
+    exact = np.array(data.draw(st.lists(finite, min_size=1, max_size=20)))
+    factor = np.array(
+        data.draw(st.lists(st.sampled_from([0, 1e-9, 1e-3, -4e-3]), min_size=len(exact), max_size=len(exact)))
+    )
+    decoded = oracle.Decoded(dtype, exact.shape, exact, np.abs(exact) * 2.0**-20)
+    rounded = oracle.round_to(exact * (1 + factor), dtype)
+    with np.errstate(over="ignore"):
+        words = rounded.astype("<f2").tobytes() if dtype == "F16" else rounded.astype("<f4").tobytes()
+    if dtype == "BF16":
+        words = np.frombuffer(words, "<u2")[1::2].tobytes()
+    sure = checks_decode.surely_correct(words, decoded)
+    assert (sure <= oracle.is_correct(rounded, decoded)).all()
+    common = (factor == 0) & (np.abs(exact) > 1e-30) & np.isfinite(rounded)
+    assert sure[common].all()
 
 
 def test_conformance_stands_alone() -> None:
@@ -733,6 +760,45 @@ def test_conformance_stands_alone() -> None:
     code = "import sys, conformance.__main__; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not forbidden & set(ast.literal_eval(loaded))
+
+
+# Whatever is done to a repository, there is a verdict
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_changed_value_never_crashes(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    r = repo()
+    place: Any = {"/": r.manifest}
+    path: list[Any] = []
+    while isinstance(place, dict | list) and place and (len(path) < 3 or data.draw(st.booleans())):
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        path, parent, place = [*path, key], place, place[key]
+    numbers = st.sampled_from([0, 1, 2, 3, 5, 8, 16, 255, 2**20, 2**31, 2**53 - 1, -1, 0.5, 1e300])
+    parent[path[-1]] = data.draw(numbers | LEAF | any_json(LEAF))
+    if not isinstance(r.manifest.get("tensors"), dict):
+        return
+    r.totals = lambda: dict.fromkeys(("original_bytes", "stored_bytes", "ratio"), 0)  # type: ignore[method-assign]
+    assert not judged(r.write(tmp_path_factory.mktemp("fuzz") / "r")).crashed
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from([MANIFEST, PAYLOAD]),
+    at=st.integers(0, 2000),
+    data=st.binary(max_size=6),
+    cut=st.integers(0, 6),
+)
+def test_a_changed_byte_never_crashes(
+    name: str, at: int, data: bytes, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = repo().write(tmp_path_factory.mktemp("fuzz") / "r")
+    old = (path / name).read_bytes()
+    new = old[:at] + data + old[at + cut :]
+    (path / name).write_bytes(new)
+    judgement = judged(path)
+    assert not judgement.crashed
+    assert judgement.violations or old == new or name == MANIFEST
 
 
 # Reports and exit status
@@ -769,7 +835,7 @@ def test_exit_status_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("path", [pytest.param(p, id="-".join(p.parts[-3:])) for p in cases()])
 def test_vectors_are_judged_as_stated(path: Path, tmp_path: Path) -> None:
     vector = load_case(path)
-    judgement = judged(materialise(path, tmp_path / "r"), require_release=True)
+    judgement = judged(materialise(path, tmp_path / "r"))
     codes = [violation.code for violation in judgement.violations]
     assert not judgement.crashed
     if vector["result"] == "valid":
@@ -784,10 +850,10 @@ def test_vectors_are_judged_as_stated(path: Path, tmp_path: Path) -> None:
 
 # a small process starts the check, for a child's peak counts the memory of the process that it was forked from
 MEASURE = """
-import resource, subprocess, sys, time
-start = time.monotonic()
+import resource, subprocess, sys
 status = subprocess.run([sys.executable, "-m", "conformance", *sys.argv[1:]]).returncode
-print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.monotonic() - start, flush=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(status, used.ru_maxrss, used.ru_utime + used.ru_stime, flush=True)
 """
 
 
@@ -838,4 +904,4 @@ def test_bombs(bomb: Callable[[Path], str], tmp_path: Path) -> None:
     assert status == 1
     assert out[-1].endswith(f"first {code})")
     assert kilobytes < 200 * 1024
-    assert seconds < 1 or (os.getloadavg()[0] > 2 and seconds < 3)  # a busy machine is not our bomb
+    assert seconds < 1  # of processor time: a busy machine is not our bomb

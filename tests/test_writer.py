@@ -97,7 +97,9 @@ def test_accounting_adds_up(settings_repo: Path) -> None:
         )  # fmt: skip
         quantized = [w for w in m.tensors.values() if w.kind == "quantized"]
         assert m.accounting["quantized_tensors"] == len(quantized) == 11
-        assert m.accounting["original_bytes"] == sum(int(np.prod(w.shape)) * DTYPES[w.dtype] for w in m.tensors.values())
+        assert m.accounting["original_bytes"] == sum(
+            int(np.prod(w.shape)) * DTYPES[w.dtype] for w in m.tensors.values()
+        )
         assert m.tensors["vector"].effective_bits == 1 and m.tensors["stages"].effective_bits == 4
 
 
@@ -215,7 +217,11 @@ def calls(seed: int) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
 def test_the_same_input_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     results = []
     for i in range(3):
-        everything = [*calls(0), ("add_file", (b"{}", "support", "config.json"), {}), ("add_file", (b"x", "document", "A"), {})]
+        everything = [
+            *calls(0),
+            ("add_file", (b"{}", "support", "config.json"), {}),
+            ("add_file", (b"x", "document", "A"), {}),
+        ]
         if i:  # tables before the weights that use them, otherwise any order
             random.Random(i).shuffle(everything)
             everything.sort(key=lambda call: call[0] not in ("add_codebook", "add_transform"))
@@ -404,7 +410,19 @@ for name in sorted(os.listdir(root)):
     again = child("", target, overwrite == "True") if overwrite == "True" or not os.path.exists(target) else None
     print(name, killed, again)
 """
-POINTS = ["addbefore1", "addafter1", "addbefore3", "addafter4", "chunk", "shard1", "shard3", "manifest", "publish", "sweep", "none"]
+POINTS = [
+    "addbefore1",
+    "addafter1",
+    "addbefore3",
+    "addafter4",
+    "chunk",
+    "shard1",
+    "shard3",
+    "manifest",
+    "publish",
+    "sweep",
+    "none",
+]
 KILLS = [f"{p}-{o}" for o in (False, True) for p in [*POINTS, "exchange" if o else "rename"]]
 
 
@@ -457,7 +475,13 @@ def writer(tmp_path: Path) -> Iterator[RepoWriter]:
 
 
 def good() -> dict[str, Any]:
-    return {"bits": 1, "codebook": "c", "transform": "i", "codes": torch.zeros(4, 1, dtype=torch.uint8), "scales": torch.ones(4, 1)}
+    return {
+        "bits": 1,
+        "codebook": "c",
+        "transform": "i",
+        "codes": torch.zeros(4, 1, dtype=torch.uint8),
+        "scales": torch.ones(4, 1),
+    }
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -490,7 +514,9 @@ def test_bad_stages_are_refused_and_leave_no_trace(writer: RepoWriter, kind: str
     assert torch.equal(load_state_dict(writer.finish())["w"], -torch.ones(4, 8))
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [([8], "F32"), ([4, 8], "I32"), ([4, 8], "F64"), ([4, -8], "F32"), ([4, 0], "F32")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [([8], "F32"), ([4, 8], "I32"), ([4, 8], "F64"), ([4, -8], "F32"), ([4, 0], "F32")]
+)
 def test_bad_weights_are_refused(writer: RepoWriter, shape: list[int], dtype: str) -> None:
     with pytest.raises(TQFormatError, match="SCHEMA"):
         writer.add_quantized("w", shape, dtype, [good()])
@@ -592,7 +618,11 @@ def test_add_files(settings_repo: Path) -> None:
     add_files(settings_repo, {"config.json": ("support", b'{"a": 1}')})
     now = contents(settings_repo)
     assert now.keys() == {MANIFEST, "turboquant_weights.safetensors", "config.json", "load_quantized.py"}
-    assert (now["config.json"], now["load_quantized.py"], now["turboquant_weights.safetensors"]) == (b'{"a": 1}', b"pass", weights)
+    assert (now["config.json"], now["load_quantized.py"], now["turboquant_weights.safetensors"]) == (
+        b'{"a": 1}',
+        b"pass",
+        weights,
+    )
     with open_repo(settings_repo) as repo:
         repo.check_roles("support", "code")
         assert repo.manifest.files["load_quantized.py"].role == "code"
@@ -623,9 +653,13 @@ def test_dequantize_repo(settings_repo: Path, tmp_path: Path, limit: int) -> Non
     assert (len(files) > 2) == (limit == 1000)
     if limit == 1000:
         index = json.loads((out / "model.safetensors.index.json").read_text())
-        assert index["weight_map"].keys() == want.keys() and set(index["weight_map"].values()) == {f.name for f in files}
+        assert index["weight_map"].keys() == want.keys() and set(index["weight_map"].values()) == {
+            f.name for f in files
+        }
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in want.values())
-    assert {p.name for p in out.iterdir()} - {f.name for f in files} - {"model.safetensors.index.json"} == {"config.json"}
+    assert {p.name for p in out.iterdir()} - {f.name for f in files} - {"model.safetensors.index.json"} == {
+        "config.json"
+    }
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     with pytest.raises(FileExistsError):
         dequantize_repo(settings_repo, out)

@@ -93,6 +93,7 @@ def inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
+    report = printable(report)
     q, base, total = report["quantization"], report["base_model"], report["total"]
     print(f"{args.repo}: tqformat {report['format_version']}, written by {report['generator']}")
     print(
@@ -239,22 +240,34 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def printable(value: Any) -> Any:
+    """The same with characters that would move the cursor escaped: text of a repository is not to be trusted."""
+    if isinstance(value, dict):
+        return {printable(k): printable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [printable(v) for v in value]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) if isinstance(value, str) else value
+
+
+def fail(args: argparse.Namespace, text: str, code: str | None, where: str, message: str) -> int:
+    if args.json:
+        print(json.dumps({"ok": False, "code": code, "where": where, "message": message}))
+    else:
+        print(printable(text), file=sys.stderr)
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
     except TQFormatError as error:
-        if args.json:
-            print(json.dumps({"ok": False, "code": error.code, "where": error.where, "message": error.message}))
-        else:
-            print(f"error {error}", file=sys.stderr)
-        return 1
+        return fail(args, f"error {error}", error.code, error.where, error.message)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(args, f"error: {error}", None, str(error.filename or args.repo), str(error))
     return 0
 
 

@@ -19,6 +19,7 @@ import re
 import threading
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -205,9 +206,10 @@ class Manifest:
             require(
                 ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"one of {', '.join(FEATURES)} (or a newer reader)", feature
             )
-        manifest: Manifest = typed(cls, data, "")
         for key in ("files", "transforms", "codebooks", "tensors", "tied_weights"):  # [TQ-LIM-1]
-            require(len(getattr(manifest, key)) <= 2**20, "LIMIT.SIZE", key, "at most 2^20 entries")
+            ok = not isinstance(data.get(key), dict) or len(data[key]) <= 2**20
+            require(ok, "LIMIT.SIZE", key, "at most 2^20 entries")
+        manifest: Manifest = typed(cls, data, "")
         for key, t in manifest.transforms.items():
             _check_transform(t, f"transforms[{key!r}]")
         for key, c in manifest.codebooks.items():
@@ -311,6 +313,7 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
     ok = w.dtype in (FLOATS if w.kind == "quantized" else DTYPES)
     require(ok, "SCHEMA.VALUE", f"{where}.dtype", "a dtype of this kind", w.dtype)
     ok = len(w.shape) <= 8 and math.prod(w.shape) * DTYPES[w.dtype] < 2**53
+    ok = ok and math.prod(n or 1 for n in w.shape) < 2**53  # strides overflow for an empty tensor, too [TQ-SEC-3]
     require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)
     if w.stages is None:
         return
@@ -482,7 +485,7 @@ def _order_kind(f: int) -> str:
     return "paley2" if f <= 2048 and f % 4 == 0 and f // 2 % 4 == 2 and _is_prime(f // 2 - 1) else ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # a Paley factor may take 16 MiB, and there are 220 of them
 def hadamard_factor(f: int) -> "Tensor":
     """H_f as float32 [f, f], entries 1 and -1 [TQ-TRAN-4]."""
     import torch
@@ -659,7 +662,7 @@ class Repo:
         height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
         group = (1 << (22 if device.type == "cuda" else 18)) // (height * matrix.shape[1])
         step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), torch.device("cpu"):
             self._tables.clear()  # a dense matrix may take 128 MiB: those of one weight must not add up with another's
             for a in range(0, max(1, len(matrix)), step):  # tables are looked at even where there are no rows
                 b = min(len(matrix), a + step)
@@ -796,7 +799,8 @@ def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None
     with open_repo(path, verify=False) as repo:
         repo._verify = verify
         repo.check_roles("support")
-    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    with translated("tokenizer_config.json"):
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = False) -> Path:
@@ -811,10 +815,11 @@ def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = 
         from huggingface_hub import snapshot_download
     except ImportError:
         raise TQFormatError("UNSUPPORTED.LIBRARY", name, "expected: pip install huggingface_hub") from None
-    path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
-    files = read_manifest(path).files.items()
-    wanted = [key for key, file in files if file.role in ("payload", "support") or (code and file.role == "code")]
-    return Path(snapshot_download(name, revision=path.name, allow_patterns=[MANIFEST, *wanted]))  # the same commit
+    with translated(name, "BIND.MISSING_FILE"):
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
+        files = read_manifest(path).files.items()
+        wanted = [key for key, file in files if file.role in ("payload", "support") or (code and file.role == "code")]
+        return Path(snapshot_download(name, revision=path.name, allow_patterns=[MANIFEST, *wanted]))  # the same commit
 
 
 def find_device(device: Any) -> "torch.device":
@@ -837,6 +842,20 @@ def import_transformers() -> Any:
     found = transformers.__version__
     require(int(found.split(".")[0]) >= 5, "UNSUPPORTED.LIBRARY", "transformers", "version 5 or newer", found)
     return transformers
+
+
+@contextmanager
+def translated(where: str, code: str = "BIND.MODEL") -> Iterator[None]:
+    """What transformers and huggingface_hub say about files that they cannot use or find, as an error of ours."""
+    try:
+        yield
+    except TQFormatError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            advice = "this is program text of the repository: read it, then load the model with trust_remote_code=True"
+            raise TQFormatError("UNSUPPORTED.REMOTE_CODE", where, advice) from None
+        raise TQFormatError(code, where, " ".join(str(error).split())[:300]) from error
 
 
 class LazyWeight:
@@ -862,17 +881,12 @@ def build_model(repo: Repo, device: "torch.device", dtype: "Dtype", trust_remote
     import torch
 
     transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
-    try:
+    with translated("config.json"):
         config = transformers.AutoConfig.from_pretrained(repo.path, local_files_only=True, **trust)
         with torch.device("meta"):
             model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        advice = "this model is program text of the repository: read it, then pass trust_remote_code=True"
-        raise TQFormatError("UNSUPPORTED.REMOTE_CODE", "config.json", advice) from None
     if dtype is None:
-        largest = max((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS)[1]
+        largest = max(((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS), default=(0, "F32"))[1]
         dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
 
     def place(where: Any, names: list[str]) -> Any:
@@ -890,7 +904,8 @@ def build_model(repo: Repo, device: "torch.device", dtype: "Dtype", trust_remote
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:  # first on the meta device, which allocates nothing: does every weight find its place? [TQ-SEC-4]
-        _, info = place("meta", names)
+        with translated(model_class.__name__):
+            _, info = place("meta", names)
         needed = [alias for alias in m.tied_weights if alias in info["missing_keys"]]  # [TQ-TIE-2]
         if needed:
             names += needed

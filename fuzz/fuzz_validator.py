@@ -1,0 +1,14 @@
+"""Fuzzes the validator: nothing but findings with codes of SPEC.md, within its limits, and in agreement with the loader.
+
+python fuzz/fuzz_validator.py WORK_CORPUS fuzz/corpus -dict=fuzz/dictionary.txt -max_len=16384 -timeout=30
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import target
+
+if __name__ == "__main__":
+    sys.exit(target.main("validator", "conformance", sys.argv))
