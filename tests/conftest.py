@@ -125,7 +125,7 @@ def repo_from_checkpoint(
     """Quantizes every matrix of a saved checkpoint at 4 bit, keeps the rest, and adds its configuration files."""
     from safetensors.torch import load_file
 
-    names = {DTYPE: name for DTYPE, name in ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16"))}
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     with new_writer(out, loader_kind, **options) as writer:
         writer.add_transform("i", "identity", 1)
         writer.add_codebook("c4", torch.linspace(-2.5, 2.5, 16))

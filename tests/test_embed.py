@@ -11,12 +11,15 @@ from conftest import ROOT, repo_from_checkpoint, run_python
 from tqformat import TQFormatError, add_files, load, load_state_dict, open_repo
 from tqformat.embed import LOADER, PREFIX, embed, read_stamp, stamped_loader
 
-BODY = (ROOT / "tqformat" / "load_quantized.py").read_bytes()
-
 
 def test_the_body_is_the_reader() -> None:
     body, prefix, line = stamped_loader().rpartition(PREFIX)
-    assert body == BODY and prefix and line.endswith(b"\n") and line.count(b"\n") == 1
+    assert (
+        body == (ROOT / "tqformat" / "load_quantized.py").read_bytes()
+        and prefix
+        and line.endswith(b"\n")
+        and line.count(b"\n") == 1
+    )
     assert json.loads(line).keys() == {"format", "version", "body_sha256"}
     compile(stamped_loader(), LOADER, "exec")
 

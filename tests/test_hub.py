@@ -241,5 +241,5 @@ def test_what_is_neither_a_directory_nor_an_id_asks_nobody(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
-    with pytest.raises(TQFormatError, match="BIND.MISSING_FILE"):
+    with pytest.raises(TQFormatError, match=r"BIND\.MISSING_FILE"):
         load(name)

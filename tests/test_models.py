@@ -335,7 +335,7 @@ def test_a_repository_without_configuration(copied: Path) -> None:
 @pytest.mark.usefixtures("no_decoding")
 def test_a_damaged_configuration(copied: Path) -> None:
     (copied / "config.json").write_text("{}")
-    with pytest.raises(TQFormatError, match="BIND.SIZE"):
+    with pytest.raises(TQFormatError, match=r"BIND\.SIZE"):
         tqformat.load(copied)
     add_files(copied, {"config.json": ("support", b'{"model_type": "no such model"}')})
     with pytest.raises(TQFormatError):
@@ -348,7 +348,7 @@ def test_remote_code_is_never_run(copied: Path, tmp_path: Path) -> None:
     module += "class C(PretrainedConfig):\n  model_type = 'mine'\nclass M(PreTrainedModel):\n  config_class = C\n"
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     add_files(copied, {"config.json": ("support", json.dumps(config).encode()), "mine.py": ("code", module.encode())})
-    with pytest.raises(TQFormatError, match="UNSUPPORTED.REMOTE_CODE"):
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.REMOTE_CODE"):
         tqformat.load(copied)
     assert not flag.exists() and not [name for name in sys.modules if name.endswith("mine")]
 
@@ -366,7 +366,7 @@ def test_the_tokenizer_runs_no_remote_code(copied: Path, tmp_path: Path, monkeyp
         return "y"
 
     monkeypatch.setattr("builtins.input", asked)
-    with pytest.raises(TQFormatError, match="UNSUPPORTED.REMOTE_CODE"):
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.REMOTE_CODE"):
         tqformat.load_tokenizer(copied)
     assert not flag.exists()
 
@@ -386,14 +386,14 @@ def test_the_tokenizer(copied: Path) -> None:
     add_files(copied, files)
     assert tqformat.load_tokenizer(copied)("two one three")["input_ids"] == [2, 1, 0]
     (copied / "tokenizer.json").write_bytes(b"x" * len(files["tokenizer.json"][1]))
-    with pytest.raises(TQFormatError, match="BIND.DIGEST"):
+    with pytest.raises(TQFormatError, match=r"BIND\.DIGEST"):
         tqformat.load_tokenizer(copied)
 
 
 def test_a_device_that_is_not_there(copied: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(TQFormatError, match="UNSUPPORTED.DEVICE"):
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
         tqformat.load(copied, device="cuda")
 
 
@@ -411,7 +411,7 @@ def test_a_corrupted_payload_is_an_error_of_the_format(
         whole = bytes(data)
         data[span.begin : span.begin + 4] = b"\x00\x00\xc0\x7f"  # a NaN among the scales
         file.write_bytes(data)
-        with pytest.raises(TQFormatError, match="BIND.DIGEST"):
+        with pytest.raises(TQFormatError, match=r"BIND\.DIGEST"):
             tqformat.load(repo)
         with pytest.raises(TQFormatError) as caught:
             tqformat.load(repo, verify=False)
@@ -432,7 +432,7 @@ def test_the_settings_of_transformers_are_restored(
         if fails:
             edit_manifest(copied, lambda m: m["tensors"].pop("model.norm.weight"))
             monkeypatch.setattr(load_quantized.Repo, "_open_payload", lambda *_: None)
-            with pytest.raises(TQFormatError, match="BIND.MODEL"):
+            with pytest.raises(TQFormatError, match=r"BIND\.MODEL"):
                 tqformat.load(copied)
         else:
             tqformat.load(copied)

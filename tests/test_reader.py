@@ -316,7 +316,7 @@ def test_iteration_names_and_aliases(repo_path: Path, values: dict[str, torch.Te
         ) and "plain.alias" not in repo.names()
         assert same(dict(repo), values)
         assert torch.equal(repo.dequantize("plain.alias"), values["plain"])
-        with pytest.raises(TQFormatError, match="BIND.MISSING_TENSOR"):
+        with pytest.raises(TQFormatError, match=r"BIND\.MISSING_TENSOR"):
             repo.dequantize("nothing")
 
 
@@ -468,7 +468,7 @@ def test_an_error_in_the_data_says_which_rows(tmp_path: Path) -> None:
 def test_a_manifest_is_bound_in_size(tmp_path: Path) -> None:
     with open(tmp_path / MANIFEST, "wb") as file:
         file.truncate(2**26 + 1)
-    with pytest.raises(TQFormatError, match="LIMIT.SIZE"):
+    with pytest.raises(TQFormatError, match=r"LIMIT\.SIZE"):
         read_manifest(tmp_path)
 
 
@@ -481,7 +481,7 @@ def test_a_column_scale_of_a_scalar_is_an_error(fresh: Path) -> None:
 def test_a_device_that_is_not_there(repo_path: Path, device: str) -> None:
     if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with open_repo(repo_path) as repo, pytest.raises(TQFormatError, match="UNSUPPORTED.DEVICE"):
+    with open_repo(repo_path) as repo, pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
         repo.dequantize("plain", device)
 
 

@@ -199,7 +199,8 @@ class Manifest:
     def from_dict(cls, data: dict[str, Any]) -> "Manifest":
         """The manifest in parsed JSON, with the checks of [TQ-ERR-3] that need no other file."""
         name, version, features = data.get("format"), data.get("format_version"), data.get("features")
-        ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", str(version))  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
+        text = version if isinstance(version, str) else ""
+        ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", text)  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
         require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
         for feature in features if isinstance(features, list) else ():  # [TQ-VER-2]
             ok = feature in FEATURES or not isinstance(feature, str)

@@ -65,7 +65,8 @@ def case_line(case: Json) -> str:
     if case["notes"]:
         line += f'<br><span class="muted">{escape(case["reason"])}</span>'
     for score, note in case["notes"].items():
-        line += f'<br><span class="bad">not {escape(score)}</span>: {escape(note[:500])}'
+        why = "" if note == case["answer"] else f": {escape(note[:500])}"
+        line += f'<br><span class="bad">not {escape(score)}</span>{why}'
     return line
 
 

@@ -143,7 +143,7 @@ def tally(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
 def as_json(run: Run) -> dict[str, Any]:
     """The report for programs (schemas/report.schema.json)."""
     areas: dict[str, list[Outcome]] = {}
-    for outcome in run.outcomes:
+    for outcome in sorted(run.outcomes, key=lambda o: ["valid", "acceptable", "invalid"].index(o.case.about["result"])):
         areas.setdefault(f"{outcome.case.about['result']}/{outcome.case.area}", []).append(outcome)
     needed = {feature for outcome in run.outcomes for feature in outcome.case.about["features"]}
     others = [o for o in run.outcomes if o.case.about["result"] == "invalid" and o.case.about["judge"] == "validator"]
@@ -169,7 +169,7 @@ def as_json(run: Run) -> dict[str, Any]:
             "accepted": [o.case.id for o in others if o.answer.status == "results"],
         },
         "weaknesses": [{"name": name, "cases": ids} for name, ids in weaknesses(run.outcomes).items()],
-        "areas": {area: tally(outcomes) for area, outcomes in sorted(areas.items(), reverse=True)},
+        "areas": {area: tally(outcomes) for area, outcomes in areas.items()},
         "cases": [case_as_json(outcome) for outcome in run.outcomes],
     }
 
