@@ -113,6 +113,9 @@ def _entry_breach(name: str, entry: Any, data: int) -> Breach | None:
     # [TQ-MAN-4]
     if not 1 <= len(name) <= 512 or any(c < " " or c == "\x7f" for c in name):
         return "name", "expected a storage name of 1 to 512 characters without control characters", ()
+    segments = name.replace("\\", "/").split("/")
+    if ".." in segments or not segments[0]:
+        return "name", "expected a storage name that leads nowhere as a path: no root and no segment ..", ()
     # [TQ-PAY-3]
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         found = f"the keys {sorted(entry)}" if isinstance(entry, dict) else brief(entry)

@@ -108,7 +108,7 @@ def _explain(error: jsonschema.ValidationError, manifest: dict[str, Any]) -> Ite
                 yield finding("missing_field", f"the key {key} is required; add it", key)
     elif "propertyNames" in error.absolute_schema_path:
         if path[0] != "files":  # PATH.NAME has its own check
-            message = f"expected a key of 1 to 512 characters without control characters, found {brief(value)}"
+            message = f"expected a key of 1 to 512 characters, no control characters, no path out, found {brief(value)}"
             yield Finding(message, join(*path, value), kind="value", rule="TQ-MAN-4")
     elif error.validator == "anyOf":
         # something or null: what keeps it from being something

@@ -250,6 +250,11 @@ def compare(path: Path, judgement: Any, subject: Any, error: Any, weights: dict[
         strict = [v for v in judgement.violations if not is_lenient(v, manifest, verify)]
         if error is None and strict:
             raise PropertyError(f"the loader accepts what the validator rejects: {strict[0]}")
+        if error is not None and len(judgement.violations) == len(strict) == 1:
+            # [TQ-MAN-6] what a stray key holds may be wrong in another way; [TQ-LIM-1] allows two codes
+            allowed = {strict[0].code} | ({"SCHEMA.VALUE"} if strict[0].code == "LIMIT.SIZE" else set())
+            if error.code not in allowed and strict[0].code != "SCHEMA.AMBIGUOUS":
+                raise PropertyError(f"the loader says {error}, the validator {strict[0]}")
         return
     tensors, books, transforms = (subject.manifest[key] for key in ("tensors", "codebooks", "transforms"))
     if error is not None:

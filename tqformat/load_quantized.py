@@ -106,7 +106,7 @@ LOADER_KINDS = {  # [TQ-MAN-5]
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
-Name = Annotated[str, r"(?!__metadata__\Z)[^\x00-\x1f\x7f]{1,512}"]  # [TQ-MAN-4]
+Name = Annotated[str, r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f]{1,512}"]  # [TQ-MAN-4]
 Count = Annotated[int, (0, 2**53 - 1)]
 Size = Annotated[int, (1, 2**20)]
 FileName = Annotated[

@@ -497,6 +497,15 @@ def schema_values(c: Cases) -> None:
     ):
         reason = "Names have 1 to 512 characters from U+0020 on, without U+007F."
         c.rename(f"schema/name-{id}", "MAN-4", "SCHEMA.VALUE", "/tensors/norm", name, reason, **free)
+    for id, name in (
+        ("root", "/norm"),
+        ("root-backslash", "\\norm"),
+        ("parent", "../../x"),
+        ("parent-inside", "a/../x"),
+        ("parent-end", "a\\.."),
+        ("parent-alone", ".."),
+    ):
+        c.rename(f"schema/name-{id}", "MAN-4", "SCHEMA.VALUE", "/tensors/norm", name, "A name leads nowhere.", **free)
     c.rename(
         "schema/name-alias",
         "MAN-4",

@@ -154,6 +154,11 @@ def container(c: Cases) -> None:
     c.header(
         "container/name-empty", "MAN-4 PAY-3", f"{header} SCHEMA.VALUE BIND.EXTRA_TENSOR", codes, empty + codes, reason
     )
+    for id, path in (("parent", "../../x"), ("root", "/x")):
+        outside = empty.replace('""', f'"{path}"')
+        reason = "A storage name leads nowhere, should a tool make a path of it."
+        name_codes = f"{header} SCHEMA.VALUE BIND.EXTRA_TENSOR"
+        c.header(f"container/name-{id}", "MAN-4 PAY-3", name_codes, codes, outside + codes, reason)
     copy = {"op": "tensor", "file": SHARD.format(2, 2), "name": "w.codes", "dtype": "U8", "shape": [0], "hex": ""}
     text, reason = "The second shard gets a tensor of a name in the first.", "Names are unique across shards."
     code = "CONTAINER.DUPLICATE_NAME"
