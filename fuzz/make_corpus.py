@@ -16,9 +16,11 @@ def main() -> None:
     for old in target.CORPUS.iterdir():
         old.unlink()
     seeds = []
-    for case in cases("valid"):
-        if (case / "repo").is_dir() and (data := target.from_directory(case / "repo")) and len(data) <= LARGEST:
-            seeds.append((len(data), "-".join(case.parts[-2:]), tuple(load_case(case)["features"]), data))
+    with target.Runner("validator") as runner:
+        for case in cases("valid"):
+            data = target.from_directory(case / "repo") if (case / "repo").is_dir() else None
+            if data and len(data) <= LARGEST and runner(data) == "decoded":
+                seeds.append((len(data), "-".join(case.parts[-2:]), tuple(load_case(case)["features"]), data))
     seeds.sort()
     kinds: dict[object, int] = {}
     ranked = []

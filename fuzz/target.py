@@ -250,10 +250,10 @@ def compare(path: Path, judgement: Any, subject: Any, error: Any, weights: dict[
         strict = [v for v in judgement.violations if not is_lenient(v, manifest, verify)]
         if error is None and strict:
             raise PropertyError(f"the loader accepts what the validator rejects: {strict[0]}")
-        if error is not None and len(judgement.violations) == len(strict) == 1:
-            # [TQ-MAN-6] what a stray key holds may be wrong in another way; [TQ-LIM-1] allows two codes
-            allowed = {strict[0].code} | ({"SCHEMA.VALUE"} if strict[0].code == "LIMIT.SIZE" else set())
-            if error.code not in allowed and strict[0].code != "SCHEMA.AMBIGUOUS":
+        if error is not None and len(judgement.violations) == 1 and strict:
+            # where one violation blocks no other check that a reader may make first, it is the one that is named
+            blocking = strict[0].check.startswith(("schema.", "bind."))
+            if error.code != strict[0].code and not blocking:
                 raise PropertyError(f"the loader says {error}, the validator {strict[0]}")
         return
     tensors, books, transforms = (subject.manifest[key] for key in ("tensors", "codebooks", "transforms"))

@@ -264,12 +264,15 @@ def test_resume(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repo", "whole"]
 
 
-def test_adding_again_what_is_there_does_nothing(tmp_path: Path) -> None:
+def test_a_resumed_writer_takes_tables_again_but_no_weight_twice(tmp_path: Path) -> None:
     with new_writer(tmp_path / "repo", resume_key="job") as writer:
         apply(writer, calls(0))
     with new_writer(tmp_path / "repo", resume_key="job") as writer:
         size = (tmp_path / ".repo.partial" / "spool").stat().st_size
-        apply(writer, calls(0))
+        weights = ("add_quantized", "add_passthrough")
+        apply(writer, [call for call in calls(0) if call[0] not in weights])
+        with pytest.raises(ValueError, match="was added before"):
+            apply(writer, [call for call in calls(0) if call[0] in weights])
         assert (tmp_path / ".repo.partial" / "spool").stat().st_size == size
         assert check_with_oracle(writer.finish()) == 15
 

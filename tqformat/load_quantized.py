@@ -212,9 +212,9 @@ class Manifest:
             require(ok, "LIMIT.SIZE", key, "at most 2^20 entries")
         manifest: Manifest = typed(cls, data, "")
         for key, t in manifest.transforms.items():
-            _check_transform(t, f"transforms[{key!r}]")
+            check_transform(t, f"transforms[{key!r}]")
         for key, c in manifest.codebooks.items():
-            _check_codebook(c, f"codebooks[{key!r}]")
+            check_codebook(c, f"codebooks[{key!r}]")
         for key, w in manifest.tensors.items():
             check_weight(w, f"tensors[{key!r}]", manifest)
         for alias, source in manifest.tied_weights.items():  # [TQ-TIE-1]
@@ -278,7 +278,7 @@ def _check_keys(item: Transform | Weight, where: str) -> None:
             require(given == (kind == item.kind), code, f"{where}.{key}", f"this key for {kind}, and only there")
 
 
-def _check_transform(t: Transform, where: str) -> None:
+def check_transform(t: Transform, where: str) -> None:
     _check_keys(t, where)
     ok = t.seed is None or t.kind == "hadamard"
     require(ok, "SCHEMA.AMBIGUOUS", f"{where}.seed", "this key for hadamard only")
@@ -296,7 +296,7 @@ def _check_transform(t: Transform, where: str) -> None:
         require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
 
 
-def _check_codebook(c: Codebook, where: str) -> None:
+def check_codebook(c: Codebook, where: str) -> None:
     size = c.entries * c.dimension
     require(
         c.values is None or c.tensor is None, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both"
@@ -569,10 +569,8 @@ def finite(values: "Tensor", where: str) -> "Tensor":
 class Repo:
     """An open, checked repository; get one from open_repo. Weights are decoded one at a time, in groups of rows."""
 
-    _lock = threading.Lock()  # of all repositories: full_precision changes a setting of the whole program
-
     def __init__(self, path: "PathLike", verify: bool = True) -> None:
-        self.path, self._verify = Path(path), verify
+        self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
         self.manifest = m = read_manifest(self.path)
         known = {MANIFEST, "README.md", "__pycache__", *m.files}
         extra = [entry for entry in sorted(os.listdir(self.path)) if entry[0] != "." and entry not in known]
@@ -661,7 +659,9 @@ class Repo:
         result = torch.empty(w.shape, dtype=dtype or torch_dtype(w.dtype), device=device)
         matrix = result.reshape(-1, w.shape[-1] if w.stages else 1)  # [rows, cols]; passthrough: [scalars, 1]
         height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
-        group = (1 << (22 if device.type == "cuda" else 18)) // (height * matrix.shape[1])
+        books = [self.manifest.codebooks[s.codebook] for s in w.stages or ()]
+        width = max(matrix.shape[1], *(c.entries * c.dimension for c in books if c.rows is not None), 1)
+        group = (1 << (22 if device.type == "cuda" else 18)) // (height * width)
         step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
         with self._lock, torch.no_grad(), torch.device("cpu"):
             self._tables.clear()  # a dense matrix may take 128 MiB: those of one weight must not add up with another's
@@ -887,7 +887,9 @@ def build_model(repo: Repo, device: "torch.device", dtype: "Dtype", trust_remote
         with torch.device("meta"):
             model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
     if dtype is None:
-        largest = max(((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS), default=(0, "F32"))[1]
+        largest = max(
+            ((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS), default=(0, "F32")
+        )[1]
         dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
 
     def place(where: Any, names: list[str]) -> Any:

@@ -37,10 +37,14 @@ from .load_quantized import (
     FEATURES,
     LOADER_KINDS,
     MANIFEST,
+    Codebook,
     FileName,
     Manifest,
     TQFormatError,
+    Transform,
     Weight,
+    check_codebook,
+    check_transform,
     check_weight,
     open_repo,
     parse_json,
@@ -263,6 +267,8 @@ class RepoWriter:
             resume_key is not None,
         )
         self._tables: dict[str, dict[str, Any]] = {"transforms": {}, "codebooks": {}, "tensors": {}}
+        self._digests: dict[tuple[str, str], str] = {}  # of the data of transforms and codebooks
+        self._lock_fd = -1
         self._parts: dict[str, list[Any]] = {}  # storage name -> [dtype, shape, offset in the spool]
         self._tied: dict[str, str] = {}
         self._sources: dict[str, tuple[str, Path | bytes]] = {}
@@ -271,34 +277,34 @@ class RepoWriter:
         self._open_spool(json.dumps({"tqformat": FORMAT_VERSION, "key": resume_key}))
 
     def _lock(self) -> None:
-        """Holds .<name>.lock until the writer closes, so that two writers of one target cannot mix their spools."""
-        self._lock_path = self.path.with_name(f".{self.path.name}.lock")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock_file = open(self._lock_path, "w")  # noqa: SIM115 (closed in _unlock)
+        """Holds the partial directory until the writer closes, so that two writers of one target cannot mix their spools."""
+        self._partial.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
+            self._lock_fd = os.open(self._partial, os.O_RDONLY)
             try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                self._lock_file.close()
-                raise BlockingIOError(f"another process is writing {self.path} (it holds {self._lock_path})") from None
+                self._unlock()
+                raise BlockingIOError(f"another process is writing {self.path} (it holds {self._partial})") from None
 
     def _unlock(self) -> None:
-        if not self._lock_file.closed:
-            self._lock_path.unlink(missing_ok=True)
-            self._lock_file.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def _open_spool(self, first_line: str) -> None:
         journal, spool = self._partial / "journal.jsonl", self._partial / "spool"
         lines = journal.read_text("utf-8", "replace").split("\n")[:-1] if self._resumable and journal.exists() else []
         if not lines or lines[0] != first_line:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-            lines = [first_line]
+            shutil.rmtree(self._partial / "release", ignore_errors=True)
+            spool.unlink(missing_ok=True)
             journal.write_text(first_line + "\n", "utf-8")
+            lines = [first_line]
         end = 0
         for line in lines[1:]:  # a half-written last line was cut off above: it does not end with a newline
             record = json.loads(line)
             self._tables[record["table"]][record["id"]] = record["entry"]
+            self._digests[record["table"], record["id"]] = record["sha256"]
             self._parts |= record["parts"]
             end = record["end"]
         self._spool, self._journal = open(spool, "ab"), open(journal, "ab")  # noqa: SIM115 (closed in _close)
@@ -334,11 +340,14 @@ class RepoWriter:
     ) -> None:
         """Spools the parts, storage name -> (dtype, shape, chunks), and records the entry once all of them are there."""
         if id in self._tables[table]:
-            if self._tables[table][id] != entry:
+            if table == "tensors":
+                raise ValueError(f"the weight {id!r} was added before; `done` names those that a resumed writer has")
+            data = b"".join(raw_bytes(_tensor(chunk)) for _, _, chunks in parts.values() for chunk in chunks)
+            if self._tables[table][id] != entry or self._digests[table, id] != hashlib.sha256(data).hexdigest():
                 raise ValueError(f"{table}[{id!r}] was added before with another content")
             return
         record: dict[str, Any] = {"table": table, "id": id, "entry": entry, "parts": {}}
-        start = self._end
+        start, digest = self._end, hashlib.sha256()
         for name, (dtype, shape, chunks) in parts.items():
             if name in self._parts or name in record["parts"]:
                 raise ValueError(f"the storage name {name!r} is taken")
@@ -346,14 +355,16 @@ class RepoWriter:
             for chunk in chunks:
                 if DTYPE_NAMES[_tensor(chunk).dtype] not in (dtype, "U8"):
                     raise ValueError(f"{name}: expected {dtype} data, got {_tensor(chunk).dtype}")
+                if table != "tensors":
+                    digest.update(raw_bytes(_tensor(chunk)))
                 self._end += self._spool.write(raw_bytes(_tensor(chunk)))
             wanted = math.prod(shape) * DTYPES[dtype]
             if self._end - record["parts"][name][2] != wanted:
                 self._end, found = start, self._end - record["parts"][name][2]
                 self._spool.truncate(start)
                 raise ValueError(f"{name}: expected {wanted} bytes for {dtype} {list(shape)}, got {found}")
-        record["end"] = self._end
-        self._tables[table][id] = entry
+        record |= {"end": self._end, "sha256": digest.hexdigest()}
+        self._tables[table][id], self._digests[table, id] = entry, record["sha256"]
         self._parts |= record["parts"]
         self._pending.append(json.dumps(record, ensure_ascii=False) + "\n")
         if time.monotonic() - self._committed > self.COMMIT_SECONDS:
@@ -379,6 +390,7 @@ class RepoWriter:
                 parts[entry[key]] = (DTYPE_NAMES[data.dtype], tuple(data.shape), [data])
             elif value is not None:
                 entry[key] = value
+        check_transform(typed(Transform, entry, f"transforms[{id!r}]"), f"transforms[{id!r}]")
         self._add("transforms", id, entry, parts)
 
     def add_codebook(
@@ -400,7 +412,9 @@ class RepoWriter:
             parts[entry["tensor"]] = (DTYPE_NAMES[levels.dtype], tuple(levels.shape), [levels])
         else:
             entry["values"] = levels.float().double().flatten().tolist()
-        self._add("codebooks", id, entry | ({"origin": origin} if origin else {}), parts)
+        entry |= {"origin": origin} if origin else {}
+        check_codebook(typed(Codebook, entry, f"codebooks[{id!r}]"), f"codebooks[{id!r}]")
+        self._add("codebooks", id, entry, parts)
 
     def add_quantized(
         self,
@@ -447,11 +461,18 @@ class RepoWriter:
         if extra:
             entry["extra"] = extra
         weight = typed(Weight, entry, f"tensors[{name!r}]")
-        tables = self._manifest(transforms=self._tables["transforms"], codebooks=self._tables["codebooks"])
-        check_weight(weight, f"tensors[{name!r}]", tables)
+        named = {
+            table: {
+                stage[key]: self._tables[table][stage[key]]
+                for stage in entry["stages"]
+                if stage[key] in self._tables[table]
+            }
+            for table, key in (("transforms", "transform"), ("codebooks", "codebook"))
+        }
+        check_weight(weight, f"tensors[{name!r}]", self._manifest(**named))
         parts: dict[str, Any] = {}
         for key, dtypes, part_shape, where in stored_tensors(
-            self._manifest(codebooks=self._tables["codebooks"], tensors={name: entry})
+            self._manifest(codebooks=named["codebooks"], tensors={name: entry})
         ):
             if key not in data:
                 continue
@@ -603,9 +624,21 @@ def dequantize_repo(
             _write_synced(built / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
         for name, file in m.files.items():
             if file.role == "support" and (repo.path / name).exists():
-                _write_synced(built / name, repo.check_file(name).read_bytes())
+                content = repo.check_file(name).read_bytes()
+                if name == "config.json" and dtype is not None:
+                    config = _with_dtype(json.loads(content), str(dtype).removeprefix("torch."))
+                    content = json.dumps(config, indent=2).encode()
+                _write_synced(built / name, content)
     publish(built, target, overwrite=False)
     return target
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A model's configuration, and those of its parts, with another dtype of the weights."""
+    if isinstance(config, dict):
+        keys = ("dtype", "torch_dtype")
+        return {k: dtype if k in keys and isinstance(v, str) else _with_dtype(v, dtype) for k, v in config.items()}
+    return config
 
 
 __all__ = ["RepoWriter", "TQFormatError", "accounting", "add_files", "dequantize_repo", "features_in_use", "pack"]

@@ -968,7 +968,7 @@ def overflow() -> Iterator[Valid]:
     repo.identity()
     repo.book(2, values=[-(2.0**100), 2.0**100])
     stage = Stage(1, scales=[[2.0**30], [2.0**28]], scale_dtype="F32")
-    repo.weight("w", (2, 4), stage, column_scale=np.array([0.5, 2.0**-30, -(2.0**-10), 2.0**-100]))
+    repo.weight("w", (2, 4), stage, column_scale=np.array([2.0**-10, 2.0**-30, -(2.0**-10), 2.0**-100]))
     yield Valid(
         "numbers/overflow-before-column-scale",
         rules("NUM-3 NUM-5"),
