@@ -516,6 +516,19 @@ def rebuild(manifest: Json, rng: random.Random) -> Sections:
     return [(MANIFEST, text), *repo.contents.items()]
 
 
+def poked(raw: bytes, rng: random.Random) -> bytes:
+    """A payload file with some bytes of its data changed, often to infinities, NaN and the like; its header stays."""
+    start, out = header_end(raw) or 0, bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        if start < len(out):
+            new = rng.choice(
+                [b"\xff", b"\x7f", b"\x80", b"\0", b"\x7c", b"\x80\x7f", b"\xff\xff\xff\xff", rng.randbytes(1)]
+            )
+            at = rng.randrange(start, len(out))
+            out[at : at + len(new)] = new[: len(out) - at]
+    return bytes(out)
+
+
 def havoc(data: bytes, size: int, rng: random.Random) -> bytes:
     """Changes some bytes; what libFuzzer does better, where it is there."""
     out = bytearray(data)
@@ -554,8 +567,11 @@ def mutate(data: bytes, size: int, seed: int, raw: Callable[[bytes, int], bytes]
             del sections[index]
             if not sections:
                 break
-        elif action < 6:
+        elif action < 5:
             sections[index] = (name, change(content, len(content) + 256))
+        elif action < 8 and len(sections) > 1:
+            index = rng.randrange(1, len(sections))
+            sections[index] = (sections[index][0], poked(sections[index][1], rng))
         else:
             sections = _edited(sections, index, rng)
     out = pack(flags, sections)

@@ -1,11 +1,15 @@
 """Imports run one way: load_quantized <- writer <- reference_quantizer; conformance shares no code with tqformat."""
 
 import ast
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_python
+
+from tqformat import __version__
 
 OURS = ("tqformat", "reference_quantizer", "conformance", "schemas", "tests", "benchmarks")
 
@@ -112,3 +116,9 @@ def test_importing_tqformat_imports_no_torch() -> None:
     )
     done = run_python("-c", code)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_the_loader_is_a_release_that_the_suite_knows() -> None:
+    digest = hashlib.sha256((ROOT / "tqformat" / "load_quantized.py").read_bytes()).hexdigest()
+    known = json.loads((ROOT / "conformance" / "known_loaders.json").read_text())
+    assert digest in known[__version__], f"the loader changed: list {digest} in conformance/known_loaders.json"
