@@ -29,7 +29,7 @@ def main() -> None:
                 continue
             area, name = case.parts[-2:]
             if about["result"] == "valid" and runner(data) == "decoded":
-                kind = (area, re.sub(r"[0-9x]+", "", name), *about["features"])
+                kind = (area, name if area == "transforms" else re.sub(r"[0-9x]+", "", name), *about["features"])
                 seeds.append((("valid", *kind), data, f"valid-{area}-{name}"))
             elif about["result"] == "invalid" and (code := runner(data)) in about["codes"]:
                 seeds.append((("invalid", code, area), data, f"invalid-{area}-{name}"))
