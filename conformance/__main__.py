@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -47,6 +48,7 @@ exit status:
 examples:
   python -m conformance check my-model
   python -m conformance check my-model --level L1 --json report.json --junit report.xml
+  python -m conformance check my-model --card
   python -m conformance check my-model --run-loader --loader-memory 16
   python -m conformance check ~/.cache/huggingface/hub/models--a--b/snapshots/0123abcd --hub-cache
 """
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--level", choices=LEVELS, help="highest level to judge, and the one to pass (default: all)")
     check.add_argument("--json", metavar="F", type=Path, help="write the report as JSON to F")
     check.add_argument("--junit", metavar="F", type=Path, help="write the report as JUnit XML to F")
+    check.add_argument("--card", action="store_true", help="state the verdict in REPO's README.md, the model card")
     check.add_argument("--hub-cache", action="store_true", help="accept the links that the Hub's local cache makes")
     loader = check.add_argument_group("the embedded loader")
     loader.add_argument("--run-loader", action="store_true", help="run load_quantized.py of REPO, isolated (L3)")
@@ -119,7 +122,17 @@ def check(arguments: argparse.Namespace) -> int:
         arguments.junit.write_text(report.as_junit(judgement, subject), encoding="utf-8")
     print(report.text(judgement, version))
     folder.close()
+    if arguments.card:
+        update_card(arguments.repository / "README.md", report.verdict(judgement, version))
     return code
+
+
+def update_card(card: Path, line: str) -> None:
+    """Puts the verdict into a model card, in one step; a link is replaced and not followed."""
+    old = card.read_text("utf-8") if card.is_file() and not card.is_symlink() else ""
+    new = card.with_name(f".{card.name}.new")
+    new.write_text(report.with_verdict(old, line), "utf-8")
+    os.replace(new, card)
 
 
 def main(argv: list[str] | None = None) -> int:

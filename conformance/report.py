@@ -10,6 +10,7 @@ from conformance.check import CHECKS, LEVELS, STAGES, Judgement, Violation
 from conformance.findings import brief
 from conformance.subject import Subject
 
+MARKS = ("<!-- tqformat verdict -->", "<!-- end of tqformat verdict -->")
 SHOWN = 20  # violations of one check in the text report
 
 
@@ -26,6 +27,14 @@ def verdict(judgement: Judgement, version: str) -> str:
         return f"tqformat {version}: PASS {passed}"
     missing = next(level for level in LEVELS if judgement.state(level) != "PASS")
     return f"tqformat {version}: {f'PASS {passed}' if passed else 'INCOMPLETE'} ({missing} not reached: {judgement.reason(missing)})"
+
+
+def with_verdict(card: str, line: str) -> str:
+    """The text of a model card with the verdict `line` in it, in place of the one that it may state already."""
+    block = f"{MARKS[0]}\nConformance, by `python -m conformance check`: **{line}**\n{MARKS[1]}"
+    before, mark, rest = card.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    return before + block + after if mark and end else f"{card.rstrip()}\n\n{block}\n".lstrip()
 
 
 def text(judgement: Judgement, version: str) -> str:
