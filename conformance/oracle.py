@@ -316,6 +316,7 @@ def decode_weight(manifest: dict[str, Any], payload: Payload, name: str) -> Deco
         column_scale = to_float64(payload[entry["column_scale"]])
         exact *= column_scale
         tolerance *= np.abs(column_scale)
+    tolerance += 2.0**-140
     return Decoded(entry["dtype"], shape, exact.reshape(shape), tolerance.reshape(shape))
 
 
