@@ -10,7 +10,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from conformance import checks_binding, checks_data, checks_decode, checks_structure, report
+from conformance import checks_binding, checks_data, checks_decode, checks_evaluation, checks_structure, report
 from conformance.check import CHECKS, LEVELS, Judgement, judge
 from conformance.folder import Folder
 from conformance.runner import run
@@ -18,7 +18,7 @@ from conformance.subject import Options, Subject
 
 # importing the checks lists them, in the order of judgement
 assert list(dict.fromkeys(each.find.__module__ for each in CHECKS.values())) == [
-    module.__name__ for module in (checks_structure, checks_binding, checks_data, checks_decode)
+    module.__name__ for module in (checks_structure, checks_binding, checks_data, checks_decode, checks_evaluation)
 ]
 
 CONFORMANT, NOT_CONFORMANT, USAGE, INTERNAL = range(4)
@@ -29,7 +29,7 @@ is followed out of it, and nothing is allocated before its size is checked.
 
 levels, each with all below it:
   L0  structure: paths, JSON, the manifest's schema and references, payload headers
-  L1  binding:   every file, size, digest, payload tensor, total and tie
+  L1  binding:   every file, size, digest, payload tensor, total and tie; evaluation files follow from themselves
   L2  data:      scales, padding, code range, levels, signs, matrices, rotations
   L3  decode:    every weight is finite; the embedded loader is a known release, or (--run-loader) is run
                  in isolation and gives the oracle's weights within the tolerance of [TQ-NUM-5]
@@ -115,15 +115,19 @@ def check(arguments: argparse.Namespace) -> int:
     subject = Subject(folder, options)
     judgement = judge(subject, arguments.level or "L3")
     code, version = exit_code(judgement, arguments.level is not None), "1.0"
-    if arguments.json:
-        document = report.as_json(judgement, subject, version, code)
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if arguments.junit:
-        arguments.junit.write_text(report.as_junit(judgement, subject), encoding="utf-8")
     print(report.text(judgement, version))
     folder.close()
-    if arguments.card:
-        update_card(arguments.repository / "README.md", report.verdict(judgement, version))
+    try:
+        if arguments.json:
+            document = report.as_json(judgement, subject, version, code)
+            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if arguments.junit:
+            arguments.junit.write_text(report.as_junit(judgement, subject), encoding="utf-8")
+        if arguments.card:
+            update_card(arguments.repository / "README.md", report.verdict(judgement, version))
+    except OSError as error:
+        print(f"python -m conformance check: {error.strerror}: {error.filename}", file=sys.stderr)
+        return USAGE
     return code
 
 

@@ -145,7 +145,7 @@ def _decode_rows(repo: Subject, stages: list[Stage], scaled: bool, first: int, c
     return oracle.decode_weight(manifest, payload, name)
 
 
-# The embedded loader [TQ-REPO-6]
+# The embedded loader [TQ-REPO-6, TQ-REPO-7]
 
 
 def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None]:
@@ -166,20 +166,25 @@ def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None]:
     "decode.loader_stamp",
     "L3",
     "BIND.LOADER",
-    "TQ-REPO-6",
+    "TQ-REPO-7",
     "Embed the loader again: it was changed after its release.",
     needs=NAMED,
 )
 def decode_loader_stamp(repo: Subject) -> Iterator[Finding]:
     body, stamp = _loader(repo)
     digest = hashlib.sha256(body).hexdigest()
-    if stamp is not None and stamp.get("body_sha256") != digest:
+    keys = {"format", "version", "body_sha256"}
+    if stamp is not None and (stamp.keys() != keys or not all(isinstance(value, str) for value in stamp.values())):
+        yield Finding(
+            "expected a stamp with exactly the strings format, version and body_sha256", file=LOADER, offset=len(body)
+        )
+    elif stamp is not None and stamp["body_sha256"] != digest:
         message = f"the stamp says {brief(stamp.get('body_sha256'), 80)}, the loader's body has the digest {digest}"
         yield Finding(message, file=LOADER, offset=len(body))
 
 
 @check(
-    "decode.loader_release", "L3", "BIND.LOADER", "TQ-REPO-6", "Embed the released loader of that version.", needs=NAMED
+    "decode.loader_release", "L3", "BIND.LOADER", "TQ-REPO-7", "Embed the released loader of that version.", needs=NAMED
 )
 def decode_loader_release(repo: Subject) -> Iterator[Finding]:
     body, stamp = _loader(repo)

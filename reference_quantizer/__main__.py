@@ -1,13 +1,14 @@
-"""Command line of the reference quantizer: `python -m reference_quantizer quantize | plan`."""
+"""Command line of the reference quantizer: `python -m reference_quantizer quantize | plan | import-gguf | push`."""
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer import __version__, report, support
+from reference_quantizer import __version__, gguf_source, push, report, support
 from reference_quantizer.plan import Plan, Settings, make_plan
 from reference_quantizer.source import open_source
 from tqformat.load_quantized import LOADER_KINDS, MANIFEST, TQFormatError
@@ -17,8 +18,16 @@ EXAMPLES = """examples:
   python -m reference_quantizer quantize ./model ./model-2bit --bits 2
   python -m reference_quantizer quantize owner/name ./out --bits 4 --protect-fragment embed_tokens --protected-bits 8
   python -m reference_quantizer quantize ./model ./out --bits 3 --include '*.layers.*.weight' --exclude '*conv1d*'
+  python -m reference_quantizer quantize model.gguf ./out --bits 4
+  python -m reference_quantizer push ./out owner/name --private --dry-run
 
 An interrupted `quantize` continues when the same command is given again.
+"""
+EVALUATE = """Measure a repository against the checkpoint it was made from.
+
+Perplexity in sliding windows, KL divergence and top-1 agreement of the next-token distributions, the cosine of the logits
+after fixed prompts, and greedy samples. Writes eval_summary.json and sample_generations.json into the repository. Both
+models are in memory at once. An interrupted run continues when the same command is given again.
 """
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -30,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.run(args))
     except TQFormatError as error:
         print(f"error [{error.code}] {error.where}: {error.message}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = error.filename or args.source
         print(f"error [INTERNAL.ERROR] {where}: {error.strerror or error}", file=sys.stderr)
@@ -41,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print what `quantize` would write."""
-    plan = make_plan(open_source(args.source, args.revision), _settings(args))
+    gguf = gguf_source.is_gguf(args.source)
+    source = gguf_source.plan_source(args.source) if gguf else open_source(args.source, args.revision)
+    plan = make_plan(source, _settings(args))
     if args.json:
         accounting = plan.accounting()
         print(json.dumps(plan.to_dict() | {"figures": report.figures(report.plan_rows(plan), accounting)}, indent=1))
@@ -53,16 +67,20 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Write the repository and print what is in it."""
-    source = open_source(args.source, args.revision)
+    gguf = gguf_source.is_gguf(args.source)
+    if gguf:
+        _check_target(args.out, Path(args.source), args.overwrite)  # before the work of importing
+    source = gguf_source.prepared(args.source, args.out) if gguf else open_source(args.source, args.revision)
     if source.is_inventory:
         raise TQFormatError("BIND.MISSING_FILE", args.source, "an inventory has no weights, only a plan can be made")
     _check_target(args.out, source.path, args.overwrite)
     support.refuse_quantized(source.config)
     loader_kind = args.loader_kind or support.find_loader_kind(source.config)
-    base_model = {
-        "id": args.base_model or source.id or source.path.resolve().name,
+    imported = gguf_source.base_model(source.provenance)  # a name, a licence and where it comes from, for the manifest
+    base_model = imported | {
+        "id": args.base_model or source.id or imported.get("id") or source.path.resolve().name,
         "revision": source.revision,
-        "license": args.license or support.find_license(source.path),
+        "license": args.license or support.find_license(source.path) or imported.get("license"),
     }
     plan = make_plan(source, _settings(args))
     _print_notes(plan, support.files_to_copy(source)[1])
@@ -84,6 +102,20 @@ def run_quantize(args: argparse.Namespace) -> int:
     manifest = report.read_manifest(out)
     error = report.mean_relative_error(manifest)
     report.print_table(report.manifest_rows(manifest), manifest["accounting"], f"written to {args.out}", error)
+    if gguf:
+        gguf_source.discard(args.out)
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a repository, write the figures into it and print them."""
+    from reference_quantizer import evaluate  # torch takes seconds to import
+
+    names = ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype", "kl")
+    settings = evaluate.Settings(**{name: getattr(args, name) for name in names})
+    options = {"split": args.split, "dataset_revision": args.dataset_revision, "base_revision": args.revision}
+    options |= {"cache_dir": args.cache_dir, "quiet": args.quiet}
+    print(evaluate.describe(evaluate.evaluate(args.source, args.repo, args.dataset, settings, **options)))
     return 0
 
 
@@ -137,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     quantize = commands.add_parser("quantize", help="write a repository", epilog=EXAMPLES, formatter_class=style)
-    quantize.add_argument("source", metavar="SRC", help="checkpoint directory or Hub id")
+    quantize.add_argument("source", metavar="SRC", help="checkpoint directory, Hub id or GGUF file")
     quantize.add_argument("out", metavar="OUT", type=Path, help="directory to create")
     _add_method(quantize)
     _add_selection(quantize)
@@ -156,12 +188,20 @@ def _parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=run_quantize)
 
     plan = commands.add_parser("plan", help="print the storage table", epilog=EXAMPLES, formatter_class=style)
-    help_ = 'checkpoint directory, Hub id, or a JSON file {name: {"shape": [...], "dtype": "BF16"}}'
+    help_ = 'checkpoint directory, Hub id, GGUF file, or a JSON file {name: {"shape": [...], "dtype": "BF16"}}'
     plan.add_argument("source", metavar="SRC", help=help_)
     _add_method(plan)
     _add_selection(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=run_plan)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a repository against its base", description=EVALUATE, formatter_class=style
+    )
+    _add_evaluation(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+    gguf_source.add_command(commands)
+    push.add_command(commands)
     return parser
 
 
@@ -193,6 +233,40 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--protect-fragment", metavar="TEXT", action="append", default=[], help=help_)
     help_ = "quantize protected tensors at this many bits instead of keeping them"
     group.add_argument("--protected-bits", metavar="N", type=_integer(1, 8), help=help_)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="BASE", help="checkpoint directory or Hub id that REPO was made from")
+    parser.add_argument("repo", metavar="REPO", type=Path, help="repository directory; both files are written into it")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id BASE")
+    data = parser.add_argument_group("data set (its non-empty rows, joined by two line feeds)")
+    help_ = (
+        "local text file, one row a line, or id:config on the Hub, whose column `text` is read; most data sets there"
+    )
+    help_ += " are parquet, for which pyarrow must be installed (default: %(default)s)"
+    data.add_argument("--dataset", metavar="DATA", default="Salesforce/wikitext:wikitext-2-raw-v1", help=help_)
+    data.add_argument("--split", default="test", help="of a data set on the Hub (default: %(default)s)")
+    data.add_argument("--dataset-revision", metavar="REV", help="branch, tag or commit of a data set on the Hub")
+    windows = parser.add_argument_group("windows")
+    help_ = "tokens in a window (default: %(default)s)"
+    windows.add_argument("--max-length", metavar="N", type=_integer(2, 2**31), default=512, help=help_)
+    help_ = "tokens from one window's begin to the next (default: %(default)s)"
+    windows.add_argument("--stride", metavar="N", type=_integer(1, 2**31), default=256, help=help_)
+    help_ = "stop after this many (default: full pass)"
+    windows.add_argument("--max-windows", metavar="N", type=_integer(1, 2**53 - 1), help=help_)
+    help_ = "auto puts a BOS token, which is not scored, in front of each window where the tokenizer itself puts one in"
+    help_ += " front of a text (default: %(default)s)"
+    windows.add_argument("--bos", choices=("auto", "never"), default="auto", help=help_)
+    job = parser.add_argument_group("computation")
+    job.add_argument("--batch", metavar="N", type=_integer(1, 4096), help="windows at once (default: 1, on CUDA 8)")
+    job.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    kinds = ("float32", "bfloat16", "float16")
+    job.add_argument("--dtype", choices=kinds, help="of the arithmetic (default: float32, on CUDA bfloat16)")
+    help_ = "leave the KL divergence out; with results in the cache the base is then not loaded"
+    job.add_argument("--no-kl", dest="kl", action="store_false", help=help_)
+    help_ = "where an interrupted run and the base's results are kept (default: tqformat in the user's cache directory)"
+    job.add_argument("--cache-dir", metavar="DIR", type=Path, help=help_)
+    job.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def _integer(low: int, high: int) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tqformat.load_quantized import DTYPES as ITEMSIZE
-from tqformat.load_quantized import TQFormatError, read_header, torch_dtype
+from tqformat.load_quantized import MANIFEST, TQFormatError, read_header, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ HUB_PATTERNS = [
     *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 ]
 HUB_IGNORED = ["*/*", "consolidated*"]  # the latter: see weight_files
+PROVENANCE = "gguf_import.json"  # in a checkpoint that gguf_source has written: which file it was made from
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt")
 
 
@@ -73,6 +74,7 @@ class Source:
     notes: tuple[str, ...] = ()
     id: str | None = None  # Hub id, where known
     revision: str | None = None
+    provenance: dict[str, Any] | None = None  # of a checkpoint that was imported from another format
 
     @property
     def is_inventory(self) -> bool:
@@ -92,6 +94,11 @@ def open_source(src: str, revision: str | None = None) -> Source:
         if not HUB_ID.fullmatch(src):
             raise TQFormatError("BIND.MISSING_FILE", src, "neither a directory, nor an inventory file, nor a Hub id")
         hub_id, path = src, _fetch(src, revision)
+    if (path / MANIFEST).exists():
+        advice = (
+            f"already a tqformat repository; make a checkpoint of it first: python -m tqformat dequantize {src} OUT"
+        )
+        raise TQFormatError("SCHEMA.VALUE", str(path), advice)
     cached_id, commit = hub_cache_names(path)
     notes: list[str] = []
     tensors: dict[str, Info] = {}
@@ -111,7 +118,8 @@ def open_source(src: str, revision: str | None = None) -> Source:
     if not tensors:
         raise TQFormatError("BIND.MISSING_TENSOR", str(path), "the safetensors files hold no tensors")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    return Source(path, tensors, identity, config, tuple(notes), hub_id or cached_id, commit or revision)
+    provenance = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else None
+    return Source(path, tensors, identity, config, tuple(notes), hub_id or cached_id, commit or revision, provenance)
 
 
 def read_inventory(path: Path) -> Source:

@@ -24,6 +24,11 @@ BEYOND_VECTORS = {
     "decode.loader_release": "depends on the list of releases, not on the repository: test_validator.py",
     "decode.loader_run": "runs a loader, which vectors must not ask for: test_validator_loader.py",
 }
+BEYOND_VECTORS |= {
+    id: "judges what an evaluation wrote, which no reader needs: test_evaluate.py"
+    for id in CHECKS
+    if id.startswith("evaluation.")
+}
 
 
 def judged(path: Path, skip: frozenset[str] = frozenset(), level: str = "L3") -> Judgement:

@@ -292,6 +292,45 @@ def test_a_mutated_manifest_is_accepted_by_both_or_rejected(folder: Path, reposi
     fuzz.check(write(folder, *repository))
 
 
+# What fuzzing found (fuzz/RESULTS.md)
+
+
+def test_strides_of_an_empty_tensor_do_not_overflow(folder: Path) -> None:
+    payload = Payload()
+    payload.put("plain", "F32", np.empty((0, 1, 1)))
+    shape = payload.header["plain"]["shape"] = [0, 2**52, 2**52]
+    names = ("original_bytes", "stored_bytes", "ratio", "quantized_scalars", "quantized_tensors", "passthrough_scalars")
+    raw = payload.file()
+    manifest = {
+        "format": "tqformat",
+        "format_version": "1.0",
+        "features": [],
+        "generator": "test",
+        "base_model": {"id": "a/b"},
+        "loader_kind": "fill-mask",
+        "quantization": {"method": "none", "bits": 32},
+        "files": {PAYLOAD: {"role": "payload", "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}},
+        "transforms": {},
+        "codebooks": {},
+        "tensors": {"n": {"kind": "passthrough", "shape": shape, "dtype": "F32", "data": "plain"}},
+        "accounting": dict.fromkeys(names, 0) | {"passthrough_tensors": 1},
+    }
+    assert fuzz.check(write(folder, json.dumps(manifest).encode(), raw)) == "SCHEMA.VALUE"
+    shape[2] = 1
+    raw = payload.file()
+    manifest["files"] = {PAYLOAD: {"role": "payload", "size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}}
+    assert fuzz.check(write(folder, json.dumps(manifest).encode(), raw)) == "decoded"
+
+
+def test_a_version_that_is_a_number_is_no_version(folder: Path) -> None:
+    assert fuzz.check(write(folder, b'{"format": "tqformat", "format_version": 1.0}', b"")) == "SCHEMA.VERSION"
+
+
+def test_hadamard_factors_are_not_kept_for_ever() -> None:
+    most = load_quantized.hadamard_factor.cache_info().maxsize
+    assert most is not None and most * 2048**2 * 4 <= 2**28
+
+
 # Headers
 
 

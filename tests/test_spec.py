@@ -136,7 +136,7 @@ def test_inverse_givens_undoes_the_rounds_in_order() -> None:
     assert not np.allclose(y, v, atol=0.1)
 
 
-def test_decode_stage_agrees_on_tiles_vectors_and_row_codebooks(spec: dict[str, Any]) -> None:
+def test_lookup_in_vector_codebooks_of_each_row() -> None:
     rng = np.random.default_rng(4)
     levels = rng.normal(size=(6, 4, 2))
     symbols = torch.from_numpy(rng.integers(0, 4, (6, 5), dtype=np.int32))

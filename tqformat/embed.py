@@ -36,9 +36,10 @@ def stamped_loader() -> bytes:
 
 def read_stamp(loader: bytes, where: str = LOADER) -> Stamp:
     """The stamp of an embedded loader, checked against its body; TQFormatError BIND.LOADER if it does not fit."""
-    body, found, line = loader.rpartition(PREFIX)
+    start = loader.removesuffix(b"\n").rfind(b"\n") + 1
+    body, line = loader[:start], loader[start:]
     try:
-        stamp = Stamp(**json.loads(line)) if found else None
+        stamp = Stamp(**json.loads(line.removeprefix(PREFIX))) if line.startswith(PREFIX) else None
     except (ValueError, TypeError):
         stamp = None
     if stamp is None:

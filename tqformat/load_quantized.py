@@ -1,7 +1,7 @@
 """Read tqformat 1.0 repositories: low-bit model weights that anybody can check and decode. Licence: Apache-2.0.
 
-This file is all of tqformat's reading, in the order of SPEC.md. It needs the standard library and torch; transformers and
-huggingface_hub are imported when a model is built or fetched. It is embedded in model repositories and works there alone:
+This file is all of tqformat's reading, in the order of SPEC.md. It needs the standard library and torch (with numpy); transformers
+and huggingface_hub are imported when a model is built or fetched. It is embedded in model repositories and works there alone:
 
     from load_quantized import load_quantized_model, load_tokenizer
     model, manifest = load_quantized_model(".", device="cuda")
@@ -233,15 +233,19 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else typed(args[0], value, where)
     if origin is Annotated:
         value = typed(args[0], value, where)
-        ok = re.fullmatch(args[1], value) if isinstance(value, str) else args[1][0] <= value <= args[1][1]
-        require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, f"{args[0].__name__} in {args[1]}", value)
+        if isinstance(value, str):
+            ok, wanted = bool(re.fullmatch(args[1], value)), f"text of the form {args[1]}"
+        else:
+            ok, wanted = args[1][0] <= value <= args[1][1], f"an integer from {args[1][0]} to {args[1][1]}"
+        require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, wanted, repr(value))
         return value
     if origin is Literal:
         require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
         return value
     json_type = dict if is_dataclass(kind) else {dict: dict, tuple: list}.get(origin, kind)
     ok = kind is Any or type(value) is json_type or (kind is float and type(value) is int)
-    require(ok, "SCHEMA.TYPE", where, f"the JSON form of {json_type}", f"{type(value).__name__} {value!r}")
+    names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
+    require(ok, "SCHEMA.TYPE", where, names.get(json_type, "another type"), json.dumps(value))
     if origin is tuple:
         return tuple(typed(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
@@ -312,7 +316,7 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
     ok = w.column_scale is None or w.kind == "quantized"
     require(ok, "SCHEMA.AMBIGUOUS", f"{where}.column_scale", "this key for quantized only")
     ok = w.dtype in (FLOATS if w.kind == "quantized" else DTYPES)
-    require(ok, "SCHEMA.VALUE", f"{where}.dtype", "a dtype of this kind", w.dtype)
+    require(ok, "SCHEMA.VALUE", f"{where}.dtype", "F16, BF16 or F32 (quantized), or a known dtype", w.dtype)
     ok = len(w.shape) <= 8 and math.prod(w.shape) * DTYPES[w.dtype] < 2**53
     ok = ok and math.prod(n or 1 for n in w.shape) < 2**53  # strides overflow for an empty tensor, too [TQ-SEC-3]
     require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)

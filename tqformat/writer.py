@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -245,7 +246,7 @@ class RepoWriter:
         resume_key: str | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(os.path.realpath(path))
         if self.path.exists() and not overwrite:
             raise FileExistsError(f"{self.path} exists; choose another place, or overwrite it explicitly")
         if loader_kind not in LOADER_KINDS:
@@ -347,6 +348,7 @@ class RepoWriter:
                 raise ValueError(f"{table}[{id!r}] was added before with another content")
             return
         record: dict[str, Any] = {"table": table, "id": id, "entry": entry, "parts": {}}
+        nonnegative = {stage["scales"] for stage in entry.get("stages", ())}
         start, digest = self._end, hashlib.sha256()
         for name, (dtype, shape, chunks) in parts.items():
             if name in self._parts or name in record["parts"]:
@@ -355,6 +357,8 @@ class RepoWriter:
             for chunk in chunks:
                 if DTYPE_NAMES[_tensor(chunk).dtype] not in (dtype, "U8"):
                     raise ValueError(f"{name}: expected {dtype} data, got {_tensor(chunk).dtype}")
+                if name in nonnegative and not bool((_tensor(chunk).isfinite() & (_tensor(chunk) >= 0)).all()):
+                    raise ValueError(f"{name}: scales must be finite and not negative [TQ-NUM-1]")
                 if table != "tensors":
                     digest.update(raw_bytes(_tensor(chunk)))
                 self._end += self._spool.write(raw_bytes(_tensor(chunk)))
@@ -506,6 +510,9 @@ class RepoWriter:
         """Adds a file, role support, code or document [TQ-REPO-3]; `name` defaults to the source's."""
         name = name or Path(os.fsdecode(source) if not isinstance(source, bytes) else "").name
         typed(FileName, name, f"files[{name!r}]")
+        for other in self._sources:
+            if other != name and other.lower() == name.lower():
+                raise TQFormatError("PATH.COLLISION", f"files[{name!r}]", f"differs from {other!r} in case alone")
         self._sources[name] = (role, source if isinstance(source, bytes) else Path(source))
 
     def _manifest(self, **tables: dict[str, Any]) -> Manifest:
@@ -528,7 +535,11 @@ class RepoWriter:
                 yield block
 
     def finish(self) -> Path:
-        """Writes shards, files and manifest, checks them with the reader, and renames the directory into place."""
+        """Writes shards, files and manifest, checks them with the reader, and renames the directory into place.
+
+        What a reader may leave to validators ([TQ-ERR-3]: provenance, signs and their seed, levels and their origin) is
+        the caller's word; `python -m conformance check` judges it.
+        """
         self._close()
         built = self._partial / "release"
         shutil.rmtree(built, ignore_errors=True)
@@ -598,12 +609,28 @@ def dequantize_repo(
     verify: bool = True,
 ) -> Path:
     """Writes a plain safetensors checkpoint that any tool reads, tied weights under all their names; streams weight by weight."""
-    target = Path(out).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another place")
-    built = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(built, ignore_errors=True)
-    built.mkdir(parents=True)
+    target = Path(os.path.realpath(out))
+    if target.exists() or Path(os.path.realpath(path)) in target.parents:
+        raise FileExistsError(f"{target} exists or lies in the repository; choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    built = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".plain", dir=target.parent))
+    try:
+        _write_plain(path, built, device, dtype, max_shard_bytes, verify)
+        built.chmod(0o755)
+        publish(built, target, overwrite=False)
+    finally:
+        shutil.rmtree(built, ignore_errors=True)
+    return target
+
+
+def _write_plain(
+    path: str | os.PathLike[str],
+    built: Path,
+    device: str,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    verify: bool,
+) -> None:
     with open_repo(path, verify) as repo:
         m = repo.manifest
         names = {name: m.tensors[m.tied_weights.get(name, name)] for name in sorted([*m.tensors, *m.tied_weights])}
@@ -629,8 +656,6 @@ def dequantize_repo(
                     config = _with_dtype(json.loads(content), str(dtype).removeprefix("torch."))
                     content = json.dumps(config, indent=2).encode()
                 _write_synced(built / name, content)
-    publish(built, target, overwrite=False)
-    return target
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

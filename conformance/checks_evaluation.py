@@ -1,0 +1,242 @@
+"""Level L1, evaluation: what `eval_summary.json` and `sample_generations.json` say follows from what they hold.
+
+A file is judged where the manifest lists it. What no judge can recompute without the models (the values of single
+windows, the samples) is bound to the payload by its digests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+
+from conformance import jsonio
+from conformance.check import check
+from conformance.checks_structure import NAMED
+from conformance.findings import Finding, brief, join
+from conformance.shape import validator
+from conformance.subject import Subject
+
+SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
+SCHEMAS = {SUMMARY: "eval_summary.schema.json", SAMPLES: "sample_generations.schema.json"}
+MAX_SIZE = 16 * 2**20
+TOLERANCE = 1e-6  # relative, of recomputed figures
+KINDS = {
+    "duplicate_key": "JSON.DUPLICATE_KEY",
+    "integer": "JSON.NUMBER",
+    "number": "JSON.NUMBER",
+    "depth": "JSON.DEPTH",
+}
+KINDS |= {"encoding": "JSON.ENCODING", "surrogate": "JSON.ENCODING", "values": "LIMIT.MEMORY"}
+BREACHES = {"additionalProperties": "SCHEMA.UNKNOWN_FIELD", "required": "SCHEMA.MISSING_FIELD", "type": "SCHEMA.TYPE"}
+READABLE = (*NAMED, "path.type", "evaluation.json")
+SHAPED = (*READABLE, "evaluation.shape")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")
+
+
+def _present(repo: Subject) -> list[str]:
+    return [name for name in SCHEMAS if repo.file_kinds.get(name) == "file"]
+
+
+def _read(repo: Subject, name: str) -> dict[str, Any]:
+    """The object in a file that `evaluation.json` found without fault."""
+    value = jsonio.read_object(repo.folder.read(name, 0, repo.folder.size(name))).value
+    assert value is not None
+    return value
+
+
+def _close(found: float, wanted: float, scale: float = 0.0) -> bool:
+    if isinstance(found, int) and isinstance(wanted, int):
+        return found == wanted
+    return math.isfinite(wanted) and abs(found - wanted) <= TOLERANCE * max(abs(wanted), scale)
+
+
+@check("evaluation.json", "L1", "JSON.SYNTAX", "TQ-REPO-3", "Run the evaluation again.", needs=(*NAMED, "path.type"))
+def evaluation_json(repo: Subject) -> Iterator[Finding]:
+    for name in _present(repo):
+        if (size := repo.folder.size(name)) > MAX_SIZE:
+            yield Finding(f"expected at most {MAX_SIZE} bytes, found {size}", file=name, code="LIMIT.SIZE")
+            continue
+        for found in jsonio.read_object(repo.folder.read(name, 0, size)).findings:
+            yield Finding(found.message, found.pointer, name, found.offset, code=KINDS.get(found.kind))
+
+
+@check("evaluation.shape", "L1", "SCHEMA.VALUE", "TQ-REPO-3", "Write what the schema of the file asks for.", READABLE)
+def evaluation_shape(repo: Subject) -> Iterator[Finding]:
+    for name in _present(repo):
+        schema = json.loads(files("schemas").joinpath(SCHEMAS[name]).read_text(encoding="utf-8"))
+        for error in validator(schema).iter_errors(_read(repo, name)):
+            code = BREACHES.get(str(error.validator))
+            yield Finding(_message(error), join(*error.absolute_path), name, code=code)
+
+
+def _message(error: jsonschema.ValidationError) -> str:
+    value, rule = error.instance, str(error.validator)
+    if rule == "required":
+        return f"missing: {', '.join(key for key in error.validator_value if key not in value)}"
+    if rule == "additionalProperties":
+        known = error.schema["properties"].keys() if isinstance(error.schema, dict) else set()
+        return f"unknown: {brief(', '.join(sorted(value.keys() - known)))}"
+    return f"expected {rule} {brief(error.validator_value)}, found {brief(value)}"
+
+
+@check(
+    "evaluation.subject", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Evaluate the repository as it is now.", needs=SHAPED
+)
+def evaluation_subject(repo: Subject) -> Iterator[Finding]:
+    """The files are about this base model and these payload files."""
+    payload = {name: repo.manifest["files"][name]["sha256"] for name in repo.payload_files}
+    for name in _present(repo):
+        value = _read(repo, name)
+        if value["base_model"] != (wanted := repo.manifest["base_model"]["id"]):
+            yield Finding(f"expected {brief(wanted)}, found {brief(value['base_model'])}", "/base_model", name)
+        if value["payload"] != payload:
+            message = "the payload files that were evaluated are not those of the manifest"
+            yield Finding(message, "/payload", name, code="BIND.DIGEST")
+
+
+def _counts(summary: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Windows, scored tokens and positions of the sliding windows, in closed form; None where there are no windows."""
+    n, settings = summary["dataset"]["tokens"], summary["settings"]
+    length, stride = settings["max_length"], settings["stride"]
+    if stride > length or n < 2:
+        return None
+    windows = 1 + max(0, -(-(n - length) // stride))
+    windows = min(windows, settings["max_windows"] or windows)
+    end = min(n, (windows - 1) * stride + length)
+    # the tokens up to `end` are new in one window each; the first of a window is without predecessor only where no other
+    # window overlaps it
+    return windows, end - windows, end - (1 if stride < length else windows)
+
+
+@check("evaluation.windows", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Write the recomputed count.", needs=SHAPED)
+def evaluation_windows(repo: Subject) -> Iterator[Finding]:
+    """The counts are those of the sliding windows over that many tokens."""
+    for name in _present(repo):
+        summary = _read(repo, name)
+        if name != SUMMARY:
+            continue
+        counts = _counts(summary)
+        if counts is None:
+            yield Finding("expected two tokens or more, and a stride of at most max_length", "/settings", name)
+            return
+        for key, wanted in zip(("windows", "scored_tokens", "positions"), counts, strict=True):
+            if summary[key] != wanted:
+                yield Finding(f"expected {wanted}, found {summary[key]}", join(key), name)
+        for key, values in summary["window_results"].items():
+            if values is not None and len(values) != counts[0]:
+                message = f"expected {counts[0]} values, found {len(values)}"
+                yield Finding(message, join("window_results", key), name)
+        if summary["settings"]["bos"] == "never" and summary["settings"]["bos_token_id"] is not None:
+            yield Finding("expected null, as bos is never", "/settings/bos_token_id", name)
+
+
+def _weights(summary: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The scored tokens and the positions of each window; the counts have been judged."""
+    settings, windows = summary["settings"], summary["windows"]
+    first = min(summary["dataset"]["tokens"], settings["max_length"])
+    end = summary["scored_tokens"] + windows
+    new = [first] + [settings["stride"]] * (windows - 1)
+    new[-1] -= sum(new) - end
+    alone = settings["stride"] == settings["max_length"]
+    return [n - 1 for n in new], [n - (alone or i == 0) for i, n in enumerate(new)]
+
+
+@check(
+    "evaluation.metrics",
+    "L1",
+    "BIND.ACCOUNTING",
+    "TQ-REPO-3",
+    "Write the recomputed figure.",
+    needs=(*SHAPED, "evaluation.windows"),
+)
+def evaluation_metrics(repo: Subject) -> Iterator[Finding]:
+    """Every figure follows from those of the windows."""
+    if SUMMARY not in _present(repo):
+        return
+    summary = _read(repo, SUMMARY)
+    for pointer, found, wanted, scale in _figures(summary):
+        if not _close(found, wanted, scale):
+            yield Finding(f"expected {wanted:.9g}, found {found:.9g}", pointer, SUMMARY)
+    kl, single = summary["kl_divergence"], summary["window_results"]["kl"]
+    if (kl is None) != (single is None):
+        yield Finding("expected null here and in /window_results/kl, or in neither", "/kl_divergence", SUMMARY)
+    elif kl is not None:
+        top, bounds = kl["max"] * (1 + TOLERANCE), [kl["mean"], *single]
+        if not kl["median"] <= kl["p99"] <= kl["max"] or max(bounds) > top:
+            yield Finding("expected median <= p99 <= max, and no mean above max", "/kl_divergence", SUMMARY)
+        # half of the values are at least the median, a hundredth at least p99, and none is negative; one value may be
+        # the lower neighbour of a quantile
+        n = summary["positions"]
+        for key, share in (("median", 0.5), ("p99", 0.01)):
+            if n >= 1000 and kl[key] * (share - 2 / n) > kl["mean"] * (1 + TOLERANCE):
+                message = f"a {key} of {kl[key]:.6g} is impossible with a mean of {kl['mean']:.6g}"
+                yield Finding(message, join("kl_divergence", key), SUMMARY)
+    _, positions = _weights(summary)
+    for index, (agreeing, of) in enumerate(zip(summary["window_results"]["agreeing"], positions, strict=True)):
+        if agreeing > of:
+            pointer = join("window_results", "agreeing", index)
+            yield Finding(f"expected at most {of}, the window's positions, found {agreeing}", pointer, SUMMARY)
+
+
+def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float, float, float]]:
+    """Pointer, value, recomputed value and the scale of the tolerance, of each figure."""
+    scored, positions = _weights(summary)
+    single = summary["window_results"]
+    perplexities = []
+    for model in ("base", "quantized"):
+        found = summary[model]
+        yield f"/{model}/average_nll", found["average_nll"], _mean(single[f"{model}_nll"], scored), 0.0
+        wanted = math.exp(found["average_nll"]) if found["average_nll"] < 700 else math.inf
+        yield f"/{model}/perplexity", found["perplexity"], wanted, 0.0
+        perplexities.append(found["perplexity"])
+    base, quantized = perplexities
+    yield "/perplexity_delta", summary["perplexity_delta"], quantized - base, max(base, quantized)
+    yield "/perplexity_ratio", summary["perplexity_ratio"], quantized / base, 0.0
+    if summary["kl_divergence"] is not None and single["kl"] is not None:
+        yield "/kl_divergence/mean", summary["kl_divergence"]["mean"], _mean(single["kl"], positions), 0.0
+    agreeing = summary["top1_agreement"]["agreeing"]
+    yield "/top1_agreement/agreeing", agreeing, sum(single["agreeing"]), 0.0
+    yield "/top1_agreement/rate", summary["top1_agreement"]["rate"], agreeing / summary["positions"], 0.0
+    cosine = summary["logit_cosine"]
+    yield "/logit_cosine/mean", cosine["mean"], math.fsum(cosine["values"]) / len(cosine["values"]), 1.0
+
+
+def _mean(values: Iterable[float], weights: list[int]) -> float:
+    total = sum(weights)
+    return math.fsum(v * (w / total) for v, w in zip(values, weights, strict=True)) if total else math.inf
+
+
+@check("evaluation.samples", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Write the text that the rule gives.", needs=SHAPED)
+def evaluation_samples(repo: Subject) -> Iterator[Finding]:
+    """The cleaned texts follow from the raw ones, and the lengths are possible."""
+    if SAMPLES not in _present(repo):
+        return
+    generations = _read(repo, SAMPLES)
+    for index, sample in enumerate(generations["samples"]):
+        wanted = _clean(sample["raw"], generations["cleaning"]["special_tokens"])
+        if sample["cleaned"] != wanted:
+            message = f"expected {brief(wanted)}, found {brief(sample['cleaned'])}"
+            yield Finding(message, join("samples", index, "cleaned"), SAMPLES)
+        if sample["stopped"] == "length" and sample["tokens"] != generations["decoding"]["max_new_tokens"]:
+            message = f"expected {generations['decoding']['max_new_tokens']}, found {sample['tokens']}"
+            yield Finding(message, join("samples", index, "tokens"), SAMPLES)
+        if not generations["decoding"]["chat_template"] and sample["input"] != sample["prompt"]:
+            yield Finding("expected the prompt, as there is no chat template", join("samples", index, "input"), SAMPLES)
+
+
+def _clean(raw: str, special_tokens: list[str]) -> str:
+    """The cleaned text by the rule that the schema states."""
+    for token in special_tokens:
+        raw = "".join(raw.split(token))
+    kept: list[str] = []
+    for line in _CONTROLS.sub("", raw).split("\n"):
+        line = line.rstrip(" \t")
+        if line or kept[-1:] != [""]:  # at most one empty line in a row
+            kept.append(line)
+    return "\n".join(kept).strip(" \t\n")

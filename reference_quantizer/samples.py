@@ -1,0 +1,96 @@
+"""Fixed prompts: greedy samples of the quantized model, and how close its next-token logits are to the base's."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLE_TOKENS = 64
+SAMPLE_PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a short list of three things to pack for a hike in the rain.",
+    "What is the sum of 17 and 25? Show the steps.",
+)
+LOGIT_PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def add(a, b):\n    return",
+    "In the beginning of the story, the old sailor",
+)
+CLEANING = (
+    "Remove the special tokens in the order listed; remove U+0000 to U+0008, U+000B to U+001F, U+007F to U+009F and U+FFFD;"
+    " remove spaces and tabs at the end of each line; reduce three or more line feeds in a row to two;"
+    " remove spaces, tabs and line feeds at both ends."
+)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")
+
+
+def clean(raw: str, special_tokens: list[str]) -> str:
+    """`raw` by the rule CLEANING."""
+    for token in special_tokens:
+        raw = raw.replace(token, "")
+    lines = [line.rstrip(" \t") for line in _CONTROLS.sub("", raw).split("\n")]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip(" \t\n")
+
+
+def prompt_logits(model: Any, tokenizer: Any, device: str) -> Tensor:
+    """The logits that follow each of LOGIT_PROMPTS, float32 [prompts, vocabulary]."""
+    rows = []
+    for prompt in LOGIT_PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+        with torch.inference_mode():
+            rows.append(model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu())
+    return torch.stack(rows)
+
+
+def cosines(first: Tensor, second: Tensor) -> list[float]:
+    """The cosine of each pair of rows, computed in float64."""
+    return [
+        min(1.0, max(-1.0, float(value))) for value in torch.cosine_similarity(first.double(), second.double(), dim=1)
+    ]
+
+
+def generate(model: Any, tokenizer: Any, device: str) -> dict[str, Any]:
+    """Greedy continuations of SAMPLE_PROMPTS, as `decoding`, `cleaning` and `samples` of sample_generations.json."""
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    end = _end_tokens(model, tokenizer)
+    found = [_sample(model, tokenizer, device, prompt, chat, end) for prompt in SAMPLE_PROMPTS]
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    used = [token for token in special if token and any(token in sample["raw"] for sample in found)]
+    used.sort(key=lambda token: (-len(token), token))
+    return {
+        "decoding": {"method": "greedy", "max_new_tokens": SAMPLE_TOKENS, "chat_template": chat},
+        "cleaning": {"rule": CLEANING, "special_tokens": used},
+        "samples": [sample | {"cleaned": clean(sample["raw"], used)} for sample in found],
+    }
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    end = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    return [end] if isinstance(end, int) else list(end or ())
+
+
+def _sample(model: Any, tokenizer: Any, device: str, prompt: str, chat: bool, end: list[int]) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    text = prompt
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=not chat)["input_ids"]], device=device)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
+    # in place of the model's own, whose penalties and sampling would otherwise fill in what is not said here
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": SAMPLE_TOKENS, "pad_token_id": padding}
+    before, model.generation_config = model.generation_config, GenerationConfig(**options, eos_token_id=end or None)
+    try:
+        with torch.inference_mode():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = before
+    raw = tokenizer.decode(out, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    stopped = "end" if out and out[-1] in end else "length"
+    return {"prompt": prompt, "input": text, "tokens": len(out), "stopped": stopped, "raw": raw}
