@@ -311,6 +311,7 @@ def decode_weight(manifest: dict[str, Any], payload: Payload, name: str) -> Deco
     tolerance = np.zeros_like(exact)
     for stage in entry["stages"]:
         add_stage(stage, manifest, payload, exact, tolerance)
+    tolerance += 2.0**-140
     # [TQ-NUM-2, TQ-NUM-4] the column scale comes last, and multiplies the tolerance by its magnitude
     if entry.get("column_scale") is not None:
         column_scale = to_float64(payload[entry["column_scale"]])

@@ -288,20 +288,9 @@ def compare(path: Path, judgement: Any, subject: Any, error: Any, weights: dict[
             if as_bytes(weight) != stored:
                 raise PropertyError(f"{name!r} is not what is stored")
             continue
-        correct = oracle.is_correct(weight.double().numpy(), widened(decoded, subject, source))
+        correct = oracle.is_correct(weight.double().numpy(), decoded)
         if not correct.all() and not may_overflow(subject):
             raise PropertyError(f"{name!r} is outside the tolerance of [TQ-NUM-5]: {tensors[source]}")
-
-
-def widened(decoded: Any, subject: Any, name: str) -> Any:
-    """`decoded` with room for products that underflow in binary32 before the column scale (RESULTS.md, item 5)."""
-    from conformance import checks_decode, oracle
-
-    entry, floor = subject.manifest["tensors"][name], 2.0**-140
-    if entry.get("column_scale") is not None:
-        floor *= max(1.0, checks_decode._largest(subject, entry["column_scale"]))
-    tolerance = decoded.tolerance + floor * len(entry["stages"])
-    return oracle.Decoded(decoded.dtype, decoded.shape, decoded.exact, tolerance)
 
 
 def as_bytes(tensor: Any) -> bytes:
