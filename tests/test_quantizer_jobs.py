@@ -365,6 +365,16 @@ def test_licences_are_found(tmp_path: Path) -> None:
     assert find_license(tmp_path) == "mit"
 
 
+def test_a_repository_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "repo"
+    shutil.copytree(
+        Path(__file__).parent.parent / "conformance" / "vectors" / "v1" / "valid" / "repository" / "typical" / "repo",
+        path,
+    )
+    assert run(path, tmp_path / "out") == 1
+    assert "tqformat dequantize" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_support_files_and_provenance(make: Make, tmp_path: Path) -> None:
     path = make({"w": torch.ones(2, 8)}, config={**CONFIG, "time_step_limit": [0.0, float("inf")]})
     roles = {
@@ -386,7 +396,6 @@ def test_support_files_and_provenance(make: Make, tmp_path: Path) -> None:
         "README.md",
         "training_args.bin",
         "modeling_x.py",
-        "quant_manifest.json",
         "picture.png",
         ".gitattributes",
     ):
