@@ -210,7 +210,7 @@ def compile_schema(schema: Any, root: dict[str, Any]) -> Predicate:
         return lambda value: schema
     unknown = schema.keys() - _ANNOTATIONS - _KEYWORDS.keys() - {"then", "else"}
     if unknown:
-        raise NotImplementedError(f"schema keywords {sorted(unknown)}")
+        raise ValueError(f"this compiler does not know the schema keywords {sorted(unknown)}")
     parts = [_KEYWORDS[key](schema, root) for key in schema if key in _KEYWORDS]
     if len(parts) == 1:
         return parts[0]

@@ -157,7 +157,7 @@ def _config(file: Path, reader: Any) -> Any:
     architecture = _field(reader, "general.architecture")
     try:
         packed = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         reason = f"transformers {transformers.__version__} does not read the architecture {architecture!r} from GGUF"
         raise TQFormatError("UNSUPPORTED.LIBRARY", file.name, f"{reason}: {str(error)[:200]}") from None
     plain = packed.to_dict()
@@ -270,7 +270,7 @@ def _write(file: Path, reader: Any, out: Path) -> None:
         _tokenizer(file).save_pretrained(out)
     except TQFormatError:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         reason = f"transformers {transformers.__version__} cannot read this file (tensor types {types})"
         raise TQFormatError("UNSUPPORTED.LIBRARY", file.name, f"{reason}: {str(error)[:300]}") from None
     finally:

@@ -906,3 +906,8 @@ def test_bombs(bomb: Callable[[Path], str], tmp_path: Path) -> None:
     assert out[-1].endswith(f"first {code})")
     assert kilobytes < 200 * 1024
     assert seconds < 1  # of processor time: a busy machine is not our bomb
+
+
+def test_a_schema_keyword_that_the_compiler_does_not_know_is_an_error() -> None:
+    with pytest.raises(ValueError, match="contains"):
+        shape.compile_schema({"type": "array", "contains": {"type": "integer"}}, {})
