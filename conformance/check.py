@@ -16,7 +16,7 @@ from conformance.findings import MANIFEST, Finding, NotReachedError, brief
 from conformance.subject import Subject
 
 # [TQ-ERR-2] the stages of judgement; where several codes apply, the earliest counts
-STAGES = ("PATH", "JSON", "SCHEMA", "CONTAINER", "BIND", "PACK", "DATA")
+STAGES = ("PATH", "JSON", "SCHEMA", "CONTAINER", "BIND", "PACK", "DATA", "EVAL")
 LEVELS = {"L0": "structure", "L1": "binding", "L2": "data", "L3": "decode"}
 BLOCKED = "blocked by "
 MAX_VIOLATIONS = 1000  # kept of each check; the rest are counted
@@ -38,7 +38,9 @@ class Check:
 
     @property
     def stage(self) -> str:
-        """The stage of the check's code; LIMIT takes the place of the stage in which it is met."""
+        """The stage of the check's code; LIMIT takes the place of the stage in which it is met, EVAL that of every code."""
+        if self.id.startswith("evaluation."):
+            return "EVAL"
         prefix = self.code.partition(".")[0]
         named = self.id.partition(".")[0].upper()
         return prefix if prefix in STAGES else named if named in STAGES else STAGES[-1]

@@ -56,7 +56,7 @@ def _close(found: float, wanted: float, scale: float = 0.0) -> bool:
     return math.isfinite(wanted) and abs(found - wanted) <= TOLERANCE * max(abs(wanted), scale)
 
 
-@check("evaluation.json", "L1", "JSON.SYNTAX", "TQ-REPO-3", "Run the evaluation again.", needs=(*NAMED, "path.type"))
+@check("evaluation.json", "L1", "JSON.SYNTAX", "TQ-EVAL-1", "Run the evaluation again.", needs=(*NAMED, "path.type"))
 def evaluation_json(repo: Subject) -> Iterator[Finding]:
     for name in _present(repo):
         if (size := repo.folder.size(name)) > MAX_SIZE:
@@ -66,9 +66,11 @@ def evaluation_json(repo: Subject) -> Iterator[Finding]:
             yield Finding(found.message, found.pointer, name, found.offset, code=KINDS.get(found.kind))
 
 
-@check("evaluation.shape", "L1", "SCHEMA.VALUE", "TQ-REPO-3", "Write what the schema of the file asks for.", READABLE)
+@check("evaluation.shape", "L1", "SCHEMA.VALUE", "TQ-EVAL-1", "Write what the schema of the file asks for.", READABLE)
 def evaluation_shape(repo: Subject) -> Iterator[Finding]:
     for name in _present(repo):
+        if (role := repo.manifest["files"][name]["role"]) != "document":
+            yield Finding(f"expected document, found {brief(role)}", join("files", name, "role"))
         schema = json.loads(files("schemas").joinpath(SCHEMAS[name]).read_text(encoding="utf-8"))
         for error in validator(schema).iter_errors(_read(repo, name)):
             code = BREACHES.get(str(error.validator))
@@ -85,9 +87,7 @@ def _message(error: jsonschema.ValidationError) -> str:
     return f"expected {rule} {brief(error.validator_value)}, found {brief(value)}"
 
 
-@check(
-    "evaluation.subject", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Evaluate the repository as it is now.", needs=SHAPED
-)
+@check("evaluation.subject", "L1", "EVAL.SUBJECT", "TQ-EVAL-1", "Evaluate the repository as it is now.", needs=SHAPED)
 def evaluation_subject(repo: Subject) -> Iterator[Finding]:
     """The files are about this base model and these payload files."""
     payload = {name: repo.manifest["files"][name]["sha256"] for name in repo.payload_files}
@@ -97,7 +97,7 @@ def evaluation_subject(repo: Subject) -> Iterator[Finding]:
             yield Finding(f"expected {brief(wanted)}, found {brief(value['base_model'])}", "/base_model", name)
         if value["payload"] != payload:
             message = "the payload files that were evaluated are not those of the manifest"
-            yield Finding(message, "/payload", name, code="BIND.DIGEST")
+            yield Finding(message, "/payload", name)
 
 
 def _counts(summary: dict[str, Any]) -> tuple[int, int, int] | None:
@@ -114,7 +114,7 @@ def _counts(summary: dict[str, Any]) -> tuple[int, int, int] | None:
     return windows, end - windows, end - (1 if stride < length else windows)
 
 
-@check("evaluation.windows", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Write the recomputed count.", needs=SHAPED)
+@check("evaluation.windows", "L1", "EVAL.WINDOWS", "TQ-EVAL-2", "Write the recomputed count.", needs=SHAPED)
 def evaluation_windows(repo: Subject) -> Iterator[Finding]:
     """The counts are those of the sliding windows over that many tokens."""
     for name in _present(repo):
@@ -150,8 +150,8 @@ def _weights(summary: dict[str, Any]) -> tuple[list[int], list[int]]:
 @check(
     "evaluation.metrics",
     "L1",
-    "BIND.ACCOUNTING",
-    "TQ-REPO-3",
+    "EVAL.METRIC",
+    "TQ-EVAL-3",
     "Write the recomputed figure.",
     needs=(*SHAPED, "evaluation.windows"),
 )
@@ -212,7 +212,7 @@ def _mean(values: Iterable[float], weights: list[int]) -> float:
     return math.fsum(v * (w / total) for v, w in zip(values, weights, strict=True)) if total else math.inf
 
 
-@check("evaluation.samples", "L1", "BIND.ACCOUNTING", "TQ-REPO-3", "Write the text that the rule gives.", needs=SHAPED)
+@check("evaluation.samples", "L1", "EVAL.SAMPLE", "TQ-EVAL-4", "Write the text that the rule gives.", needs=SHAPED)
 def evaluation_samples(repo: Subject) -> Iterator[Finding]:
     """The cleaned texts follow from the raw ones, and the lengths are possible."""
     if SAMPLES not in _present(repo):

@@ -25,11 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__, samples
+from reference_quantizer import __version__, gguf_source, samples
+from reference_quantizer.calibration import find_bos
 from reference_quantizer.quantize import check_device
-from reference_quantizer.source import Source, open_source
-from reference_quantizer.windows import Window, batches, read_corpus, sliding_windows
-from tqformat.load_quantized import LOADER_KINDS, TQFormatError, load, load_tokenizer, read_manifest, translated
+from reference_quantizer.source import Source, file_sha256, open_source, weights_sha256
+from reference_quantizer.windows import Window, batches, read_corpus, same_data, sliding_windows
+from tqformat.load_quantized import (
+    LOADER_KINDS,
+    Manifest,
+    TQFormatError,
+    load,
+    load_tokenizer,
+    read_manifest,
+    translated,
+)
 from tqformat.load_quantized import __version__ as tqformat_version
 from tqformat.writer import add_files
 
@@ -114,11 +123,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates `repo` against the checkpoint `base` and writes both files into it; returns the summary.
 
-    Interrupted, the same call continues where it stopped.
+    Interrupted, the same call continues where it stopped. A GGUF file as `base` is imported into the cache and stays there.
     """
     settings = (settings or Settings()).complete()
     check_device(settings.device)
-    manifest, source, cache = read_manifest(repo), open_source(base, base_revision), cache_dir or default_cache()
+    manifest, cache = read_manifest(repo), cache_dir or default_cache()
+    source = find_base(base, base_revision, cache)
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
@@ -133,7 +143,7 @@ def evaluate(
     if sum(w.scored for w in windows) < 1:
         raise TQFormatError("SCHEMA.VALUE", corpus.id, f"expected a text to score, found {len(tokens)} tokens")
     tokens_sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-    payload = {name: file.sha256 for name, file in manifest.files.items() if file.role == "payload"}
+    payload = payload_digests(manifest)
 
     cache.mkdir(parents=True, exist_ok=True)
     kept = open_base(source, cache, [manifest.loader_kind, tokens_sha256, asdict(replace(settings, kl=True)), bos])
@@ -184,6 +194,38 @@ def evaluate(
     add_files(repo, {SUMMARY: ("document", to_text(summary)), SAMPLES: ("document", to_text(generations))})
     partial.unlink(missing_ok=True)
     return summary
+
+
+def payload_digests(manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of each payload file: which weights an evaluation is about."""
+    return {name: file.sha256 for name, file in manifest.files.items() if file.role == "payload"}
+
+
+def is_current(
+    repo: Path,
+    base_weights_sha256: str,
+    dataset: str,
+    settings: Settings,
+    *,
+    split: str = "test",
+    dataset_revision: str | None = None,
+) -> bool:
+    """Whether both files in `repo` are whole and are those of this base, these weights, this data set and these settings."""
+    manifest, settings = read_manifest(repo), settings.complete()
+    for name in (SUMMARY, SAMPLES):
+        file = manifest.files.get(name)
+        if file is None or not (repo / name).is_file() or file_sha256(repo / name) != file.sha256:
+            return False
+    summary, generations = (json.loads((repo / name).read_bytes()) for name in (SUMMARY, SAMPLES))
+    wanted = {key: value for key, value in asdict(settings).items() if key != "kl"}
+    found = {key: value for key, value in summary["settings"].items() if key != "bos_token_id"}
+    return (
+        summary["payload"] == generations["payload"] == payload_digests(manifest)
+        and summary["base_weights_sha256"] == base_weights_sha256
+        and found == wanted
+        and (summary["kl_divergence"] is not None) == settings.kl
+        and same_data(summary["dataset"], dataset, split, dataset_revision)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -359,12 +401,16 @@ def _rounded(value: float) -> float:
 # ------------------------------------------------------------------------------------------------ models
 
 
-def find_bos(tokenizer: Any) -> int | None:
-    """The BOS token, if the tokenizer itself puts it at the start of a text."""
-    text, bos = "A text.", tokenizer.bos_token_id
-    with_special = tokenizer(text)["input_ids"][:1]
-    without = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    return int(bos) if bos is not None and with_special == [bos] != without else None
+def find_base(base: str, revision: str | None, cache: Path) -> Source:
+    """The checkpoint that `base` names; of a GGUF file, its import in the cache."""
+    gguf = gguf_source.is_gguf(base)
+    if revision and (gguf or Path(base).exists()):
+        raise TQFormatError("SCHEMA.VALUE", "--revision", "BASE is no Hub id, so there is nothing to select")
+    if not gguf:
+        return open_source(base, revision)
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / "gguf.lock"):
+        return gguf_source.cached(base, cache)
 
 
 def load_base(source: Source, loader_kind: str, settings: Settings) -> Any:
@@ -428,9 +474,7 @@ def open_base(source: Source, cache: Path, job: list[Any]) -> Base:
 
     The name is made from content: of the weight files, the configuration, the tokens, the settings, and torch's version.
     """
-    names = [*(facts[0] for facts in source.identity), *(["config.json"] if source.config is not None else [])]
-    digests = [[name, _file_sha256(source.path / name)] for name in names]
-    weights = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    weights = weights_sha256(source)
     content = json.dumps([SCHEMA_VERSION, weights, job, samples.LOGIT_PROMPTS, libraries()], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     path = cache / f"base-{key}.npz"
@@ -454,14 +498,6 @@ def save_base(cache: Path, key: str, results: list[Result], logits: Tensor) -> N
     os.replace(new, path)
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One run at a time: two would write their results into one file."""
@@ -474,9 +510,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TQFormatError(
-                "PATH.COLLISION", path.name, "another run of the same evaluation is under way"
-            ) from None
+            message = "another run is writing what this one needs; wait until it is done"
+            raise TQFormatError("PATH.COLLISION", path.name, message) from None
         yield
 
 
@@ -537,26 +572,28 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Windows done: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+    """Units done: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
 
-    def __init__(self, total: int, quiet: bool = False, every: float = 10.0) -> None:
-        self.total, self.done, self.every = total, 0, every
+    def __init__(
+        self, total: int, quiet: bool = False, every: float = 10.0, action: str = "evaluating", unit: str = "window"
+    ) -> None:
+        self.total, self.done, self.every, self.action, self.unit = total, 0, every, action, unit
         self._lines = not quiet and not sys.stderr.isatty()
         self._last = time.monotonic()
         self._bar = None
         if not quiet and not self._lines:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="window", desc="evaluating", file=sys.stderr)
+            self._bar = tqdm(total=total, unit=unit, desc=action, file=sys.stderr)
 
-    def advance(self, windows: int) -> None:
-        """Count `windows` more as done."""
-        self.done += windows
+    def advance(self, units: int) -> None:
+        """Count `units` more as done."""
+        self.done += units
         if self._bar is not None:
-            self._bar.update(windows)
+            self._bar.update(units)
         elif self._lines and time.monotonic() - self._last >= self.every:
             self._last = time.monotonic()
-            print(f"evaluating: {self.done:,} of {self.total:,} windows", file=sys.stderr, flush=True)
+            print(f"{self.action}: {self.done:,} of {self.total:,} {self.unit}s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is and go on below it."""

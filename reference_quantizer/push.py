@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reference_quantizer import report
 from reference_quantizer.source import HUB_ID
 from tqformat.embed import LOADER, read_stamp
 from tqformat.load_quantized import MANIFEST, TQFormatError, open_repo, parse_json
@@ -148,7 +149,8 @@ def run_push(args: argparse.Namespace) -> int:
     total = sum(item.size for item in items)
     visibility = "a private repository" if args.private else "a repository with your default visibility"
     place = f"{args.repo_id}, branch {args.branch} ({visibility} if it is new)"
-    print(f"{len(items)} files, {total:,} bytes -> {place}", flush=True)
+    print(f"{len(items)} files, {total:,} bytes -> {place}")
+    print(f"weights: {report.size_line(path)}", flush=True)
     if CARD not in {item.name for item in items}:
         _tell(f"note: there is no {CARD}, so the page on the Hub will be empty")
     if args.dry_run:

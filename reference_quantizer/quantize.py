@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__, codebook, support
+from reference_quantizer import __version__, codebook, feedback, support, trellis
+from reference_quantizer.calibration import Calibration
 from reference_quantizer.encode import Encoded, Encoder, encode, normalise
-from reference_quantizer.plan import Plan, Settings, TensorPlan
+from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
 from reference_quantizer.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
 from reference_quantizer.source import Info, Reader, Source
 from tqformat.embed import stamped_loader
 from tqformat.load_quantized import TQFormatError, torch_dtype
-from tqformat.writer import RepoWriter, pack
+from tqformat.writer import DTYPE_NAMES, RepoWriter, pack
 
 T = TypeVar("T")
 GENERATOR = f"reference_quantizer {__version__}"
@@ -41,10 +42,20 @@ class Target:
     device: str = "cpu"
     max_shard_bytes: int = 5_000_000_000
     overwrite: bool = False
+    extra: dict[str, Any] | None = None  # of the manifest
 
 
-def quantize(source: Source, plan: Plan, target: Target, progress: "Progress | None" = None) -> Path:
-    """Write the repository that `plan` describes; returns its path. Interrupted, the same call continues."""
+def quantize(
+    source: Source,
+    plan: Plan,
+    target: Target,
+    progress: "Progress | None" = None,
+    calibration: Calibration | None = None,
+) -> Path:
+    """Write the repository that `plan` describes; returns its path. Interrupted, the same call continues.
+
+    With `calibration`, the weights that its tokens reach are encoded with error feedback, block by block.
+    """
     progress = progress or Progress(0, quiet=True)
     files, _ = support.files_to_copy(source)
     settings = plan.settings
@@ -56,24 +67,39 @@ def quantize(source: Source, plan: Plan, target: Target, progress: "Progress | N
             base_model=target.base_model,
             loader_kind=target.loader_kind,
             pipeline_tag=target.pipeline_tag,
-            quantization=settings.to_quantization(),
+            quantization=plan.to_quantization() | ({"calibration": calibration.to_dict()} if calibration else {}),
             generator=GENERATOR,
             max_shard_bytes=target.max_shard_bytes,
             overwrite=target.overwrite,
-            resume_key=resume_key(source, settings, target),
+            resume_key=resume_key(source, plan, target, calibration),
+            extra=target.extra,
         ) as writer,
     ):
         rotations = {name: _add_transform(writer, name, plan, target.device) for name in plan.transforms}
         books = {name: _add_codebook(writer, name, plan, target.device) for name in plan.codebooks}
+
+        def make_encoder(item: TensorPlan) -> Encoder:
+            scale_dtype = choose_scale_dtype(reader, workers, item.info, item.vector_length, settings.scale_dtype)
+            dtypes = torch_dtype(scale_dtype), torch_dtype(item.info.dtype)
+            return Encoder(item.vector_length, rotations[item.transform], books[item.codebook], *dtypes)
+
+        if calibration is not None:
+            _add_calibrated(writer, source, plan, target, calibration, make_encoder, progress)
         for item in plan.tensors:
             if item.info.name in writer.done:
                 progress.advance(item.info.scalars)
             elif item.bits is None:
                 chunks = (_advance(bytes_, progress, item.info) for bytes_ in reader.byte_chunks(item.info))
                 writer.add_passthrough(item.info.name, chunks, shape=item.info.shape, dtype=item.info.dtype)
+            elif item.tile_rows:
+                weight = torch.cat(
+                    [rows.to(target.device, torch.float32, copy=True) for rows in reader.row_chunks(item.info)]
+                )
+                unit = torch.eye(item.info.cols, device=target.device)
+                _add_encoded(writer, item, make_encoder(item), weight, unit, settings, False)
+                progress.advance(item.info.scalars)
             else:
-                rotation, levels = rotations[item.transform], books[item.codebook]
-                _add_quantized(writer, reader, workers, item, settings, rotation, levels, progress)
+                _add_quantized(writer, reader, workers, item, make_encoder(item), progress)
         for alias, original in plan.ties.items():
             writer.tie(alias, original)
         for path, role in files.items():
@@ -93,9 +119,11 @@ def check_device(device: str) -> None:
         raise TQFormatError("UNSUPPORTED.DEVICE", f"--device {device}", reason) from None
 
 
-def resume_key(source: Source, settings: Settings, target: Target) -> str:
-    """A digest of everything that the weights' bytes depend on: settings, device, and the checkpoint's files."""
-    job = [GENERATOR, asdict(settings), target.device, target.max_shard_bytes, source.identity]
+def resume_key(source: Source, plan: Plan, target: Target, calibration: Calibration | None = None) -> str:
+    """A digest of everything that the weights' bytes depend on: settings, bits, tokens, device, the checkpoint's files."""
+    allocation = asdict(plan.allocation) if plan.allocation else None
+    tokens = calibration.sha256 if calibration else None
+    job = [GENERATOR, asdict(plan.settings), allocation, tokens, target.device, target.max_shard_bytes, source.identity]
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
@@ -114,11 +142,109 @@ def _add_transform(writer: RepoWriter, name: str, plan: Plan, device: str) -> Ro
 
 
 def _add_codebook(writer: RepoWriter, name: str, plan: Plan, device: str) -> Tensor:
-    entries, g = plan.codebooks[name]
-    construction = {"vector_length": g, "grid_size": plan.settings.grid_size, "iterations": plan.settings.iterations}
-    levels = torch.tensor(codebook.lloyd_max_levels(entries, **construction))
+    book, settings = plan.codebooks[name], plan.settings
+    if book.window > book.bits:
+        levels = torch.tensor(trellis.trellis_levels(book.bits, book.window)).half()
+        writer.add_codebook(name, levels, origin={"method": trellis.METHOD}, stored=True)
+        return levels.float().to(device)
+    construction = {"vector_length": book.vector_length}
+    construction |= {"grid_size": settings.grid_size, "iterations": settings.iterations}
+    levels = torch.tensor(codebook.lloyd_max_levels(book.entries, **construction))
     writer.add_codebook(name, levels, origin={"method": codebook.METHOD} | construction)
     return levels.to(device)
+
+
+def _add_calibrated(
+    writer: RepoWriter,
+    source: Source,
+    plan: Plan,
+    target: Target,
+    calibration: Calibration,
+    make_encoder: Callable[[TensorPlan], Encoder],
+    progress: "Progress",
+) -> None:
+    """Encode the linear layers of the model's blocks with error feedback, each with the inputs that it will get.
+
+    A block's inputs are those that the encoded blocks before it give; within a block, those of the layers encoded so far.
+    """
+    from reference_quantizer.blocks import Blocks
+    from reference_quantizer.evaluate import Settings as Arithmetic
+    from reference_quantizer.evaluate import load_base, quiet_transformers
+
+    items = {
+        t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
+    }
+    torch.set_num_threads(os.cpu_count() or 1)  # the workers wait here
+    with quiet_transformers():
+        model = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
+    blocks, state = Blocks(model, calibration.ids, target.device), writer.scratch / "hidden.npz"
+    if state.is_file():
+        blocks.restore(state)
+    seen = {name for name in items if name in writer.done}
+    for block in blocks:
+        writer.commit()
+        blocks.save(state)
+        for group in blocks.groups(block):
+            chosen = {name: layer for name, layer in group.layers.items() if name in items}
+            if not chosen:
+                continue
+            hessian = blocks.hessian(block, group)
+            for name, layer in chosen.items():
+                item, known = items[name], name in writer.done
+                weight = layer.weight.data
+                encoder = make_encoder(item)
+                weight.copy_(
+                    _add_encoded(None if known else writer, item, encoder, weight, hessian, plan.settings, True)
+                )
+                if name not in seen:
+                    progress.advance(item.info.scalars)
+                seen.add(name)
+    torch.set_num_threads(1)
+    if rest := sorted(items.keys() - seen):
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        print(
+            f"note: encoded without feedback, the blocks' linear layers do not include {rest[0]}{more}", file=sys.stderr
+        )
+
+
+def _add_encoded(
+    writer: RepoWriter | None,
+    item: TensorPlan,
+    encoder: Encoder,
+    weight: Tensor,
+    hessian: Tensor,
+    settings: Settings,
+    calibrated: bool,
+) -> Tensor:
+    """Encode `weight` [rows, cols] for inputs with `hessian`, add it unless `writer` is None; returns the decoded weight."""
+    info, bits, rows = item.info, item.bits or 0, item.tile_rows
+    window = (settings.window or 0) if rows else bits
+    found = feedback.encode(weight, hessian, encoder, bits, window, rows)
+    decoded = found.decoded.to(torch_dtype(info.dtype)).float()
+    if writer is None:
+        return decoded
+    symbols = found.symbols.cpu()
+    if rows:  # [TQ-CODE-3]: tiles of one column, row-major over the grid
+        symbols = symbols.reshape(-1, rows, info.cols).transpose(1, 2).reshape(-1, rows)
+    extra: dict[str, Any] = {"relative_error": _rounded(found.relative_error)}
+    extra |= {"output_error": _rounded(found.output_error)} if calibrated else {}
+    g = encoder.vector_length
+    stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}
+    stage |= {"window": window, "tile": [rows, 1]} if rows else {}
+    stage |= {"codes": pack(symbols, bits, window), "scales": found.scales.cpu()}
+    stage |= {"vector_length": None if g == info.cols else g}
+    writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra | _facts(item))
+    return decoded
+
+
+def _facts(item: TensorPlan) -> dict[str, Any]:
+    """What the plan says of a weight, for its entry's `extra`."""
+    facts: dict[str, Any] = {"protected": True} if item.protected else {}
+    return facts | ({"sensitivity": item.sensitivity} if item.sensitivity is not None else {})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _add_quantized(
@@ -126,18 +252,12 @@ def _add_quantized(
     reader: Reader,
     workers: "Workers",
     item: TensorPlan,
-    settings: Settings,
-    rotation: Rotation,
-    levels: Tensor,
+    encoder: Encoder,
     progress: "Progress",
 ) -> None:
     """Encode one weight chunk by chunk, as the writer asks for them."""
     info, bits, g = item.info, item.bits or 0, item.vector_length
-    scale_dtype = choose_scale_dtype(reader, workers, info, g, settings.scale_dtype)
-    encoder = Encoder(g, rotation, levels, torch_dtype(scale_dtype), torch_dtype(info.dtype))
-    extra: dict[str, Any] = {"relative_error": 0.0}  # replaced below, before the writer records the entry
-    if item.protected:
-        extra["protected"] = True
+    extra: dict[str, Any] = {"relative_error": 0.0} | _facts(item)  # the error follows below, before it is recorded
     scales: list[Tensor] = []
 
     def codes() -> Iterator[Tensor]:
@@ -151,10 +271,10 @@ def _add_quantized(
             scales.append(result.scales.cpu())
             yield packed
             progress.advance(result.symbols.numel())
-        extra["relative_error"] = float(f"{error / norm if norm else 0.0:.6g}")
+        extra["relative_error"] = _rounded(error / norm if norm else 0.0)
 
     stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}
-    stage |= {"codes": codes(), "scales": _drain(scales), "scale_dtype": scale_dtype}
+    stage |= {"codes": codes(), "scales": _drain(scales), "scale_dtype": DTYPE_NAMES[encoder.scale_dtype]}
     stage |= {"vector_length": None if g == info.cols else g}
     writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra)
 

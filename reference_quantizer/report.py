@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.plan import Plan, stored_bytes_of_stage
-from tqformat.load_quantized import DTYPES as ITEMSIZE
-from tqformat.load_quantized import MANIFEST, parse_json
+from reference_quantizer.plan import Plan
+from tqformat.__main__ import bits_text, summary
+from tqformat.load_quantized import MANIFEST, open_repo, parse_json
 
 LARGEST = 12  # tensors listed by name
 
@@ -40,20 +40,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return parse_json((path / MANIFEST).read_bytes(), MANIFEST)
 
 
-def manifest_rows(manifest: dict[str, Any]) -> list[Row]:
-    """The lines of a repository that this program has finished."""
-    scale_dtype = "F32" if manifest["quantization"]["scale_dtype"] == "F32" else "F16"  # BF16 is as long
-    rows = []
-    for name, entry in manifest["tensors"].items():
-        shape = tuple(entry["shape"])
-        original = stored = math.prod(shape) * ITEMSIZE[entry["dtype"]]
-        if entry["kind"] == "quantized":
-            matrix, stages = (math.prod(shape[:-1]), shape[-1]), entry["stages"]
-            lengths = [(s.get("vector_length") or shape[-1], s["bits"]) for s in stages]
-            stored = sum(stored_bytes_of_stage(*matrix, g, bits, scale_dtype) for g, bits in lengths)
-        bits = entry.get("effective_bits")
-        rows.append(Row(name, entry["kind"], bits, shape, math.prod(shape), original, stored))
-    return rows
+def repo_rows(path: Path) -> list[Row]:
+    """The lines of the finished repository in `path`; what a tensor takes is what the payload's headers say."""
+    with open_repo(path, verify=False) as repo:
+        weights = summary(repo)["weights"]
+    keys = ("name", "kind", "bits", "shape", "scalars", "original_bytes", "stored_bytes")
+    return [Row(*(tuple(w[key]) if key == "shape" else w[key] for key in keys)) for w in weights]
+
+
+def size_line(path: Path) -> str:
+    """Bits per weight of the finished repository in `path`, and the bytes of its payload files."""
+    with open_repo(path, verify=False) as repo:
+        found = summary(repo)
+    per = found["quantized"]["bits_per_weight"], found["total"]["bits_per_weight"]
+    return f"{bits_text(*per)} ({found['total']['payload_file_bytes']:,} bytes)"
 
 
 def mean_relative_error(manifest: dict[str, Any]) -> float | None:
@@ -122,7 +122,7 @@ def print_table(rows: list[Row], accounting: dict[str, Any], title: str, error: 
     console.print()
     console.print(
         f"{accounting['original_bytes']:,} -> {accounting['stored_bytes']:,} bytes, ratio {accounting['ratio']:.3f}; "
-        f"{per['bits_per_quantized_weight']:.3f} bits per quantized weight, {per['bits_per_weight']:.3f} per weight"
+        f"{bits_text(*per.values())}, headers not counted"
     )
     if error is not None:
         console.print(f"mean relative squared error of the quantized weights: {error:.4g}")

@@ -101,6 +101,12 @@ def open_source(src: str, revision: str | None = None) -> Source:
         raise TQFormatError("SCHEMA.VALUE", str(path), advice)
     cached_id, commit = hub_cache_names(path)
     notes: list[str] = []
+    if revision and hub_id is None:
+        if commit not in (None, revision):
+            raise TQFormatError(
+                "SCHEMA.VALUE", "--revision", f"the directory is a snapshot of another commit, {commit}"
+            )
+        notes.append(f"the revision {revision} is recorded; the local directory is read as it is")
     tensors: dict[str, Info] = {}
     identity: list[list[Any]] = []
     names, placed = weight_files(path, notes)
@@ -120,6 +126,22 @@ def open_source(src: str, revision: str | None = None) -> Source:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     provenance = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else None
     return Source(path, tensors, identity, config, tuple(notes), hub_id or cached_id, commit or revision, provenance)
+
+
+def weights_sha256(source: Source) -> str:
+    """A digest of the checkpoint's content: of the JSON list of [file name, SHA-256] of its weight files and config.json."""
+    names = [*(facts[0] for facts in source.identity), *(["config.json"] if source.config is not None else [])]
+    digests = [[name, file_sha256(source.path / name)] for name in names]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_inventory(path: Path) -> Source:

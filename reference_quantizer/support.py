@@ -8,7 +8,7 @@ from typing import Any
 from reference_quantizer.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 
-REQUIREMENTS = "numpy\ntorch>=2.4\ntransformers>=5\naccelerate\nhuggingface_hub\nsafetensors\n"
+REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5\n"  # what the loader imports
 
 PATTERNS = {  # role -> file names, compared in lower case
     "support": [

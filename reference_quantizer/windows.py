@@ -129,6 +129,15 @@ def read_corpus(dataset: str, split: str = "test", revision: str | None = None) 
     return _from_hub(found[1], found[2], split, revision)
 
 
+def same_data(entry: dict[str, Any], dataset: str, split: str = "test", revision: str | None = None) -> bool:
+    """Whether a summary's `entry` is about the corpus that `read_corpus` gives, as far as can be told without fetching it."""
+    if Path(dataset).is_file():
+        return read_corpus(dataset).to_dict().items() <= entry.items()
+    found = DATASET_ID.fullmatch(dataset)
+    wanted = {"source": "hub", "id": found[1], "config": found[2], "split": split} if found else {"source": None}
+    return (wanted | ({"revision": revision} if revision else {})).items() <= entry.items()
+
+
 def _from_hub(id: str, config: str | None, split: str, revision: str | None) -> Corpus:
     """The rows of a data set on the Hub, from its files `[config/|data/]split*.parquet|jsonl|txt`, at one commit."""
     try:

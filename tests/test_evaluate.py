@@ -25,7 +25,7 @@ from conformance.folder import Folder
 from conformance.subject import Subject
 from reference_quantizer import __main__ as command_line
 from reference_quantizer import evaluate, samples
-from reference_quantizer.windows import batches, join_rows, read_corpus, sliding_windows
+from reference_quantizer.windows import batches, join_rows, read_corpus, same_data, sliding_windows
 from tqformat.load_quantized import MANIFEST, TQFormatError
 from tqformat.writer import add_files
 
@@ -129,6 +129,36 @@ def test_corpus_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert read_corpus("owner/name").text == "d\n\ne"
     with pytest.raises(TQFormatError, match=r"BIND\.MISSING_FILE"):
         read_corpus("owner/name:c", "validation")
+
+
+def test_corpus_of_the_hub_in_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of most data sets there, in two parts, with an empty value and a further column."""
+    import huggingface_hub
+
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = [f"c/test-0000{i}-of-00002.parquet" for i in range(2)]
+    (tmp_path / "c").mkdir()
+    for name, rows in zip(names, ([" = A = \n", "", "b"], [None, "c\n"]), strict=True):
+        parquet.write_table(pyarrow.table({"text": rows, "label": [0] * len(rows)}), tmp_path / name)
+    siblings = [SimpleNamespace(rfilename=name) for name in [*names, "c/train-00000-of-00001.parquet"]]
+    info = SimpleNamespace(sha="1" * 40, siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: str(tmp_path / name))
+    corpus = read_corpus("owner/name:c")
+    assert (corpus.text, corpus.rows) == (" = A = \n\nb\n\nc", 3)
+    entry = corpus.to_dict() | {"tokens": 5}
+    assert same_data(entry, "owner/name:c") and same_data(entry, "owner/name:c", revision="1" * 40)
+    others = [
+        ("owner/name", "test", None),
+        ("owner/name:c", "train", None),
+        ("owner/name:c", "test", "main"),
+        ("?", "test", None),
+    ]
+    assert not any(same_data(entry, *other) for other in others)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(TQFormatError, match="pip install pyarrow"):
+        read_corpus("owner/name:c")
 
 
 # ------------------------------------------------------------------------------------------------ tiny models
@@ -337,7 +367,8 @@ def test_files_and_schemas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["evaluate", str(lab.base), str(lab.repo), "--dataset", str(lab.text), "--max-length", "32"]
     arguments += ["--stride", "16", "--max-windows", "3", "--cache-dir", str(tmp_path / "cache"), "--quiet"]
     assert command_line.main(arguments) == 0
-    assert "perplexity" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "perplexity" in out and "bits per quantized weight" in out and "per weight of the whole payload" in out
     for name in FILES:
         schema = json.loads((ROOT / "schemas" / name.replace(".json", ".schema.json")).read_text("utf-8"))
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -368,6 +399,8 @@ def test_errors(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
         lab.run(base=lab.path / "other")
     assert command_line.main(["evaluate", str(lab.base), str(lab.repo), "--dataset", "no.txt"]) == 1
     assert "BIND.MISSING_FILE" in capsys.readouterr().err
+    assert command_line.main(["evaluate", str(lab.base), str(lab.repo), "--revision", "main"]) == 1
+    assert "error [SCHEMA.VALUE] --revision" in capsys.readouterr().err
     assert not (lab.repo / evaluate.SUMMARY).exists()
 
 
@@ -513,6 +546,10 @@ def fewer_tokens(summary: dict[str, Any]) -> None:
     summary["dataset"]["tokens"] -= 1
 
 
+def never_with_bos(summary: dict[str, Any]) -> None:
+    summary["settings"] |= {"bos": "never", "bos_token_id": 1}
+
+
 def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(entry: Any) -> None:
         for key in path[:-1]:
@@ -523,33 +560,36 @@ def put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
-    (evaluate.SUMMARY, put("quantized", "perplexity", value=lambda x: x * 1.00001), "metrics", "BIND.ACCOUNTING", "/quantized/perplexity"),
-    (evaluate.SUMMARY, scaled, "metrics", "BIND.ACCOUNTING", "/quantized/average_nll"),
-    (evaluate.SUMMARY, put("perplexity_delta", value=0.0), "metrics", "BIND.ACCOUNTING", "/perplexity_delta"),
-    (evaluate.SUMMARY, put("perplexity_ratio", value=1.0), "metrics", "BIND.ACCOUNTING", "/perplexity_ratio"),
-    (evaluate.SUMMARY, put("kl_divergence", "mean", value=lambda x: x / 2), "metrics", "BIND.ACCOUNTING", "/kl_divergence/mean"),
-    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "BIND.ACCOUNTING", "/kl_divergence"),
-    (evaluate.SUMMARY, put("kl_divergence", value=None), "metrics", "BIND.ACCOUNTING", "/kl_divergence"),
-    (evaluate.SUMMARY, put("top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "BIND.ACCOUNTING", "/top1_agreement/agreeing"),
-    (evaluate.SUMMARY, put("top1_agreement", "rate", value=1.0), "metrics", "BIND.ACCOUNTING", "/top1_agreement/rate"),
-    (evaluate.SUMMARY, put("window_results", "agreeing", 0, value=32), "metrics", "BIND.ACCOUNTING", "/window_results/agreeing/0"),
-    (evaluate.SUMMARY, put("logit_cosine", "mean", value=0.5), "metrics", "BIND.ACCOUNTING", "/logit_cosine/mean"),
-    (evaluate.SUMMARY, put("windows", value=19), "windows", "BIND.ACCOUNTING", "/windows"),
-    (evaluate.SUMMARY, fewer_tokens, "windows", "BIND.ACCOUNTING", "/scored_tokens"),
-    (evaluate.SUMMARY, put("settings", "stride", value=33), "windows", "BIND.ACCOUNTING", "/settings"),
-    (evaluate.SUMMARY, put("settings", "max_windows", value=3), "windows", "BIND.ACCOUNTING", "/windows"),
-    (evaluate.SUMMARY, put("window_results", "kl", value=lambda x: x[1:]), "windows", "BIND.ACCOUNTING", "/window_results/kl"),
-    (evaluate.SUMMARY, put("base_model", value="org/other"), "subject", "BIND.ACCOUNTING", "/base_model"),
-    (evaluate.SUMMARY, put("payload", "turboquant_weights.safetensors", value="0" * 64), "subject", "BIND.DIGEST", "/payload"),
+    (evaluate.SUMMARY, put("quantized", "perplexity", value=lambda x: x * 1.00001), "metrics", "EVAL.METRIC", "/quantized/perplexity"),
+    (evaluate.SUMMARY, scaled, "metrics", "EVAL.METRIC", "/quantized/average_nll"),
+    (evaluate.SUMMARY, put("perplexity_delta", value=0.0), "metrics", "EVAL.METRIC", "/perplexity_delta"),
+    (evaluate.SUMMARY, put("perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/perplexity_ratio"),
+    (evaluate.SUMMARY, put("kl_divergence", "mean", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/mean"),
+    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence"),
+    (evaluate.SUMMARY, put("kl_divergence", value=None), "metrics", "EVAL.METRIC", "/kl_divergence"),
+    (evaluate.SUMMARY, put("top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/top1_agreement/agreeing"),
+    (evaluate.SUMMARY, put("top1_agreement", "rate", value=1.0), "metrics", "EVAL.METRIC", "/top1_agreement/rate"),
+    (evaluate.SUMMARY, put("window_results", "agreeing", 0, value=32), "metrics", "EVAL.METRIC", "/window_results/agreeing/0"),
+    (evaluate.SUMMARY, put("logit_cosine", "mean", value=0.5), "metrics", "EVAL.METRIC", "/logit_cosine/mean"),
+    (evaluate.SUMMARY, put("windows", value=19), "windows", "EVAL.WINDOWS", "/windows"),
+    (evaluate.SUMMARY, fewer_tokens, "windows", "EVAL.WINDOWS", "/scored_tokens"),
+    (evaluate.SUMMARY, put("settings", "stride", value=33), "windows", "EVAL.WINDOWS", "/settings"),
+    (evaluate.SUMMARY, put("settings", "max_windows", value=3), "windows", "EVAL.WINDOWS", "/windows"),
+    (evaluate.SUMMARY, put("window_results", "kl", value=lambda x: x[1:]), "windows", "EVAL.WINDOWS", "/window_results/kl"),
+    (evaluate.SUMMARY, put("base_model", value="org/other"), "subject", "EVAL.SUBJECT", "/base_model"),
+    (evaluate.SUMMARY, put("payload", "turboquant_weights.safetensors", value="0" * 64), "subject", "EVAL.SUBJECT", "/payload"),
+    (evaluate.SUMMARY, put("payload", value={"other.safetensors": "0" * 64}), "subject", "EVAL.SUBJECT", "/payload"),
+    (evaluate.SUMMARY, never_with_bos, "windows", "EVAL.WINDOWS", "/settings/bos_token_id"),
+    (evaluate.SAMPLES, put("samples", 0, "tokens", value=63), "samples", "EVAL.SAMPLE", "/samples/0/tokens"),
     (evaluate.SUMMARY, put("role", value="benchmark"), "shape", "SCHEMA.VALUE", "/role"),
     (evaluate.SUMMARY, put("dataset", "id", value="/root/text.txt"), "shape", "SCHEMA.VALUE", "/dataset/id"),
     (evaluate.SUMMARY, put("note", value=1), "shape", "SCHEMA.UNKNOWN_FIELD", ""),
     (evaluate.SUMMARY, put("windows", value="19"), "shape", "SCHEMA.TYPE", "/windows"),
     (evaluate.SUMMARY, lambda summary: summary.pop("hardware"), "shape", "SCHEMA.MISSING_FIELD", ""),
-    (evaluate.SAMPLES, put("samples", 1, "cleaned", value="42."), "samples", "BIND.ACCOUNTING", "/samples/1/cleaned"),
-    (evaluate.SAMPLES, put("samples", 2, "raw", value="42."), "samples", "BIND.ACCOUNTING", "/samples/2/cleaned"),
-    (evaluate.SAMPLES, put("samples", 0, "input", value="w3"), "samples", "BIND.ACCOUNTING", "/samples/0/input"),
-    (evaluate.SAMPLES, put("base_model", value="org/other"), "subject", "BIND.ACCOUNTING", "/base_model"),
+    (evaluate.SAMPLES, put("samples", 1, "cleaned", value="42."), "samples", "EVAL.SAMPLE", "/samples/1/cleaned"),
+    (evaluate.SAMPLES, put("samples", 2, "raw", value="42."), "samples", "EVAL.SAMPLE", "/samples/2/cleaned"),
+    (evaluate.SAMPLES, put("samples", 0, "input", value="w3"), "samples", "EVAL.SAMPLE", "/samples/0/input"),
+    (evaluate.SAMPLES, put("base_model", value="org/other"), "subject", "EVAL.SUBJECT", "/base_model"),
     (evaluate.SAMPLES, lambda value: value["samples"].pop(), "shape", "SCHEMA.VALUE", "/samples"),
 ]  # fmt: skip
 
@@ -593,6 +633,21 @@ def test_a_file_that_is_no_strict_json_is_noticed(evaluated: Path, code: str, tm
     repo = shutil.copytree(evaluated, tmp_path / "repo")
     add_files(repo, {evaluate.SUMMARY: ("document", TEXTS[code])})
     assert [(check, found) for check, found, _ in violations(repo)] == [("evaluation.json", code)]
+
+
+def test_a_file_of_another_role_is_noticed(evaluated: Path, tmp_path: Path) -> None:
+    repo = shutil.copytree(evaluated, tmp_path / "repo")
+    add_files(repo, {evaluate.SUMMARY: ("support", (repo / evaluate.SUMMARY).read_bytes())})
+    assert violations(repo) == [("evaluation.shape", "SCHEMA.VALUE", "/files/eval_summary.json/role")]
+
+
+def test_evaluation_files_are_judged_last(evaluated: Path, tmp_path: Path) -> None:
+    """Whatever is wrong with them, a fault that readers meet comes first [TQ-ERR-2]."""
+    repo = shutil.copytree(evaluated, tmp_path / "repo")
+    add_files(repo, {evaluate.SUMMARY: ("document", b"{"), "extra.txt": ("document", b"")})
+    (repo / "extra.txt").unlink()
+    assert [v.stage for v in judged(repo).violations] == ["BIND", "EVAL"]
+    assert [v.code for v in judged(repo).violations] == ["BIND.MISSING_FILE", "JSON.SYNTAX"]
 
 
 def test_a_changed_byte_is_noticed_by_its_digest(evaluated: Path, tmp_path: Path) -> None:

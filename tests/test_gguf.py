@@ -169,6 +169,61 @@ def test_quantize(
     assert main(command) == 1 and not work.exists()  # the target exists: nothing is imported
 
 
+def test_evaluate_against_the_file(
+    small: tuple[Path, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As against the checkpoint; the import stays in the cache and is done once."""
+    repo, text = tmp_path / "repo", tmp_path / "text.txt"
+    assert main(["quantize", str(checkpoint), str(repo), "--bits", "4", "--quiet"]) == 0
+    text.write_text("ab " * 200)
+
+    def evaluate(base: Path, name: str) -> dict[str, Any]:
+        settings = ["--max-length", "32", "--stride", "16", "--max-windows", "2", "--quiet"]
+        paths = ["--dataset", str(text), "--cache-dir", str(tmp_path / name)]
+        assert main(["evaluate", str(base), str(repo), *paths, *settings]) == 0
+        return dict(json.loads((repo / "eval_summary.json").read_text()))
+
+    found = evaluate(small[0], "cache")
+    (kept,) = (p for p in (tmp_path / "cache").glob("gguf-*") if p.is_dir())
+    assert (kept / PROVENANCE).is_file()
+    monkeypatch.setattr(gguf_source, "import_gguf", lambda *_, **__: pytest.fail("imported twice"))
+    again, plain = evaluate(small[0], "cache"), evaluate(checkpoint, "other")
+    for key in ("base", "quantized", "kl_divergence", "base_weights_sha256"):
+        assert found[key] == again[key] == plain[key], key
+    assert main(["evaluate", str(small[0]), str(repo), "--revision", "main", "--dataset", str(text)]) == 1
+
+
+def test_a_release_keeps_the_import_until_it_is_evaluated(
+    small: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reference_quantizer import card, release
+    from reference_quantizer import evaluate as module
+
+    out, work, text = tmp_path / "out", tmp_path / ".out.gguf", tmp_path / "text.txt"
+    text.write_text("ab " * 200)
+    monkeypatch.setattr(card.figures, "draw", lambda facts: {})
+    command = ["release", str(small[0]), str(out), "--bits", "4", "--dataset", str(text), "--quiet"]
+    command += ["--max-length", "32", "--stride", "16", "--max-windows", "2", "--cache-dir", str(tmp_path / "cache")]
+    imports: list[Any] = []
+    real = gguf_source.import_gguf
+    monkeypatch.setattr(
+        gguf_source, "import_gguf", lambda *args, **keys: (imports.append(args), real(*args, **keys))[1]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(command) == 130
+    assert out.is_dir() and (work / PROVENANCE).is_file()
+    assert main(command) == 0
+    assert len(imports) == 1 and not work.exists()
+    assert main(command) == 0  # complete: nothing is imported
+    assert len(imports) == 1
+    assert main([*command, "--bos", "never"]) == 0  # the evaluation anew: the base is needed again
+    assert len(imports) == 2 and not work.exists()
+    manifest = json.loads((out / "quant_manifest.json").read_text())
+    assert manifest["base_model"]["extra"]["imported_from"]["file"] == small[0].name
+    assert release.is_described(out, None)
+
+
 def test_a_package_in_parts(small: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = types.ModuleType("some_model_gguf")
     package.MODEL_NAME = "model.gguf"  # type: ignore[attr-defined]

@@ -503,6 +503,29 @@ def test_protected_tensors_say_so(make: Make, tmp_path: Path) -> None:
     assert manifest["quantization"]["protected_fragments"] == ["q_proj"]
 
 
+def test_bits_of_protected_tensors_need_a_protection(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make({"w": torch.ones(2, 8)})
+    for command in (["plan", str(path)], ["quantize", str(path), str(tmp_path / "out")]):
+        assert main([*command, "--protected-bits", "8"]) == 1
+        assert "error [SCHEMA.VALUE] --protected-bits: " in capsys.readouterr().err
+    assert main(["plan", str(path), "--protected-bits", "8", "--protect", "w"]) == 0
+
+
+def test_revisions_of_local_directories(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to select: it is recorded, which is told, and a known other commit is an error."""
+    path = make({"w": torch.ones(2, 8)})
+    assert main(["plan", str(path), "--revision", "v2"]) == 0
+    assert "the revision v2 is recorded; the local directory is read as it is" in capsys.readouterr().err
+    snapshot = make({"w": torch.ones(2, 8)}, "models--a--b")
+    (tmp_path / "hub" / "models--a--b" / "snapshots").mkdir(parents=True)
+    snapshot = snapshot.rename(tmp_path / "hub" / "models--a--b" / "snapshots" / ("1" * 40))
+    assert open_source(str(snapshot), "1" * 40).revision == "1" * 40
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*another commit"):
+        open_source(str(snapshot), "2" * 40)
+
+
 def test_haar_rotations_are_stored_and_shared(make: Make, tmp_path: Path) -> None:
     assert run(make(sample_tensors()), tmp_path / "out", "--rotation", "haar") == 0
     manifest = manifest_of(tmp_path / "out")

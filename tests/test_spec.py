@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, random_signs
 
+from reference_quantizer.windows import sliding_windows
 from tqformat.load_quantized import TQFormatError, hadamard_factor, inverse_givens, inverse_hadamard, lookup, unpack
 
 TEXT = (ROOT / "SPEC.md").read_text("utf-8")
@@ -72,6 +73,13 @@ def test_unpack_agrees(spec: dict[str, Any], bits: int) -> None:
             assert unpack(torch.from_numpy(codes), n, bits, window).tolist() == expected, (n, window)
             checked += 1
     assert checked >= 11
+
+
+@pytest.mark.parametrize(("tokens", "length", "stride"), [(2, 8, 4), (17, 8, 8), (100, 8, 3), (101, 2, 1), (9, 8, 7)])
+def test_evaluation_windows_agree(spec: dict[str, Any], tokens: int, length: int, stride: int) -> None:
+    for limit in (None, 1, 3):
+        windows = sliding_windows(tokens, length, stride, limit)
+        assert [(w.scored, w.predicted) for w in windows] == spec["evaluation_windows"](tokens, length, stride, limit)
 
 
 def test_unpack_rejects_every_padding_bit() -> None:

@@ -4,13 +4,15 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .load_quantized import DTYPES, Repo, TQFormatError, __version__, fetch, open_repo
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def size_text(count: float) -> str:
@@ -20,6 +22,19 @@ def size_text(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def bits_text(per_quantized_weight: float, per_weight: float) -> str:
+    """The honest size: what a quantized weight takes with its scales, and what a weight takes on average of all there is."""
+    return f"{per_quantized_weight:.3f} bits per quantized weight, {per_weight:.3f} per weight of the whole payload"
+
+
+def byte_count(text: str) -> int:
+    """An option's size in bytes, decimal units allowed: '500M' -> 500,000,000."""
+    found = re.fullmatch(r"([0-9]+)([kmgt]?)b?", text.lower())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 5G or 500M, got {text}")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def table_text(header: Sequence[str], rows: list[Sequence[object]], left: int = 1) -> str:
@@ -36,7 +51,10 @@ def table_text(header: Sequence[str], rows: list[Sequence[object]], left: int = 
 
 
 def summary(repo: Repo) -> dict[str, Any]:
-    """What a repository holds: identity, method, storage by kind and weight, honest bits per weight (tables included)."""
+    """What a repository holds: identity, method, storage by kind and weight, bits per weight.
+
+    `total.bits_per_weight` counts the payload files as they are: passthrough tensors, tables and headers, too.
+    """
     m = repo.manifest
     spans = repo.spans
     stored = {name: span.end - span.begin for name, span in spans.items()}
@@ -84,7 +102,7 @@ def summary(repo: Repo) -> dict[str, Any]:
 
 
 def _rate(nbytes: int, scalars: int) -> float:
-    return round(8 * nbytes / scalars, 4) if scalars else 0.0
+    return 8 * nbytes / scalars if scalars else 0.0
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -110,10 +128,13 @@ def inspect(args: argparse.Namespace) -> None:
         )
     if report["tables"]["stored_bytes"]:
         rows.append(("codebooks, rotations", "", "", "", report["tables"]["stored_bytes"], ""))
-    bits = f"{_rate(total['stored_bytes'], total['scalars']):.3f}"
-    rows.append(("total", total["tensors"], total["scalars"], total["original_bytes"], total["stored_bytes"], bits))
+    files = total["payload_file_bytes"]
+    rows.append(("headers", "", "", "", files - total["stored_bytes"], ""))
+    bits = f"{total['bits_per_weight']:.3f}"
+    rows.append(("total", total["tensors"], total["scalars"], total["original_bytes"], files, bits))
     print(table_text(("", "tensors", "scalars", "original bytes", "stored bytes", "bits/weight"), rows))
-    print(f"\nratio {total['ratio']:.3f}; payload files {size_text(total['payload_file_bytes'])}, headers included\n")
+    print(f"\nratio {total['ratio']:.3f}; payload files {size_text(files)}")
+    print(f"{bits_text(report['quantized']['bits_per_weight'], total['bits_per_weight'])}\n")
     weights = sorted(report["weights"], key=lambda w: -w["scalars"])
     shown = weights if args.all else weights[:12]
     rows = [
@@ -180,7 +201,7 @@ def dequantize(args: argparse.Namespace) -> None:
 
     dtype = torch_dtype(args.dtype.upper()) if args.dtype else None
     out = dequantize_repo(
-        fetch(args.repo), args.out, device=args.device, dtype=dtype, max_shard_bytes=args.max_shard_bytes
+        fetch(args.repo), args.out, device=args.device, dtype=dtype, max_shard_bytes=args.max_shard_size
     )
     print(json.dumps({"out": str(out)}) if args.json else f"wrote a plain checkpoint to {out}")
 
@@ -189,11 +210,10 @@ def embed(args: argparse.Namespace) -> None:
     from .embed import embed as embed_loader
     from .embed import stamped_loader
 
-    target = Path(args.repo)
     if args.print:
         sys.stdout.buffer.write(stamped_loader())
         return
-    path = embed_loader(target)
+    path = embed_loader(args.repo)
     print(
         json.dumps({"loader": str(path), "version": __version__})
         if args.json
@@ -210,9 +230,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"tqformat {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, repo: dict[str, Any] | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("repo", metavar="REPO", help="repository directory or Hub id")
+        sub.add_argument("repo", metavar="REPO", **(repo or {"help": "repository directory or Hub id"}))
         sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
         sub.set_defaults(run=run)
         return sub
@@ -230,13 +250,11 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bf16", "f16", "f32"), help="convert floating weights (default: each as it was)"
     )
     sub.add_argument("--device", default="cpu", help="where to decode (default: cpu)")
-    sub.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest file (default: 5 GB)"
-    )
-    sub = command("embed", embed, "Put this release's load_quantized.py into a repository directory and its manifest.")
-    sub.add_argument(
-        "--print", action="store_true", help="write the stamped loader to standard output instead (REPO is ignored)"
-    )
+    help_ = "start a new file beyond this size: bytes, or with K, M or G (default: 5G)"
+    sub.add_argument("--max-shard-size", type=byte_count, default=5 * 10**9, metavar="SIZE", help=help_)
+    text = "Put this release's load_quantized.py into a repository directory and its manifest."
+    sub = command("embed", embed, text, {"nargs": "?", "help": "repository directory; not needed with --print"})
+    sub.add_argument("--print", action="store_true", help="write the stamped loader to standard output instead")
     return top
 
 
@@ -259,6 +277,8 @@ def fail(args: argparse.Namespace, text: str, code: str | None, where: str, mess
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.run is embed and args.repo is None and not args.print:
+        parser().error("embed: expected REPO, or --print")
     try:
         args.run(args)
     except TQFormatError as error:

@@ -297,8 +297,8 @@ class RepoWriter:
         journal, spool = self._partial / "journal.jsonl", self._partial / "spool"
         lines = journal.read_text("utf-8", "replace").split("\n")[:-1] if self._resumable and journal.exists() else []
         if not lines or lines[0] != first_line:
-            shutil.rmtree(self._partial / "release", ignore_errors=True)
-            spool.unlink(missing_ok=True)
+            for old in self._partial.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             journal.write_text(first_line + "\n", "utf-8")
             lines = [first_line]
         end = 0
@@ -321,6 +321,11 @@ class RepoWriter:
         """The names of the weights that are in the spool."""
         return set(self._tables["tensors"])
 
+    @property
+    def scratch(self) -> Path:
+        """A directory for files of the job that a resumed writer finds again; it is removed in finish()."""
+        return self._partial
+
     def __enter__(self) -> "RepoWriter":
         return self
 
@@ -332,7 +337,7 @@ class RepoWriter:
 
     def _close(self) -> None:
         if not self._spool.closed:
-            self._commit()
+            self.commit()
             self._spool.close()
             self._journal.close()
 
@@ -372,9 +377,9 @@ class RepoWriter:
         self._parts |= record["parts"]
         self._pending.append(json.dumps(record, ensure_ascii=False) + "\n")
         if time.monotonic() - self._committed > self.COMMIT_SECONDS:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
         """Makes what was added so far survive a crash: the data first, then the journal that speaks of it."""
         self._spool.flush()
         os.fsync(self._spool.fileno())

@@ -1,0 +1,138 @@
+"""Error feedback in the transformed basis: the codes of one weight, given the Hessian of its inputs.
+
+The output error of W x is tr(D H Dᵗ), D = decoded - W and H = sum of x xᵗ. Rows are rotated, and H with them: H' = T H Tᵗ
+leaves the error as it is. Columns are then encoded in order, and each one's error is compensated in those that follow,
+as GPTQ (arXiv:2210.17323) and LDLQ (arXiv:2307.13304) do. A tile of [rows, 1] lets a trellis run down a column, so that the
+feedback has the grain of single columns for trellis codes, too (QTIP, arXiv:2406.11235, feeds back blocks of 16).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference_quantizer import trellis
+from reference_quantizer.encode import Encoder, fit_dtype
+from reference_quantizer.rotation import rotate, unrotate
+from tqformat.load_quantized import TQFormatError
+
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
+
+
+class Encoded(NamedTuple):
+    """The codes of a weight, and how far it is from them."""
+
+    symbols: Tensor  # [rows, cols] int32
+    scales: Tensor  # [rows, cols / G] of the encoder's scale dtype, finite, >= 0
+    decoded: Tensor  # [rows, cols] float32, before rounding to the weight's dtype
+    relative_error: float  # ||D||^2 / ||W||^2
+    output_error: float  # tr(D H D^t) / tr(W H W^t)
+
+
+def encode(weight: Tensor, hessian: Tensor, encoder: Encoder, bits: int, window: int, tile_rows: int) -> Encoded:
+    """Encode `weight` [rows, cols] float32 for inputs with `hessian` [cols, cols] float32.
+
+    With window > bits, tiles are [tile_rows, 1] and `tile_rows` divides rows; with window = bits it is of no account.
+    The scale of a vector is its root mean square while the codes are chosen, and is then fitted by least squares in the
+    norm of the Hessian. A vector of zeros gets the scale 0.
+    """
+    g, rotation = encoder.vector_length, encoder.rotation
+    rows = len(weight)
+    y = rotate(weight, rotation)
+    h = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
+    scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
+    upper = inverse_factor(h)
+    symbols = _search(y, scales, upper, encoder.levels, bits, window, tile_rows)
+    chosen = encoder.levels[symbols]
+    fitted = fit_scales(y, chosen, h, g).clamp(0, torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
+    flat = fitted.reshape(-1)
+    fit_dtype(flat, chosen.reshape(-1, g), encoder)
+    fitted = flat.reshape(rows, -1)
+    rotated = chosen * fitted.float().repeat_interleave(g, 1)
+    d = rotated - y
+    ratio = [_share(d.square().sum(), y.square().sum()), _share(((d @ h) * d).sum(), ((y @ h) * y).sum())]
+    return Encoded(symbols, fitted, unrotate(rotated, rotation), *ratio)
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
+    """The upper triangular U with UᵗU = (H + damping * mean(diag H) I)⁻¹, float32 [cols, cols].
+
+    The damping grows tenfold until the matrix is positive definite in float64.
+    """
+    mean = h.diagonal().mean(dtype=torch.float64)
+    if not torch.isfinite(mean):
+        raise TQFormatError("DATA.NON_FINITE", "hessian", "the inputs of a layer are NaN or infinite")
+    unit = torch.eye(len(h), dtype=torch.float64, device=h.device)
+    if mean <= 0:  # no input ever reached this layer: all columns are alike
+        return unit.float()
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(h.double() + damping * mean * unit)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper.float()
+        damping *= 10
+
+
+def fit_scales(y: Tensor, chosen: Tensor, h: Tensor, vector_length: int) -> Tensor:
+    """The scales [rows, cols / G] that make (chosen * scales - y) smallest in the norm of h, float32.
+
+    Each row is a least-squares problem with one unknown for each of its vectors; y and chosen are [rows, cols].
+    """
+    rows, cols = y.shape
+    groups = cols // vector_length
+    parts = chosen.reshape(rows, groups, vector_length)
+    rhs = ((y @ h) * chosen).reshape(rows, groups, vector_length).sum(-1, dtype=torch.float64)  # [rows, groups]
+    matrix = torch.empty(rows, groups, groups, dtype=torch.float64, device=y.device)
+    for k in range(groups):
+        span = slice(k * vector_length, (k + 1) * vector_length)
+        product = (chosen[:, span] @ h[span]).reshape(rows, groups, vector_length)
+        matrix[:, k] = (product * parts).sum(-1, dtype=torch.float64)
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
+    unit = torch.eye(groups, dtype=torch.float64, device=y.device)
+    ridge = torch.where(mean > 0, mean * 1e-9, 1.0)[:, None, None] * unit  # a row of zeros is given zeros
+    return torch.linalg.solve(matrix + ridge, rhs).clamp_min(0).float()
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int, window: int, tile_rows: int) -> Tensor:
+    """The symbols int32 [rows, cols], by the loops of `ldlq`; row tiles are independent, one thread works on each."""
+    try:
+        from reference_quantizer import ldlq
+    except ImportError:
+        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", "feedback", advice) from None
+    rows, cols = y.shape
+    step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
+    u, book = upper.cpu().numpy(), levels.cpu().numpy()
+    borders = (book[1:] + book[:-1]) / 2
+    table = trellis._arrange(book, bits, 1) if window > bits else None
+    symbols = np.empty((rows, cols), np.uint16)
+
+    def encode_tile(first: int) -> None:
+        span = slice(first, min(first + step, rows))
+        targets = np.ascontiguousarray(y[span].T.cpu().numpy())  # [cols, tile rows], changed by the loops
+        scale = np.ascontiguousarray(scales[span].T.cpu().numpy())  # [groups, tile rows]
+        found = np.empty(targets.shape, np.uint16)
+        if table is None:
+            ldlq.encode_scalar(targets, scale, u, book, borders, found)
+        else:
+            weights = np.ones(targets.shape[1], np.float32)
+            branches, overlap = tuple(range(1 << bits)), 10 * -(-window // bits)
+            ldlq.encode_trellis(targets, scale, weights, u, book, table, branches, overlap, found)
+        symbols[span] = found.T
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(encode_tile, range(0, rows, step)))
+    return torch.from_numpy(symbols.astype(np.int32)).to(y.device)

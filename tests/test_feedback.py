@@ -1,0 +1,261 @@
+"""Error feedback: the loops against plain numpy, what it gains, blocks of a model, and whole jobs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_evaluate import make_checkpoint, make_text
+from torch import Tensor
+
+from reference_quantizer import feedback, quantize
+from reference_quantizer.__main__ import main
+from reference_quantizer.blocks import Blocks, find_blocks
+from reference_quantizer.codebook import lloyd_max_levels
+from reference_quantizer.encode import Encoder
+from reference_quantizer.encode import encode as encode_nearest
+from reference_quantizer.feedback import encode, fit_scales, inverse_factor
+from reference_quantizer.rotation import make_rotation
+from reference_quantizer.trellis import trellis_levels
+from tqformat import open_repo
+from tqformat.load_quantized import MANIFEST, TQFormatError
+
+
+def correlated(cols: int, tokens: int = 4000, seed: int = 0) -> Tensor:
+    """The Hessian of inputs whose few directions hold most of the power, as in a language model."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols, generator=g) * torch.linspace(0, 4, cols).neg().exp()
+    x = torch.randn(tokens, cols, generator=g) @ mix.T
+    return x.T @ x / tokens
+
+
+def make_encoder(cols: int, bits: int, g: int | None = None, window: int | None = None) -> Encoder:
+    levels = lloyd_max_levels(2**bits, g or cols, 8193, 96) if window is None else trellis_levels(bits, window)
+    rotation = make_rotation("hadamard", g or cols, 42)
+    return Encoder(g or cols, rotation, torch.tensor(levels), torch.float16, torch.bfloat16)
+
+
+def gaussian(rows: int, cols: int, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, cols, generator=g) * torch.rand(rows, 1, generator=g)
+
+
+def test_the_inverse_factor() -> None:
+    h = correlated(24)
+    u = inverse_factor(h, 0.01).double()
+    damped = h.double() + 0.01 * h.diagonal().mean().double() * torch.eye(24, dtype=torch.float64)
+    assert torch.equal(u, u.triu())
+    assert torch.allclose(u.T @ u @ damped, torch.eye(24, dtype=torch.float64), atol=1e-4)
+
+
+def test_a_singular_hessian_is_damped_until_it_can_be_inverted() -> None:
+    x = torch.ones(1, 16) * 1e3
+    assert torch.isfinite(inverse_factor(x.T @ x, 1e-30)).all()
+    assert torch.equal(inverse_factor(torch.zeros(4, 4)), torch.eye(4))
+
+
+def test_a_hessian_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(TQFormatError, match="DATA.NON_FINITE"):
+        inverse_factor(torch.full((4, 4), torch.nan))
+
+
+def plain_gptq(targets: np.ndarray, scales: np.ndarray, upper: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Symbols [rows, cols], written down from algorithm 1 of arXiv:2210.17323 in float64."""
+    w, u = targets.astype(np.float64), upper.astype(np.float64)
+    symbols = np.empty(w.shape, np.int64)
+    for i in range(w.shape[1]):
+        symbols[:, i] = np.abs(w[:, i, None] / scales - levels).argmin(1)
+        error = (w[:, i] - levels[symbols[:, i]] * scales[:, 0]) / u[i, i]
+        w[:, i + 1 :] -= error[:, None] * u[i, i + 1 :]
+    return symbols
+
+
+def test_scalar_codes_are_those_of_plain_gptq() -> None:
+    encoder, y, upper = make_encoder(32, 3), gaussian(70, 32), inverse_factor(correlated(32))
+    scales = y.square().mean(1, keepdim=True).sqrt()
+    found = feedback._search(y, scales, upper, encoder.levels, 3, 3, 0)
+    wanted = plain_gptq(y.numpy(), scales.numpy(), upper.numpy(), encoder.levels.numpy())
+    assert (found.numpy() == wanted).mean() > 0.999  # float32 and float64 may differ where two levels are as near
+
+
+def test_without_correlation_the_nearest_levels_are_taken() -> None:
+    encoder, w = make_encoder(64, 2), gaussian(32, 64)
+    assert torch.equal(encode(w, torch.eye(64), encoder, 2, 2, 0).symbols, encode_nearest(w, encoder).symbols.int())
+
+
+@pytest.mark.parametrize(("bits", "window"), [(2, 2), (3, 3), (2, 8), (3, 8), (4, 8)])
+def test_feedback_lowers_the_output_error(bits: int, window: int) -> None:
+    w, h = gaussian(64, 128), correlated(128)
+    encoder = make_encoder(128, bits, window=None if window == bits else window)
+    found = encode(w, h, encoder, bits, window, 64)
+    without = encode(w, torch.eye(128), encoder, bits, window, 64)
+    d = without.decoded - w
+    assert found.output_error < 0.6 * float(((d @ h) * d).sum() / ((w @ h) * w).sum())
+    d = found.decoded - w
+    assert found.output_error == pytest.approx(float(((d @ h) * d).sum() / ((w @ h) * w).sum()), rel=1e-3)
+    assert found.relative_error == pytest.approx(float(d.square().sum() / w.square().sum()), rel=1e-3)
+
+
+def test_a_trellis_beats_scalar_codes_of_the_same_bits() -> None:
+    w, h = gaussian(64, 128), correlated(128)
+    scalar = encode(w, h, make_encoder(128, 2), 2, 2, 0).output_error
+    assert encode(w, h, make_encoder(128, 2, window=8), 2, 8, 64).output_error < 0.85 * scalar
+
+
+@pytest.mark.parametrize("g", [16, 64])
+def test_fitted_scales_are_the_best(g: int) -> None:
+    y, h = gaussian(8, 64), correlated(64) + torch.eye(64)
+    chosen = y * (1 + 0.2 * gaussian(8, 64, 2))
+    best = fit_scales(y, chosen, h, g)
+
+    def error(scales: Tensor) -> Tensor:
+        d = chosen * scales.repeat_interleave(g, 1) - y
+        return ((d @ h) * d).sum()
+
+    least = error(best)
+    for k in range(best.numel()):
+        for step in (-0.01, 0.01):
+            other = best.clone()
+            other[divmod(k, best.shape[1])] += step
+            assert error(other) > least
+
+
+def test_rows_of_zeros_and_groups() -> None:
+    w, h = gaussian(64, 64), correlated(64)
+    w[3] = 0
+    for window in (2, 8):
+        encoder = make_encoder(64, 2, 16, None if window == 2 else window)
+        found = encode(w, h, encoder, 2, window, 32)
+        assert found.scales.shape == (64, 4) and not found.scales[3].any() and not found.decoded[3].any()
+        assert found.scales.dtype == torch.float16 and 0 < found.output_error < 0.2
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def load_tiny(tmp_path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path / "base"), dtype=torch.float32)
+
+
+def test_blocks_give_what_the_model_gives(tmp_path: Path) -> None:
+    model, ids = load_tiny(tmp_path), torch.arange(36).reshape(6, 6) % 20
+    wanted: dict[str, list[Tensor]] = {}
+    layers = {f"{n}.weight": m for n, m in find_blocks(model)[1].named_modules(prefix=find_blocks(model)[0])}
+    linears = {n: m for n, m in layers.items() if isinstance(m, torch.nn.Linear)}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: wanted.setdefault(n, []).append(args[0].flatten(0, 1)))
+        for n, m in linears.items()
+    ]
+    with torch.inference_mode():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    blocks, seen = Blocks(model, ids), []
+    for block in blocks:
+        for group in blocks.groups(block):
+            x = torch.cat(wanted[next(iter(group.layers))])
+            h = x.T @ x
+            assert torch.allclose(blocks.hessian(block, group), h / h.diagonal().mean(), rtol=1e-3, atol=1e-4)
+            seen += group.layers
+    assert sorted(seen) == sorted(linears) and len(linears) == 7 * len(find_blocks(model)[1])
+
+
+def test_layers_with_one_input_are_one_group(tmp_path: Path) -> None:
+    blocks = Blocks(load_tiny(tmp_path), torch.zeros(1, 4, dtype=torch.int64))
+    endings = [[n.split(".")[-2] for n in group.layers] for group in blocks.groups(next(iter(blocks)))]
+    assert endings == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
+    model, ids = load_tiny(tmp_path), torch.arange(8)[None]
+    blocks = Blocks(model, ids)
+    last = None
+    for block in blocks:
+        blocks.groups(block)[0].first.weight.data.mul_(0.5)
+        last = block
+    assert last is find_blocks(model)[1][-1]
+    with torch.inference_mode():
+        wanted = model.model(input_ids=ids).last_hidden_state
+        assert torch.allclose(model.model.norm(blocks.hidden), wanted, atol=1e-5)
+
+
+def test_a_model_without_blocks_is_an_error() -> None:
+    with pytest.raises(TQFormatError, match="SCHEMA.VALUE.*stack of like blocks"):
+        find_blocks(torch.nn.Linear(2, 2))
+
+
+# ------------------------------------------------------------------------------------------------ jobs
+
+
+def job(tmp_path: Path, out: Path, *options: str) -> list[str]:
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    if not base.exists():
+        make_checkpoint(base)
+        make_text(text, 3000)
+    return ["quantize", str(base), str(out), "--bits", "2", "--calibration", str(text), "--quiet", *options]
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "best", "--window", "6"]])
+def test_a_calibrated_repository_conforms(tmp_path: Path, options: list[str]) -> None:
+    assert main(job(tmp_path, tmp_path / "out", *options)) == 0
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    errors = {n: t["extra"].get("output_error") for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
+    assert all((error is not None) == (".layers." in name) for name, error in errors.items())
+    assert manifest["quantization"]["calibration"]["tokens"] > 0
+    assert manifest["quantization"]["method"] == ("feedback_trellis" if options else "feedback")
+    assert set(manifest["features"]) == ({"trellis", "tiles"} if options else set())
+    run = subprocess.run(
+        [sys.executable, "-m", "conformance", "check", str(tmp_path / "out")], cwd=ROOT, text=True, stdout=-1
+    )
+    assert "PASS L3" in run.stdout, run.stdout
+
+
+def test_what_is_stored_is_what_was_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Tensor] = {}
+    plain = quantize._add_encoded
+
+    def keep(writer: Any, item: Any, *rest: Any) -> Tensor:
+        kept[item.info.name] = plain(writer, item, *rest)
+        return kept[item.info.name]
+
+    monkeypatch.setattr(quantize, "_add_encoded", keep)
+    assert main(job(tmp_path, tmp_path / "out", "--preset", "best", "--window", "6")) == 0
+    assert len(kept) >= 7
+    with open_repo(tmp_path / "out") as repo:
+        for name, decoded in kept.items():
+            found = repo.dequantize(name).float()
+            assert torch.allclose(found, decoded, rtol=2**-7, atol=1e-6)
+
+
+def test_an_interrupted_job_continues_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--preset", "best", "--window", "6"]
+    assert main(job(tmp_path, tmp_path / "whole", *options)) == 0
+    plain, calls = feedback.encode, 0
+
+    def stop(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 10:  # in the second block
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(feedback, "encode", stop)
+    assert main(job(tmp_path, tmp_path / "out", *options)) == 130
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "hidden.npz").is_file()
+    calls = 10
+    assert main(job(tmp_path, tmp_path / "out", *options)) == 0
+    assert calls - 10 < 14, "the first block was not encoded again"
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_window_needs_a_preset_with_a_trellis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(job(tmp_path, tmp_path / "out", "--window", "8")) == 1
+    assert "--preset best" in capsys.readouterr().err
