@@ -158,9 +158,9 @@ def find_tokens(
     source: Source, loader_kind: str, texts: tuple[str, ...], tokens: int, cache: Path | None, device: str = "cpu"
 ) -> Calibration:
     """The calibration tokens for the checkpoint `source`; those that the model writes itself are kept in `cache`."""
-    from reference_quantizer.evaluate import Settings, default_cache, libraries, load_base, quiet_transformers
+    from reference_quantizer.evaluate import Settings, default_cache, libraries, load_base, running_models
 
-    with quiet_transformers():
+    with running_models():
         tokenizer = load_tokenizer(source.path)
         if texts != (SELF,):
             return calibration_tokens(None, tokenizer, texts, tokens)

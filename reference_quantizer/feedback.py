@@ -6,7 +6,6 @@ as GPTQ (arXiv:2210.17323) and LDLQ (arXiv:2307.13304) do. A tile of [rows, 1] l
 feedback has the grain of single columns for trellis codes, too (QTIP, arXiv:2406.11235, feeds back blocks of 16).
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -133,6 +132,6 @@ def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int,
             ldlq.encode_trellis(targets, scale, weights, u, book, table, branches, overlap, found)
         symbols[span] = found.T
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(encode_tile, range(0, rows, step)))
     return torch.from_numpy(symbols.astype(np.int32)).to(y.device)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,7 +85,8 @@ def quantize(
             return Encoder(item.vector_length, rotations[item.transform], books[item.codebook], *dtypes)
 
         if calibration is not None:
-            _add_calibrated(writer, source, plan, target, calibration, make_encoder, progress)
+            with workers.waiting():
+                _add_calibrated(writer, source, plan, target, calibration, make_encoder, progress)
         for item in plan.tensors:
             if item.info.name in writer.done:
                 progress.advance(item.info.scalars)
@@ -169,14 +171,12 @@ def _add_calibrated(
     """
     from reference_quantizer.blocks import Blocks
     from reference_quantizer.evaluate import Settings as Arithmetic
-    from reference_quantizer.evaluate import load_base, quiet_transformers
+    from reference_quantizer.evaluate import load_base
 
     items = {
         t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
     }
-    torch.set_num_threads(os.cpu_count() or 1)  # the workers wait here
-    with quiet_transformers():
-        model = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
+    model = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
     blocks, state = Blocks(model, calibration.ids, target.device), writer.scratch / "hidden.npz"
     if state.is_file():
         blocks.restore(state)
@@ -199,7 +199,6 @@ def _add_calibrated(
                 if name not in seen:
                     progress.advance(item.info.scalars)
                 seen.add(name)
-    torch.set_num_threads(1)
     if rest := sorted(items.keys() - seen):
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         print(
@@ -329,6 +328,16 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._before)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the workers have nothing to do: torch has its threads back, to run a model with."""
+        from reference_quantizer.evaluate import running_models
+
+        torch.set_num_threads(self._before)
+        with running_models():
+            yield
+        torch.set_num_threads(1)
 
     def map(self, function: Callable[[Tensor], T], chunks: Iterable[Tensor]) -> Iterator[T]:
         """`function` of each chunk, converted to float32 on the device; as many chunks exist as there are threads."""

@@ -24,7 +24,7 @@ from reference_quantizer.evaluate import (
     libraries,
     load_base,
     locked,
-    quiet_transformers,
+    running_models,
 )
 from reference_quantizer.source import Source, weights_sha256
 from tqformat.load_quantized import TQFormatError
@@ -77,7 +77,7 @@ def measure_sensitivities(
 
     content = [VERSION, weights_sha256(source), loader_kind, LENGTH, SEED, settings.dtype, device, libraries()]
     cache.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
+    with running_models():
         tokenizer = load_tokenizer(source.path)
         if texts == (SELF,):
             kept = cache / f"calibration-{_digest([content, tokens])}.npz"

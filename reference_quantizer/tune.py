@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from reference_quantizer import __version__
 from reference_quantizer.calibration import Calibration
-from reference_quantizer.evaluate import SAMPLES, SUMMARY, Progress, load_base, quiet_transformers
+from reference_quantizer.evaluate import SAMPLES, SUMMARY, Progress, load_base, running_models
 from reference_quantizer.evaluate import Settings as Arithmetic
 from reference_quantizer.source import Source
 from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json
@@ -73,7 +73,7 @@ def tune(
 
     SCHEMA.VALUE where nothing gets better: `out` is then not written.
     """
-    with open_repo(repo_dir) as repo, quiet_transformers():
+    with open_repo(repo_dir) as repo, running_models():
         base = load_base(source, repo.manifest.loader_kind, Arithmetic(device=device, dtype="float32"))
         model = load(repo_dir, device, torch.float32)
         scaled = replace_layers(model, repo, device)

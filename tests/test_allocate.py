@@ -198,16 +198,8 @@ def test_sampled_rows_are_evenly_spaced(tmp_path: Path, monkeypatch: pytest.Monk
 def test_quantize_to_a_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = make_text(tmp_path / "some.txt", 2000)
-    options = [
-        "--target-bpw",
-        "4",
-        "--candidate-bits",
-        "2,4,6",
-        "--calibration",
-        str(text),
-        "--calibration-tokens",
-        "600",
-    ]
+    options = ["--preset", "fast", "--target-bpw", "4", "--candidate-bits", "2,4,6"]
+    options += ["--calibration", str(text), "--calibration-tokens", "600"]
     assert command_line.main(["plan", str(checkpoint), *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert command_line.main(["plan", str(checkpoint), *options]) == 0

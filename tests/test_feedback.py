@@ -60,7 +60,7 @@ def test_a_singular_hessian_is_damped_until_it_can_be_inverted() -> None:
 
 
 def test_a_hessian_that_is_not_finite_is_an_error() -> None:
-    with pytest.raises(TQFormatError, match="DATA.NON_FINITE"):
+    with pytest.raises(TQFormatError, match=r"DATA\.NON_FINITE"):
         inverse_factor(torch.full((4, 4), torch.nan))
 
 
@@ -187,7 +187,7 @@ def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
 
 
 def test_a_model_without_blocks_is_an_error() -> None:
-    with pytest.raises(TQFormatError, match="SCHEMA.VALUE.*stack of like blocks"):
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*stack of like blocks"):
         find_blocks(torch.nn.Linear(2, 2))
 
 
