@@ -86,7 +86,7 @@ def run_tune(args: argparse.Namespace) -> int:
     source, manifest = open_checkpoint(args), report.read_manifest(args.repo)
     texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or TUNING_TOKENS
     calibration = find_tokens(source, manifest["loader_kind"], texts, tokens, None, args.device)
-    settings = tune.Settings(args.steps, args.batch, args.learning_rate, args.seed)
+    settings = tune.Settings(args.steps, args.batch, args.learning_rate, args.seed, args.dtype)
     record = tune.tune(source, args.repo, args.out, calibration, settings, args.device, args.overwrite, args.quiet)
     before, after = record["held_out_kl"]
     print(f"written to {args.out}: KL on held-out text {before:.5f} -> {after:.5f}\nsize  {report.size_line(args.out)}")
@@ -123,6 +123,8 @@ def add_commands(commands: Any) -> None:
     help_ = "size of the first steps, relative to each parameter (default: %(default)s)"
     tune.add_argument("--learning-rate", metavar="X", type=float, default=0.005, help=help_)
     tune.add_argument("--seed", metavar="N", type=integer(0, 2**53 - 1), default=0, help="of the order of the text")
+    help_ = "of the matrix products (default: bfloat16 where the device has instructions for it)"
+    tune.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_)
     tune.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     add_job_arguments(tune)
     tune.set_defaults(run=run_tune)

@@ -16,7 +16,7 @@ EMBEDDINGS = (
     *("tok_embeddings.weight", "token_embedding.weight"),
 )
 WINDOWED_BITS = 4  # up to which a trellis is used: above it, scalar codes lose next to nothing
-TILE_ROWS = 256  # at most, of a trellis that runs down a column
+TILE_ROWS = 320  # at most, of a trellis that runs down a column
 PRESETS = {  # name -> method recorded, and window of its codes (None: no wider than their bits)
     "fast": ("turboquant_mse", None),
     "balanced": ("feedback", None),
@@ -259,8 +259,9 @@ def choose_tile_rows(info: Info, bits: int, window: int | None) -> int:
     if window is None or not bits < window or bits > WINDOWED_BITS or info.name.endswith(EMBEDDINGS + HEADS):
         return 0
     fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= TILE_ROWS and d * info.cols <= 2**22]
-    whole = [d for d in fitting if d * bits % 8 == 0]  # without unused bits
-    return next(iter(whole or fitting), 0)
+    whole = [d for d in fitting if d * bits % 8 == 0] or fitting  # without unused bits
+    even = [d for d in whole if info.rows // d % 2 == 0] or whole  # tiles are encoded side by side
+    return next(iter(even), 0)
 
 
 def choose_vector_length(cols: int, wanted: int | None) -> int:

@@ -8,7 +8,7 @@ repository with the same codes, which any reader decodes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from reference_quantizer import __version__
 from reference_quantizer.calibration import Calibration
-from reference_quantizer.evaluate import SAMPLES, SUMMARY, Progress, load_base, running_models
+from reference_quantizer.evaluate import DTYPES, SAMPLES, SUMMARY, Progress, load_base, running_models
 from reference_quantizer.evaluate import Settings as Arithmetic
 from reference_quantizer.source import Source
 from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json
@@ -35,6 +35,12 @@ class Settings:
     batch: int = 4  # sequences in a step
     learning_rate: float = 0.005
     seed: int = 0
+    dtype: str | None = None  # of the products; None: bfloat16 where the device has instructions for it
+
+    def complete(self, device: str) -> "Settings":
+        """With the dtype that suits the device."""
+        fast = device.startswith("cuda") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return replace(self, dtype=self.dtype or ("bfloat16" if fast else "float32"))
 
 
 class Scaled(nn.Module):
@@ -50,7 +56,8 @@ class Scaled(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x * (self.columns * self.column_factor), self.unit) * (self.scales * self.row_factor)
+        x = (x * (self.columns * self.column_factor)).to(self.unit.dtype)
+        y = functional.linear(x, self.unit) * (self.scales * self.row_factor)
         return y if self.bias is None else y + self.bias
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -73,10 +80,13 @@ def tune(
 
     SCHEMA.VALUE where nothing gets better: `out` is then not written.
     """
-    with open_repo(repo_dir) as repo, running_models():
-        base = load_base(source, repo.manifest.loader_kind, Arithmetic(device=device, dtype="float32"))
+    settings = settings.complete(device)
+    dtype = DTYPES[settings.dtype or ""]
+    products = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with open_repo(repo_dir) as repo, running_models(), products:
+        base = load_base(source, repo.manifest.loader_kind, Arithmetic(device=device, dtype=settings.dtype))
         model = load(repo_dir, device, torch.float32)
-        scaled = replace_layers(model, repo, device)
+        scaled = replace_layers(model, repo, device, dtype)
         small = small_parameters(model, repo)
         ids = calibration.ids[
             torch.randperm(len(calibration.ids), generator=torch.Generator().manual_seed(settings.seed))
@@ -97,7 +107,7 @@ def tune(
     return record
 
 
-def replace_layers(model: nn.Module, repo: Repo, device: str) -> dict[str, Scaled]:
+def replace_layers(model: nn.Module, repo: Repo, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Scaled]:
     """Puts a Scaled in the place of each linear layer whose weight has one stage and one scale a row: name -> it.
 
     A tied embedding and output layer share one. Everything else stays as it is, frozen.
@@ -120,7 +130,7 @@ def replace_layers(model: nn.Module, repo: Repo, device: str) -> dict[str, Scale
             columns = torch.ones(weight.shape[1], device=device)
             if weight.column_scale is not None:
                 columns = repo._read(weight.column_scale).float().to(device)
-            unit = decode_unit(repo, name, device)
+            unit = decode_unit(repo, name, device).to(dtype)
             found[name] = Scaled(unit, scales, columns, getattr(module, "bias", None))
         parent, _, last = path.rpartition(".")
         owner = model.get_submodule(parent)
