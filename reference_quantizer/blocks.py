@@ -18,6 +18,11 @@ from tqformat.load_quantized import TQFormatError
 BATCH = 4  # sequences that go through a block together
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether `device` has instructions for products of bfloat16 matrices, about twice as fast as float32."""
+    return device.startswith("cuda") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class _Reached(Exception):
     pass
 
@@ -49,8 +54,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class Blocks:
     """Walks through the blocks of `model` with the tokens `ids` [sequences, length]; see the module's docstring."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, device: str = "cpu") -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, device: str = "cpu", bfloat16: bool | None = None) -> None:
         self.model, self.ids, self.device = model.eval(), ids, device
+        self.bfloat16 = has_bfloat16(device) if bfloat16 is None else bfloat16  # products alone; sums are float32
         self.name, self.blocks = find_blocks(model)
         self.position = 0
         self._options = self._block_options()  # of each block: what it is called with beside the hidden states
@@ -64,7 +70,7 @@ class Blocks:
             block.to(self.device, torch.float32)
             yield block
             for k in range(0, len(self.hidden), BATCH):  # in place: one copy of the hidden states is enough
-                self.hidden[k : k + BATCH] = self._forward(block, self.hidden[k : k + BATCH]).cpu()
+                self.hidden[k : k + BATCH] = self._forward(block, self.hidden[k : k + BATCH]).float().cpu()
             block.to("cpu", dtype)
             self.position += 1
 
@@ -95,7 +101,7 @@ class Blocks:
         layer, found = group.first, []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0].reshape(-1, layer.in_features))
+            found.append(args[0].reshape(-1, layer.in_features).float())
             raise _Reached
 
         hook = layer.register_forward_pre_hook(keep)
@@ -123,7 +129,8 @@ class Blocks:
             self.position, self.hidden = int(kept["position"]), torch.from_numpy(kept["hidden"])
 
     def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        with torch.inference_mode():
+        kind = torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16):
             out = block(hidden.to(self.device), **self._options[self.blocks_index(block)])
         return out[0] if isinstance(out, tuple) else out
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import trellis
+from reference_quantizer import search_torch, trellis
 from reference_quantizer.encode import Encoder, fit_dtype
 from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
@@ -106,7 +106,9 @@ def fit_scales(y: Tensor, chosen: Tensor, h: Tensor, vector_length: int) -> Tens
 
 
 def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int, window: int, tile_rows: int) -> Tensor:
-    """The symbols int32 [rows, cols], by the loops of `ldlq`; row tiles are independent, one thread works on each."""
+    """The symbols int32 [rows, cols]: on a GPU by `search_torch`, else by the loops of `ldlq`, one thread for each row tile."""
+    if y.device.type != "cpu":
+        return search_torch.search(y, scales, upper, levels, bits, window, tile_rows)
     try:
         from reference_quantizer import ldlq
     except ImportError:
@@ -128,7 +130,7 @@ def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int,
             ldlq.encode_scalar(targets, scale, u, book, borders, found)
         else:
             weights = np.ones(targets.shape[1], np.float32)
-            branches, overlap = tuple(range(1 << bits)), 10 * -(-window // bits)
+            branches, overlap = tuple(range(1 << bits)), trellis.overlap_length(bits, window)
             ldlq.encode_trellis(targets, scale, weights, u, book, table, branches, overlap, found)
         symbols[span] = found.T
 

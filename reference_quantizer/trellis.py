@@ -3,7 +3,8 @@
 A tile's n symbols are windows of `window` bits that move on by `bits` along a stream of n * bits bits, which ends where it
 begins. The path of least squared error is found with the Viterbi algorithm (Forney 1973) in two runs, as QTIP does
 (arXiv:2406.11235, section 3.2 and algorithm 4): the first one, over the neighbourhood of the stream's begin, finds the bits
-that are shared there; the second one starts and ends with these. Needs numba.
+that are shared there; the second one starts and ends with these. Needs numba; for tensors on a GPU `search_torch` has the
+same two runs without it.
 """
 
 import functools
@@ -61,7 +62,7 @@ def encode_tiles(
     lanes = _lanes(tiles, window)
     table = _arrange(levels, bits, lanes)
     symbols = np.empty(x.shape, np.uint16)
-    overlap = 10 * -(-window // bits)  # symbols on either side of the begin: several times what a window spans
+    overlap = overlap_length(bits, window)
 
     def encode_part(part: slice) -> None:
         branches = tuple(range(1 << bits))
@@ -73,6 +74,11 @@ def encode_tiles(
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(encode_part, map(slice, edges[:-1], edges[1:])))
     return symbols
+
+
+def overlap_length(bits: int, window: int) -> int:
+    """How many symbols on either side of a tile's begin the first run takes: several times what a window spans."""
+    return 10 * -(-window // bits)
 
 
 def _kernel():

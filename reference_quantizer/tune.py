@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_quantizer import __version__
+from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.evaluate import DTYPES, SAMPLES, SUMMARY, Progress, load_base, running_models
 from reference_quantizer.evaluate import Settings as Arithmetic
@@ -39,8 +40,7 @@ class Settings:
 
     def complete(self, device: str) -> "Settings":
         """With the dtype that suits the device."""
-        fast = device.startswith("cuda") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return replace(self, dtype=self.dtype or ("bfloat16" if fast else "float32"))
+        return replace(self, dtype=self.dtype or ("bfloat16" if has_bfloat16(device) else "float32"))
 
 
 class Scaled(nn.Module):

@@ -157,7 +157,7 @@ def test_blocks_give_what_the_model_gives(tmp_path: Path) -> None:
         model(input_ids=ids)
     for hook in hooks:
         hook.remove()
-    blocks, seen = Blocks(model, ids), []
+    blocks, seen = Blocks(model, ids, bfloat16=False), []
     for block in blocks:
         for group in blocks.groups(block):
             x = torch.cat(wanted[next(iter(group.layers))])
@@ -175,7 +175,7 @@ def test_layers_with_one_input_are_one_group(tmp_path: Path) -> None:
 
 def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
     model, ids = load_tiny(tmp_path), torch.arange(8)[None]
-    blocks = Blocks(model, ids)
+    blocks = Blocks(model, ids, bfloat16=False)
     last = None
     for block in blocks:
         blocks.groups(block)[0].first.weight.data.mul_(0.5)

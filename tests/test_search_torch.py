@@ -1,0 +1,113 @@
+"""The search in torch against the loops in numba: trellis paths, whole weights, chunks, and when it is used."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES
+from test_feedback import correlated, gaussian
+from torch import Tensor
+
+from reference_quantizer import feedback, search_torch
+from reference_quantizer.feedback import inverse_factor
+from reference_quantizer.search_torch import search, viterbi
+from reference_quantizer.trellis import encode_tiles, overlap_length
+
+
+def same(found: Tensor, wanted: Tensor) -> float:
+    return float((found == wanted).float().mean())
+
+
+def make_weight(rows: int, cols: int, groups: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A weight with a row of zeros, its scales, the Hessian, the inverse's factor, and ascending or random levels."""
+    y, h = gaussian(rows, cols), correlated(cols)
+    y[3] = 0
+    scales = y.reshape(rows, groups, -1).square().mean(-1).sqrt()
+    levels = torch.randn(1 << window, generator=torch.Generator().manual_seed(2))
+    return y, scales, h, inverse_factor(h), levels
+
+
+def output_error(symbols: Tensor, y: Tensor, scales: Tensor, h: Tensor, levels: Tensor) -> float:
+    d = (levels[symbols] * scales.repeat_interleave(y.shape[1] // scales.shape[1], 1) - y).double()
+    return float(((d @ h.double()) * d).sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "window", "n"),
+    [
+        (1, 1, 8),
+        (1, 2, 9),
+        (1, 6, 40),
+        (2, 3, 24),
+        (2, 4, 24),
+        (2, 8, 64),
+        (2, 11, 33),
+        (3, 4, 20),
+        (3, 9, 48),
+        (4, 6, 32),
+    ],
+)
+def test_paths_are_those_of_the_numba_loops(device: str, weighted: bool, bits: int, window: int, n: int) -> None:
+    x, levels = gaussian(12, n), torch.randn(1 << window, generator=torch.Generator().manual_seed(2))
+    weights = gaussian(12, n, 3).mul(2).exp() if weighted else torch.ones(12, n)
+    weights /= weights.amax(1, keepdim=True)
+    wanted = torch.from_numpy(encode_tiles(x.numpy(), levels.numpy(), bits, window, weights.numpy()).astype(np.int64))
+    root = weights.sqrt()
+    parts = [part.to(device) for part in (x * root, root, levels)]
+    found = viterbi(*parts, bits, window, overlap_length(bits, window)).cpu()
+    errors = [float((weights * (x - levels[symbols]).square()).double().sum()) for symbols in (found, wanted)]
+    assert found.shape == x.shape and same(found, wanted) > 0.99
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("bits", "window", "groups"),
+    [
+        (1, 1, 1),
+        (2, 2, 3),
+        (4, 4, 1),
+        (8, 8, 6),
+        (1, 6, 1),
+        (2, 3, 3),
+        (2, 8, 1),
+        (2, 8, 6),
+        (3, 4, 3),
+        (3, 8, 1),
+        (4, 7, 3),
+    ],
+)
+def test_weights_get_the_symbols_of_the_numba_loops(device: str, bits: int, window: int, groups: int) -> None:
+    y, scales, h, upper, levels = make_weight(96, 144, groups, window)  # two whole blocks of columns and a part
+    levels = levels if window > bits else levels.sort().values
+    wanted = feedback._search(y, scales, upper, levels, bits, window, 32)
+    parts = [part.to(device) for part in (y, scales, upper, levels)]
+    found = search(*parts, bits, window, 32).cpu()
+    errors = [output_error(symbols, y, scales, h, levels) for symbols in (found, wanted)]
+    kept = y.any(1)  # a row of zeros is zeros whatever its symbols
+    assert found.dtype == torch.int32 and same(found[kept], wanted[kept]) > 0.99
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert all(torch.equal(part.cpu(), old) for part, old in zip(parts, (y, scales, upper, levels), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_little_memory_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    y, scales, _, upper, levels = (part.to(device) for part in make_weight(80, 12, 1, 8))
+    whole, plain, tiles = search(y, scales, upper, levels, 2, 8, 16), search_torch._viterbi, set()
+
+    def count(x: Tensor, *rest: object) -> Tensor:
+        tiles.add(len(x))
+        return plain(x, *rest)
+
+    monkeypatch.setattr(search_torch, "_viterbi", count)
+    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=1), whole) and tiles == {1}
+    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=40_000), whole) and tiles == {1, 2}
+
+
+def test_a_weight_that_is_not_on_the_cpu_is_searched_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [part.to("meta") for part in make_weight(32, 16, 1, 8) if part.shape != (16, 16)]
+    monkeypatch.setattr(search_torch, "search", lambda *args: args)
+    y, scales, levels = parts
+    given = (y, scales, torch.empty(16, 16, device="meta"), levels, 2, 8, 32)
+    assert feedback._search(*given) == given
