@@ -4,6 +4,7 @@ The prediction is linear (see `sensitivity`): sum over weights of a * t^2(bits),
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,7 +261,8 @@ def fill_in(values: dict[str, float], scalars: dict[str, int], notes: list[str])
 def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str], device: str = "cpu") -> np.ndarray:
     """t^2 = ||W^ - W||^2 / ||W||^2 of each weight as each plan encodes it, float64 [weights, plans].
 
-    Encodes evenly spaced rows, about SAMPLE scalars of a weight.
+    Encodes evenly spaced rows, about SAMPLE scalars of a weight. For a trellis, scalar codes stand in, and their error is
+    lessened by what the trellis gains on Gaussian data.
     """
     import torch
 
@@ -275,9 +277,10 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
             matrix = haar_matrix(settings.seed, size) if kind == "dense" and name not in rotations else None
             if name not in rotations:
                 rotations[name] = make_rotation(kind, size, settings.seed, matrix, device)
-        for name, book in plan.codebooks.items():
-            levels = lloyd_max_levels(book.entries, book.vector_length, settings.grid_size, settings.iterations)
-            books[name] = torch.tensor(levels, device=device)
+        for t in plan.tensors:
+            if t.bits is not None and (t.bits, t.vector_length) not in books:
+                levels = lloyd_max_levels(2**t.bits, t.vector_length, settings.grid_size, settings.iterations)
+                books[t.bits, t.vector_length] = torch.tensor(levels, device=device)
     columns = [{t.info.name: t for t in plan.tensors} for plan in plans]
     errors = np.zeros((len(names), len(plans)))
     with Reader(source) as reader, Workers(device) as workers:
@@ -286,11 +289,27 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
             scale_dtype = choose_scale_dtype(reader, workers, info, g, settings.scale_dtype)
             rows = sample_rows(reader, info).to(device)
             for j, column in enumerate(columns):
-                rotation, levels = rotations[column[name].transform], books[column[name].codebook]
+                item = column[name]
+                rotation, levels = rotations[item.transform], books[item.bits, g]
                 encoder = Encoder(g, rotation, levels, torch_dtype(scale_dtype), torch_dtype(info.dtype))
                 found = encode(rows, encoder)
                 errors[k, j] = found.squared_error / found.squared_norm if found.squared_norm else 0.0
+                if item.tile_rows:
+                    errors[k, j] *= trellis_gain(item.bits or 0, plans[j].settings.window or 0)
     return errors
+
+
+@functools.cache
+def trellis_gain(bits: int, window: int) -> float:
+    """The error of a trellis over that of a Lloyd-Max quantizer of the same bits, both on Gaussian data."""
+    from reference_quantizer import trellis
+    from reference_quantizer.codebook import lloyd_max_levels
+
+    x = trellis.gaussian_samples(2**14, np.random.default_rng(0)).reshape(-1, 256)
+    books = trellis.trellis_levels(bits, window), lloyd_max_levels(2**bits, 2**20, 8193, 96)
+    chosen = [book[trellis.encode_tiles(x, book, bits, w)] for book, w in zip(books, (window, bits), strict=True)]
+    ours, scalar = (float(((y - x) ** 2).mean()) for y in chosen)
+    return ours / scalar
 
 
 def sample_rows(reader: Reader, info: Info) -> "torch.Tensor":

@@ -252,3 +252,16 @@ def test_a_resumed_run_depends_on_the_allocation(checkpoint: Path, tmp_path: Pat
             plan = make_plan(source, *chosen)
         keys.add(resume_key(source, plan, target))
     assert len(keys) == 3
+
+
+def test_the_gain_of_a_trellis_is_that_of_the_literature() -> None:
+    assert 0.6 < module.trellis_gain(2, 8) < 0.7  # 0.0745 against 0.1175, see docs/encoders.md
+
+
+def test_a_trellis_counts_with_its_smaller_error(tmp_path: Path) -> None:
+    source = open_source(str(make_checkpoint(tmp_path / "base")))
+    plain, windowed = (make_plan(source, Settings(bits=2, window=w)) for w in (None, 8))
+    names = [t.info.name for t in windowed.tensors if t.tile_rows]
+    assert names
+    errors = relative_errors(source, [plain, windowed], names)
+    assert np.allclose(errors[:, 1] / errors[:, 0], module.trellis_gain(2, 8))

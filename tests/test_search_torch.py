@@ -31,34 +31,39 @@ def output_error(symbols: Tensor, y: Tensor, scales: Tensor, h: Tensor, levels: 
     return float(((d @ h.double()) * d).sum())
 
 
+def encode_numba(x: Tensor, levels: Tensor, bits: int, window: int, weights: Tensor) -> Tensor:
+    return torch.from_numpy(encode_tiles(x.numpy(), levels.numpy(), bits, window, weights.numpy()).astype(np.int64))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("bits", "window", "n"),
-    [
-        (1, 1, 8),
-        (1, 2, 9),
-        (1, 6, 40),
-        (2, 3, 24),
-        (2, 4, 24),
-        (2, 8, 64),
-        (2, 11, 33),
-        (3, 4, 20),
-        (3, 9, 48),
-        (4, 6, 32),
-    ],
+    ("bits", "window"), [(1, 1), (1, 2), (1, 6), (2, 3), (2, 4), (2, 8), (2, 11), (3, 4), (3, 9), (4, 6)]
 )
-def test_paths_are_those_of_the_numba_loops(device: str, weighted: bool, bits: int, window: int, n: int) -> None:
+def test_paths_are_those_of_the_numba_loops(device: str, weighted: bool, bits: int, window: int) -> None:
+    overlap = overlap_length(bits, window)
+    n = 2 * overlap + 3  # in a shorter tile, which the first run sees more than once, two paths may be exactly as near
     x, levels = gaussian(12, n), torch.randn(1 << window, generator=torch.Generator().manual_seed(2))
     weights = gaussian(12, n, 3).mul(2).exp() if weighted else torch.ones(12, n)
     weights /= weights.amax(1, keepdim=True)
-    wanted = torch.from_numpy(encode_tiles(x.numpy(), levels.numpy(), bits, window, weights.numpy()).astype(np.int64))
-    root = weights.sqrt()
-    parts = [part.to(device) for part in (x * root, root, levels)]
-    found = viterbi(*parts, bits, window, overlap_length(bits, window)).cpu()
+    wanted, root = encode_numba(x, levels, bits, window, weights), weights.sqrt()
+    found = viterbi(*(part.to(device) for part in (x * root, root, levels)), bits, window, overlap).cpu()
     errors = [float((weights * (x - levels[symbols]).square()).double().sum()) for symbols in (found, wanted)]
     assert found.shape == x.shape and same(found, wanted) > 0.99
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("bits", "window", "n"), [(1, 2, 9), (1, 8, 32), (2, 3, 5), (2, 4, 24), (2, 7, 11), (3, 4, 20)]
+)
+def test_ties_go_to_the_first_branch(device: str, bits: int, window: int, n: int) -> None:
+    g = torch.Generator().manual_seed(4)  # small integers: no sum is rounded, so many paths are exactly as near
+    x, levels = (torch.randint(-4, 5, shape, generator=g).float() for shape in [(40, n), (1 << window,)])
+    root = torch.randint(1, 3, (40, n), generator=g).float()
+    wanted = encode_numba(x, levels, bits, window, root.square())
+    parts = [part.to(device) for part in (x * root, root, levels)]
+    assert torch.equal(viterbi(*parts, bits, window, overlap_length(bits, window)).cpu(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,7 +74,7 @@ def test_paths_are_those_of_the_numba_loops(device: str, weighted: bool, bits: i
         (2, 2, 3),
         (4, 4, 1),
         (8, 8, 6),
-        (1, 6, 1),
+        (1, 4, 1),
         (2, 3, 3),
         (2, 8, 1),
         (2, 8, 6),
@@ -79,11 +84,11 @@ def test_paths_are_those_of_the_numba_loops(device: str, weighted: bool, bits: i
     ],
 )
 def test_weights_get_the_symbols_of_the_numba_loops(device: str, bits: int, window: int, groups: int) -> None:
-    y, scales, h, upper, levels = make_weight(96, 144, groups, window)  # two whole blocks of columns and a part
+    y, scales, h, upper, levels = make_weight(160, 144, groups, window)  # two whole blocks of columns and a part
     levels = levels if window > bits else levels.sort().values
-    wanted = feedback._search(y, scales, upper, levels, bits, window, 32)
+    wanted = feedback._search(y, scales, upper, levels, bits, window, 80)
     parts = [part.to(device) for part in (y, scales, upper, levels)]
-    found = search(*parts, bits, window, 32).cpu()
+    found = search(*parts, bits, window, 80).cpu()
     errors = [output_error(symbols, y, scales, h, levels) for symbols in (found, wanted)]
     kept = y.any(1)  # a row of zeros is zeros whatever its symbols
     assert found.dtype == torch.int32 and same(found[kept], wanted[kept]) > 0.99
@@ -102,12 +107,10 @@ def test_little_memory_changes_nothing(device: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(search_torch, "_viterbi", count)
     assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=1), whole) and tiles == {1}
-    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=40_000), whole) and tiles == {1, 2}
+    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=14_000), whole) and tiles == {1, 2}
 
 
 def test_a_weight_that_is_not_on_the_cpu_is_searched_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [part.to("meta") for part in make_weight(32, 16, 1, 8) if part.shape != (16, 16)]
+    y, scales, _, upper, levels = (part.to("meta") for part in make_weight(32, 16, 1, 8))
     monkeypatch.setattr(search_torch, "search", lambda *args: args)
-    y, scales, levels = parts
-    given = (y, scales, torch.empty(16, 16, device="meta"), levels, 2, 8, 32)
-    assert feedback._search(*given) == given
+    assert feedback._search(y, scales, upper, levels, 2, 8, 32) == (y, scales, upper, levels, 2, 8, 32)

@@ -1,0 +1,588 @@
+"""tqformat repositories beside other quantizers: the same base, text, windows and evaluation code for all.
+
+    python benchmarks/peers.py BASE TEXT [--repo REPO ...] [--peer NAME ...] [--calibration TEXT ...] [--max-windows N]
+
+Each peer turns the checkpoint into weights as it would decode them, and the bytes that it stores. All then go through
+`reference_quantizer.evaluate`. OUT.json, OUT.md and OUT.svg are written after each group of candidates; what OUT.json holds of
+the same base, text and settings is not computed again, so an interrupted run continues and later runs add candidates.
+
+Policy: decoder linear layers at the stated bits, embedding and output layer at 8 bit (one float16 scale per row), the rest
+bf16, all in one safetensors file. The `gguf-*` peers are files as llama.cpp mixes them by its own policy, except that the tokenizer
+is left out, as it is for all. The `ggml-*` peers are the same block codecs under the common policy; with --calibration they see an
+importance matrix (mean square of each input), as llama-imatrix computes it. Rows that 256 does not divide are joined: a file
+of llama.cpp cannot do that and falls back to wider types.
+
+The peers' libraries: pip install gguf; llama-cpp-cffi, bitsandbytes and hqq with --no-deps (DISABLE_CUDA=1 and termcolor for hqq).
+"""
+
+import argparse
+import copy
+import ctypes
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tqformat
+from reference_quantizer.calibration import calibration_tokens, find_bos, load_tokenizer
+from reference_quantizer.evaluate import (
+    DTYPES,
+    Base,
+    Progress,
+    Result,
+    Runner,
+    Settings,
+    check_length,
+    check_same_model,
+    default_cache,
+    find_base,
+    hardware,
+    libraries,
+    load_base,
+    payload_digests,
+    running_models,
+    summarize,
+    to_text,
+)
+from reference_quantizer.source import weights_sha256
+from reference_quantizer.windows import batches, read_corpus, sliding_windows
+from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
+
+CALIBRATION_TOKENS = 24576
+GROUP = 64  # weights that share a scale, in HQQ and NF4
+BLOCK = 256  # weights in a block of the K and IQ types
+MIXES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ3_M": 27, "IQ4_XS": 30}  # llama_ftype
+BLOCK_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q4_0", "Q5_0")
+
+Stored = dict[str, Tensor]
+Codec = Callable[[Tensor, Tensor | None], tuple[Tensor, Stored]]  # weight, importance [cols] -> decoded, what is stored
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The base's weights by name, float32: linear layers [rows, cols], embeddings [rows, cols], and what is left."""
+
+    config: dict[str, Any]
+    linear: Stored
+    embedding: Stored
+    rest: Stored
+    importance: Stored | None = None  # of the linear layers: mean square of each input, [cols]
+
+    @property
+    def weights(self) -> int:
+        return sum(w.numel() for part in (self.linear, self.embedding, self.rest) for w in part.values())
+
+
+def open_checkpoint(model: Any, ids: Tensor | None = None) -> Checkpoint:
+    """The parts of `model`; `ids` [sequences, length] are the tokens that the importance is measured on."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {name: w.detach().float() for name, w in model.state_dict().items() if name not in tied}
+    output = model.get_output_embeddings()
+    layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    embedding = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is output}
+    parts: tuple[Stored, Stored, Stored] = ({}, {}, {})
+    for name, w in state.items():
+        parts[0 if name in layers else 1 if name in embedding else 2][name] = w
+    return Checkpoint(model.config.to_dict(), *parts, None if ids is None else measure_importance(model, layers, ids))
+
+
+def measure_importance(model: Any, layers: dict[str, nn.Linear], ids: Tensor) -> Stored:
+    """The mean square of each input of each layer, [cols] float32."""
+    total = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        total[name] += args[0].reshape(-1, args[0].shape[-1]).square().sum(0).double().cpu()
+
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    with torch.inference_mode():
+        for row in ids:
+            model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: (sums / ids.numel()).float() for name, sums in total.items()}
+
+
+# ------------------------------------------------------------------------------------------------ codecs
+
+
+def int8_rows(weight: Tensor, _: Tensor | None = None) -> tuple[Tensor, Stored]:
+    """Rounding to 8 bit with one float16 scale per row."""
+    scales = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-24).half()
+    codes = (weight / scales.float()).round().clamp(-127, 127).to(torch.int8)
+    return codes * scales.float(), {"codes": codes, "scales": scales}
+
+
+def hqq(weight: Tensor, _: Tensor | None, *, bits: int) -> tuple[Tensor, Stored]:
+    """Half-quadratic quantization (Badri and Shaji 2023): float16 scale and zero per group. Three bits are packed as 3.2."""
+    with imported("hqq"):
+        from hqq.core.quantize import Quantizer
+
+    codes, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=GROUP, axis=1, device="cpu", compute_dtype=torch.float16
+    )
+    stored = {"codes": codes, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
+    meta |= {"scale": stored["scale"].float(), "zero": stored["zero"].float(), "compute_dtype": torch.float32}
+    return Quantizer.dequantize(codes, meta).reshape(weight.shape), stored
+
+
+def nf4(weight: Tensor, _: Tensor | None = None) -> tuple[Tensor, Stored]:
+    """4-bit NormalFloat with quantized absolute maxima (QLoRA, arXiv:2305.14314), as bitsandbytes saves it."""
+    with imported("bitsandbytes"):
+        from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight, blocksize=GROUP, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(codes, state), {"codes": codes, **state.as_dict(packed=True)}
+
+
+def ggml(weight: Tensor, importance: Tensor | None, *, kind: str) -> tuple[Tensor, Stored]:
+    """A block type of ggml, decoded by the gguf package; it encodes those of 32 weights itself, llama.cpp the others."""
+    with imported("gguf"):
+        import gguf
+
+    qtype = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[qtype][0]
+    joined = size // math.gcd(size, weight.shape[1])  # rows that fill whole blocks together
+    if weight.shape[0] % joined:
+        message = f"{list(weight.shape)} does not fill blocks of {size} weights"
+        raise TQFormatError("SCHEMA.VALUE", kind, message)
+    matrix = np.ascontiguousarray(weight.reshape(-1, joined * weight.shape[1]).numpy())
+    if size == BLOCK:
+        data = quantize_chunk(matrix, qtype, None if importance is None else importance.repeat(joined).numpy())
+    else:
+        data = gguf.quantize(matrix, qtype)
+    decoded = torch.from_numpy(gguf.dequantize(data, qtype).reshape(weight.shape))
+    return decoded, {"blocks": torch.from_numpy(data)}
+
+
+def by_policy(codec: Codec, checkpoint: Checkpoint) -> tuple[Stored, int]:
+    """The decoded weights and the bytes of the safetensors file, with `codec` for the linear layers."""
+    from safetensors.torch import save
+
+    decoded, stored = {}, {}
+    for name, w in checkpoint.rest.items():
+        stored[name] = w.bfloat16()
+        decoded[name] = stored[name].float()
+    chosen = [(codec, checkpoint.linear), (int8_rows, checkpoint.embedding)]
+    for encode, weights in chosen:
+        for name, w in weights.items():
+            decoded[name], parts = encode(w, (checkpoint.importance or {}).get(name))
+            stored |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
+    return decoded, len(save(stored))
+
+
+# ------------------------------------------------------------------------------------------------ llama.cpp
+
+
+class QuantizeParams(ctypes.Structure):
+    """llama_model_quantize_params; what follows the flags is left as llama.cpp sets it, and releases add to it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("nthread", "ftype", "output_tensor_type", "token_embedding_type")),
+        *((f"flag{k}", ctypes.c_bool) for k in range(8)),
+        *((f"pointer{k}", ctypes.c_void_p) for k in range(8)),
+    )
+
+
+def llama_cpp() -> ctypes.CDLL:
+    """llama.cpp's library in the package llama-cpp-cffi, which has both quantizers."""
+    with imported("llama-cpp-cffi"):
+        files = importlib.metadata.files("llama-cpp-cffi") or []
+        library = ctypes.CDLL(str(next(f.locate() for f in files if "llama_cpp_cpu" in f.name and f.suffix == ".so")))
+    library.llama_backend_init()
+    library.llama_model_quantize_default_params.restype = QuantizeParams
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    return library
+
+
+def quantize_chunk(matrix: np.ndarray, qtype: Any, importance: np.ndarray | None) -> np.ndarray:
+    """The blocks of `matrix` [rows, cols] float32, [rows, bytes] uint8."""
+    import gguf
+
+    library = llama_cpp()
+    if importance is None and library.ggml_quantize_requires_imatrix(ctypes.c_int(qtype)):
+        raise TQFormatError("SCHEMA.VALUE", qtype.name, "expected an importance matrix: give --calibration")
+    rows, cols = matrix.shape
+    size, nbytes = gguf.GGML_QUANT_SIZES[qtype]
+    out = np.zeros((rows, cols // size * nbytes), np.uint8)
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (matrix, out)]
+    weights = ctypes.c_void_p(None if importance is None else importance.ctypes.data)
+    counts = [ctypes.c_int64(n) for n in (0, rows, cols)]
+    written = library.ggml_quantize_chunk(ctypes.c_int(qtype), *pointers, *counts, weights)
+    assert written == out.nbytes
+    return out
+
+
+def gguf_file(checkpoint: Checkpoint, *, ftype: int) -> tuple[Stored, int]:
+    """The file that llama.cpp makes with its own mix of types, without importance matrix and tokenizer: weights and bytes.
+
+    Rows stay in the checkpoint's order, where llama.cpp wants those of some models permuted: each row is quantized by itself.
+    """
+    with imported("gguf"):
+        import gguf
+
+    library = llama_cpp()
+    with tempfile.TemporaryDirectory() as work:
+        plain, mixed = Path(work, "plain.gguf"), Path(work, "mixed.gguf")
+        names = write_gguf(checkpoint, plain)
+        params = library.llama_model_quantize_default_params()
+        params.ftype, params.nthread = ftype, torch.get_num_threads()
+        with quiet_stderr():
+            failed = library.llama_model_quantize(str(plain).encode(), str(mixed).encode(), ctypes.byref(params))
+        if failed:
+            raise TQFormatError("UNSUPPORTED.LIBRARY", "llama.cpp", f"it cannot make the file type {ftype}")
+        reader = gguf.GGUFReader(mixed)
+        decoded = {
+            names[t.name]: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors
+        }
+        return decoded, mixed.stat().st_size
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path) -> dict[str, str]:
+    """The checkpoint as a float32 GGUF file with what llama.cpp's quantizer reads; its names -> the checkpoint's."""
+    import gguf
+
+    config = checkpoint.config
+    arch = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    known = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    if known is None:
+        raise TQFormatError("BIND.MODEL", arch, "gguf does not know this architecture")
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    mapping, names = gguf.get_tensor_name_map(known, config["num_hidden_layers"]), {}
+    for name, w in (checkpoint.linear | checkpoint.embedding | checkpoint.rest).items():
+        stored = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise TQFormatError("BIND.TENSOR", name, f"gguf has no name for it in {arch}")
+        names[stored] = name
+        writer.add_tensor(stored, np.ascontiguousarray(w.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return names
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """llama.cpp prints a line per tensor, from C."""
+    import os
+
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+@contextmanager
+def imported(package: str) -> Iterator[None]:
+    """UNSUPPORTED.LIBRARY where a peer's package is missing or does not run here."""
+    try:
+        yield
+    except (ImportError, OSError, StopIteration) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}" if str(error) else type(error).__name__
+        raise TQFormatError("UNSUPPORTED.LIBRARY", package, f"cannot be used: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`make` gives the decoded weights and the bytes stored; `packages` are those whose versions the result depends on."""
+
+    make: Callable[[Checkpoint], tuple[Stored, int]]
+    packages: tuple[str, ...]
+
+
+PEERS = {
+    **{f"gguf-{name}": Peer(partial(gguf_file, ftype=n), ("gguf", "llama-cpp-cffi")) for name, n in MIXES.items()},
+    **{
+        f"ggml-{kind}": Peer(partial(by_policy, partial(ggml, kind=kind)), ("gguf", "llama-cpp-cffi"))
+        for kind in BLOCK_TYPES
+    },
+    **{f"hqq-{bits}": Peer(partial(by_policy, partial(hqq, bits=bits)), ("hqq",)) for bits in (2, 3, 4)},
+    "nf4": Peer(partial(by_policy, nf4), ("bitsandbytes",)),
+}
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+class Shared:
+    """The base, run once for each batch however many models are compared with it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.forward, self.ids, self.out = model, model.forward, None, None
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> Any:
+        if self.ids is None or not torch.equal(self.ids, input_ids):
+            self.ids, self.out = input_ids, self.model(input_ids=input_ids, **options)
+        return self.out
+
+
+def compare_all(
+    base: Any, models: dict[str, Any], tokens: np.ndarray, bos: int | None, settings: Settings
+) -> dict[str, dict[str, Any] | str]:
+    """Summary of each model as `evaluate` has it, or the error that it gave; all see a window before the next comes."""
+    windows = sliding_windows(len(tokens), settings.max_length, settings.stride, settings.max_windows)
+    shared, none = Shared(base), Base("", "")
+    runners = {name: Runner(shared, model, none, tokens, windows, bos, settings) for name, model in models.items()}
+    results: dict[str, list[Result]] = {name: [] for name in models}
+    errors: dict[str, dict[str, Any] | str] = {}
+    progress = Progress(len(windows))
+    for group in batches(windows, settings.batch or 1):
+        for name in models.keys() - errors.keys():
+            try:
+                results[name] += runners[name].score(group)
+            except TQFormatError as error:
+                errors[name] = str(error)
+        progress.advance(len(group))
+    progress.close()
+    return errors | {name: summarize(windows, found) for name, found in results.items() if name not in errors}
+
+
+def decoded_model(base: Any, decoded: Stored) -> Any:
+    """A copy of `base` with other weights; each of its own must be replaced."""
+    model = copy.deepcopy(base)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing, unexpected = model.load_state_dict(decoded, strict=False)
+    if wrong := [*(set(missing) - tied), *unexpected]:
+        raise TQFormatError(
+            "BIND.MODEL", wrong[0], "the peer lacks this weight, or made one that the model does not have"
+        )
+    return model
+
+
+def repo_bytes(repo: Path) -> int:
+    """The payload files and the manifest, without which they cannot be decoded."""
+    files = read_manifest(repo).files.values()
+    return sum(f.size for f in files if f.role == "payload") + (repo / MANIFEST).stat().st_size
+
+
+def entry(name: str, kind: str, made_from: Any, size: int, weights: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """A candidate as it stands in the JSON file."""
+    return {
+        "name": name,
+        "kind": kind,
+        "made_from": made_from,
+        "bytes": size,
+        "bits_per_weight": 8 * size / weights,
+        "perplexity": summary["quantized"]["perplexity"],
+        "perplexity_ratio": summary["perplexity_ratio"],
+        "kl_mean": summary["kl_divergence"]["mean"],
+        "top1_agreement": summary["top1_agreement"]["rate"],
+    }
+
+
+def better_peers(candidate: dict[str, Any], candidates: list[dict[str, Any]]) -> list[str]:
+    """The peers that are no larger than `candidate` and better in perplexity or in KL."""
+    return [
+        c["name"]
+        for c in candidates
+        if c["kind"] == "peer"
+        and c["bytes"] <= candidate["bytes"]
+        and (c["perplexity"] < candidate["perplexity"] or c["kl_mean"] < candidate["kl_mean"])
+    ]
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The candidates by size, who beats whom, and what could not be made."""
+    run, candidates = report["run"], sorted(report["candidates"], key=lambda c: c["bytes"])
+    windows, calibration = run["windows"], run["calibration"]
+    told = f"importance from {calibration['tokens']:,} tokens" if calibration else "no importance matrix"
+    lines = [
+        f"{run['dataset']['id']}, {windows:,} windows, base perplexity {run['base_perplexity']:.4f}; {told}.",
+        "",
+        "| candidate | kind | bytes | bits per weight | perplexity | ratio | KL (nats) | top-1 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for c in candidates:
+        lines.append(
+            f"| {c['name']} | {c['kind']} | {c['bytes']:,} | {c['bits_per_weight']:.3f} | {c['perplexity']:,.2f} | "
+            f"{c['perplexity_ratio']:.4g} | {c['kl_mean']:.4f} | {c['top1_agreement']:.1%} |"
+        )
+    lines.append("")
+    for c in candidates:
+        if c["kind"] == "tqformat":
+            better = ", ".join(better_peers(c, candidates)) or "none"
+            lines.append(f"- {c['name']}: peers no larger and better in perplexity or KL: {better}.")
+    lines += [f"- {name} was not made: {reason}" for name, reason in report["not_made"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Perplexity ratio and KL, both logarithmic, against whole-file bits per weight."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    from reference_quantizer.figures import STYLE
+
+    measures = {"perplexity_ratio": "perplexity ratio to the base", "kl_mean": "mean KL divergence (nats)"}
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        for axes, (key, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+            for kind, marker in (("peer", "o"), ("tqformat", "D")):
+                chosen = sorted((c for c in report["candidates"] if c["kind"] == kind), key=lambda c: c["bytes"])
+                x, y = ([c[k] for c in chosen] for k in ("bits_per_weight", key))
+                axes.plot(x, y, marker, linestyle="-" if kind == "tqformat" else "none", label=kind)
+                for c in chosen:
+                    place = (c["bits_per_weight"], c[key])
+                    axes.annotate(c["name"], place, (4, 3), textcoords="offset points", fontsize=6.5)
+            axes.set(yscale="log", title=title, xlabel="whole-file bits per weight")
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def read_earlier(path: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The candidates in the JSON file of an earlier run that was the same but for its candidates."""
+    if not path.is_file():
+        return []
+    report = json.loads(path.read_bytes())
+    earlier = {key: value for key, value in report["run"].items() if key != "base_perplexity"}
+    return report["candidates"] if earlier == run else []
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Of the packages that are installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run_comparison(
+    base: str,
+    text: str,
+    repos: list[Path],
+    peers: dict[str, Peer],
+    out: Path,
+    settings: Settings | None = None,
+    calibration: tuple[str, ...] = (),
+    at_once: int = 3,
+) -> dict[str, Any]:
+    """Compares all candidates, `at_once` models beside the base in memory, and writes OUT.json, OUT.md and OUT.svg."""
+    settings = (settings or Settings()).complete()
+    source, corpus = find_base(base, None, default_cache()), read_corpus(text)
+    if any(Path(c).is_file() and read_corpus(c).sha256 == corpus.sha256 for c in calibration):
+        raise TQFormatError("SCHEMA.VALUE", "--calibration", "expected another text than the one that is evaluated")
+    with running_models():
+        tokenizer = load_tokenizer(source.path)
+        tokens = np.array(tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"], dtype="<i4")
+        bos = find_bos(tokenizer)
+        windows = sliding_windows(len(tokens), settings.max_length, settings.stride, settings.max_windows)
+        sample = calibration_tokens(None, tokenizer, calibration, CALIBRATION_TOKENS) if calibration else None
+        base_model = load_base(source, "text-generation", settings)
+        check_length(base_model, settings.max_length + (bos is not None))
+        checkpoint = open_checkpoint(base_model, None if sample is None else sample.ids)
+        run = {
+            "base_weights_sha256": weights_sha256(source),
+            "dataset": corpus.to_dict() | {"tokens": len(tokens)},
+            "settings": asdict(settings) | {"bos_token_id": bos},
+            "windows": len(windows),
+            "calibration": None if sample is None else sample.to_dict(),
+            "libraries": libraries(),
+            "hardware": hardware(settings.device),
+        }
+        kept = read_earlier(out.with_suffix(".json"), run)
+        report: dict[str, Any] = {"run": run, "candidates": kept, "not_made": {}}
+        waiting: list[tuple[str, str, Any]] = [(r.name, "tqformat", payload_digests(read_manifest(r))) for r in repos]
+        waiting += [(name, "peer", versions(peer.packages)) for name, peer in peers.items()]
+        places = {r.name: r for r in repos}
+        done = [(c["name"], c["kind"], c["made_from"]) for c in kept]
+        waiting = [candidate for candidate in waiting if candidate not in done]
+        report["candidates"] = [c for c in kept if c["name"] not in {name for name, _, _ in waiting}]
+        while waiting:
+            models, sizes, group = {}, {}, []
+            while waiting and len(models) < at_once:
+                name, kind, made_from = waiting.pop(0)
+                print(f"making {name}", file=sys.stderr, flush=True)
+                try:
+                    if kind == "tqformat":
+                        check_same_model(source, read_manifest(places[name]))
+                        models[name] = tqformat.load(places[name], settings.device, DTYPES[settings.dtype or ""])
+                        sizes[name] = repo_bytes(places[name])
+                    else:
+                        decoded, sizes[name] = peers[name].make(checkpoint)
+                        models[name] = decoded_model(base_model, decoded)
+                except TQFormatError as error:
+                    report["not_made"][name] = str(error)
+                    continue
+                group.append((name, kind, made_from))
+            found = compare_all(base_model, models, tokens, bos, settings)
+            for name, kind, made_from in group:
+                summary = found[name]
+                if isinstance(summary, str):
+                    report["not_made"][name] = summary
+                    continue
+                run["base_perplexity"] = summary["base"]["perplexity"]
+                report["candidates"].append(entry(name, kind, made_from, sizes[name], checkpoint.weights, summary))
+            write(report, out)
+    return report
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """The three files, if there is anything to tell."""
+    if report["candidates"]:
+        out.with_suffix(".json").write_bytes(to_text(report))
+        out.with_suffix(".md").write_text(to_markdown(report), "utf-8")
+        draw(report, out.with_suffix(".svg"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="checkpoint directory, Hub id or GGUF file")
+    parser.add_argument("text", help="text file or data set of the Hub to evaluate on")
+    parser.add_argument("--repo", type=Path, nargs="+", default=[], help="tqformat repositories made from the base")
+    parser.add_argument("--peer", nargs="*", choices=PEERS, metavar="NAME", help=f"all if left out: {', '.join(PEERS)}")
+    parser.add_argument("--calibration", nargs="+", default=[], help="texts for the importance matrix of ggml-*")
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--at-once", type=int, default=3, help="models in memory beside the base")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("peers"), help="names OUT.json, OUT.md and OUT.svg")
+    args = parser.parse_args()
+    peers = PEERS if args.peer is None else {name: PEERS[name] for name in args.peer}
+    settings = Settings(max_windows=args.max_windows, device=args.device)
+    try:
+        report = run_comparison(
+            args.base, args.text, args.repo, peers, args.out, settings, tuple(args.calibration), args.at_once
+        )
+    except TQFormatError as error:
+        sys.exit(f"error: {error}")
+    print(to_markdown(report), end="")
+
+
+if __name__ == "__main__":
+    main()
