@@ -7,12 +7,13 @@ Each peer turns the checkpoint into weights as it would decode them, and the byt
 the same base, text and settings is not computed again, so an interrupted run continues and later runs add candidates.
 
 Policy: decoder linear layers at the stated bits, embedding and output layer at 8 bit (one float16 scale per row), the rest
-bf16, all in one safetensors file. The `gguf-*` peers are files as llama.cpp mixes them by its own policy, except that the tokenizer
-is left out, as it is for all. The `ggml-*` peers are the same block codecs under the common policy; with --calibration they see an
-importance matrix (mean square of each input), as llama-imatrix computes it. Rows that 256 does not divide are joined: a file
-of llama.cpp cannot do that and falls back to wider types.
+bf16, all in one safetensors file. The `gguf-*` peers are files as llama-quantize mixes them by its own policy, which gives wider
+types to rows that 256 does not divide. The `ggml-*` peers are the same block types under the common policy, with such rows
+joined: what the codec can do, though no file of llama.cpp can hold it. The tokenizer counts for none, a tqformat repository's
+manifest does. With --calibration both see an importance matrix (mean square of each input), as llama-imatrix measures it.
 
-The peers' libraries: pip install gguf; llama-cpp-cffi, bitsandbytes and hqq with --no-deps (DISABLE_CUDA=1 and termcolor for hqq).
+The peers' packages, each with --no-deps: gguf, ik-llama-cpp-python (llama-quantize), libggml-python (block types), bitsandbytes,
+and hqq with termcolor (DISABLE_CUDA=1). What is not there is listed as not made.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import ctypes
 import importlib.metadata
 import json
 import math
+import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,7 +65,7 @@ from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
 CALIBRATION_TOKENS = 24576
 GROUP = 64  # weights that share a scale, in HQQ and NF4
 BLOCK = 256  # weights in a block of the K and IQ types
-MIXES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ3_M": 27, "IQ4_XS": 30}  # llama_ftype
+MIXES = ("IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_M")
 BLOCK_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q4_0", "Q5_0")
 
 Stored = dict[str, Tensor]
@@ -146,7 +149,7 @@ def nf4(weight: Tensor, _: Tensor | None = None) -> tuple[Tensor, Stored]:
 
 
 def ggml(weight: Tensor, importance: Tensor | None, *, kind: str) -> tuple[Tensor, Stored]:
-    """A block type of ggml, decoded by the gguf package; it encodes those of 32 weights itself, llama.cpp the others."""
+    """A block type of ggml, decoded by the gguf package, which encodes the types of 32 weights itself."""
     with imported("gguf"):
         import gguf
 
@@ -184,69 +187,73 @@ def by_policy(codec: Codec, checkpoint: Checkpoint) -> tuple[Stored, int]:
 # ------------------------------------------------------------------------------------------------ llama.cpp
 
 
-class QuantizeParams(ctypes.Structure):
-    """llama_model_quantize_params; what follows the flags is left as llama.cpp sets it, and releases add to it."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("nthread", "ftype", "output_tensor_type", "token_embedding_type")),
-        *((f"flag{k}", ctypes.c_bool) for k in range(8)),
-        *((f"pointer{k}", ctypes.c_void_p) for k in range(8)),
-    )
-
-
-def llama_cpp() -> ctypes.CDLL:
-    """llama.cpp's library in the package llama-cpp-cffi, which has both quantizers."""
-    with imported("llama-cpp-cffi"):
-        files = importlib.metadata.files("llama-cpp-cffi") or []
-        library = ctypes.CDLL(str(next(f.locate() for f in files if "llama_cpp_cpu" in f.name and f.suffix == ".so")))
-    library.llama_backend_init()
-    library.llama_model_quantize_default_params.restype = QuantizeParams
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    return library
+def packaged_file(package: str, name: str) -> Path:
+    """A file of an installed package, which need not be importable."""
+    with imported(package):
+        return Path(str(next(f.locate() for f in importlib.metadata.files(package) or [] if f.name == name)))
 
 
 def quantize_chunk(matrix: np.ndarray, qtype: Any, importance: np.ndarray | None) -> np.ndarray:
-    """The blocks of `matrix` [rows, cols] float32, [rows, bytes] uint8."""
+    """The blocks of `matrix` [rows, cols] float32 as ggml encodes them, [rows, bytes] uint8."""
     import gguf
 
-    library = llama_cpp()
+    path = packaged_file("libggml-python", "libggml-base.so")
+    with imported("libggml-python"):
+        library = ctypes.CDLL(str(path))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     if importance is None and library.ggml_quantize_requires_imatrix(ctypes.c_int(qtype)):
         raise TQFormatError("SCHEMA.VALUE", qtype.name, "expected an importance matrix: give --calibration")
     rows, cols = matrix.shape
     size, nbytes = gguf.GGML_QUANT_SIZES[qtype]
     out = np.zeros((rows, cols // size * nbytes), np.uint8)
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in (matrix, out)]
-    weights = ctypes.c_void_p(None if importance is None else importance.ctypes.data)
     counts = [ctypes.c_int64(n) for n in (0, rows, cols)]
+    weights = ctypes.c_void_p(None if importance is None else importance.ctypes.data)
     written = library.ggml_quantize_chunk(ctypes.c_int(qtype), *pointers, *counts, weights)
     assert written == out.nbytes
     return out
 
 
-def gguf_file(checkpoint: Checkpoint, *, ftype: int) -> tuple[Stored, int]:
-    """The file that llama.cpp makes with its own mix of types, without importance matrix and tokenizer: weights and bytes.
+def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
+    """The weights and the size of the file that llama-quantize makes with its own mix of types; it has no tokenizer.
 
     Rows stay in the checkpoint's order, where llama.cpp wants those of some models permuted: each row is quantized by itself.
     """
     with imported("gguf"):
         import gguf
 
-    library = llama_cpp()
+    tool = packaged_file("ik-llama-cpp-python", "llama-quantize")
     with tempfile.TemporaryDirectory() as work:
-        plain, mixed = Path(work, "plain.gguf"), Path(work, "mixed.gguf")
+        plain, mixed, matrix = (Path(work, name) for name in ("plain.gguf", "mixed.gguf", "imatrix.dat"))
         names = write_gguf(checkpoint, plain)
-        params = library.llama_model_quantize_default_params()
-        params.ftype, params.nthread = ftype, torch.get_num_threads()
-        with quiet_stderr():
-            failed = library.llama_model_quantize(str(plain).encode(), str(mixed).encode(), ctypes.byref(params))
-        if failed:
-            raise TQFormatError("UNSUPPORTED.LIBRARY", "llama.cpp", f"it cannot make the file type {ftype}")
+        options: list[str | Path] = []
+        if checkpoint.importance is not None:
+            stored = {name: checkpoint.importance[own] for name, own in names.items() if own in checkpoint.importance}
+            matrix.write_bytes(imatrix_file(stored))
+            options = ["--imatrix", matrix, "--hide-imatrix"]
+        with imported("ik-llama-cpp-python"):
+            command = [tool, *options, plain, mixed, mix, str(torch.get_num_threads())]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
+        if done.returncode:
+            last = " ".join(done.stdout.splitlines()[-1:])[:200]
+            raise TQFormatError("UNSUPPORTED.LIBRARY", f"llama-quantize {mix}", f"it failed: {last}")
         reader = gguf.GGUFReader(mixed)
         decoded = {
-            names[t.name]: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors
+            names[t.name]: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors
         }
         return decoded, mixed.stat().st_size
+
+
+def imatrix_file(importance: Stored) -> bytes:
+    """An importance matrix as llama-quantize reads it: count, then name, calls and values of each tensor."""
+    parts = [struct.pack("<i", len(importance))]
+    for name, values in importance.items():
+        text = name.encode()
+        parts += [struct.pack("<i", len(text)), text, struct.pack("<ii", 1, len(values)), values.numpy().tobytes()]
+    return b"".join(parts)
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> dict[str, str]:
@@ -288,22 +295,6 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """llama.cpp prints a line per tensor, from C."""
-    import os
-
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-@contextmanager
 def imported(package: str) -> Iterator[None]:
     """UNSUPPORTED.LIBRARY where a peer's package is missing or does not run here."""
     try:
@@ -322,9 +313,9 @@ class Peer:
 
 
 PEERS = {
-    **{f"gguf-{name}": Peer(partial(gguf_file, ftype=n), ("gguf", "llama-cpp-cffi")) for name, n in MIXES.items()},
+    **{f"gguf-{mix}": Peer(partial(gguf_file, mix=mix), ("gguf", "ik-llama-cpp-python")) for mix in MIXES},
     **{
-        f"ggml-{kind}": Peer(partial(by_policy, partial(ggml, kind=kind)), ("gguf", "llama-cpp-cffi"))
+        f"ggml-{kind}": Peer(partial(by_policy, partial(ggml, kind=kind)), ("gguf", "libggml-python"))
         for kind in BLOCK_TYPES
     },
     **{f"hqq-{bits}": Peer(partial(by_policy, partial(hqq, bits=bits)), ("hqq",)) for bits in (2, 3, 4)},
@@ -567,7 +558,7 @@ def main() -> None:
     parser.add_argument("text", help="text file or data set of the Hub to evaluate on")
     parser.add_argument("--repo", type=Path, nargs="+", default=[], help="tqformat repositories made from the base")
     parser.add_argument("--peer", nargs="*", choices=PEERS, metavar="NAME", help=f"all if left out: {', '.join(PEERS)}")
-    parser.add_argument("--calibration", nargs="+", default=[], help="texts for the importance matrix of ggml-*")
+    parser.add_argument("--calibration", nargs="+", default=[], help="texts for the importance matrix of GGUF types")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--at-once", type=int, default=3, help="models in memory beside the base")
     parser.add_argument("--device", default="cpu")

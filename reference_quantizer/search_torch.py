@@ -1,8 +1,8 @@
 """The search of `reference_quantizer.feedback` in plain torch, for weights that lie on a GPU; the twin of `ldlq` and `viterbi`.
 
 All row tiles of a weight are encoded at once, one column after the other. The only loops are over columns and over the steps
-of the trellis; a step is four kernels that write to buffers which are made once, and nothing waits for the device. Here and
-in the numba loops costs are float32: where two paths are as near as that can tell, the symbols may differ.
+of the trellis; a step is four kernels that write to buffers which are made once for a column, and nothing waits for the
+device. Here and in the numba loops costs are float32: where two paths are as near as that can tell, the symbols may differ.
 """
 
 import torch
@@ -47,7 +47,7 @@ def search(
             x, error = targets[i] / divisors[i // group], errors[i - begin]
             if window > bits:
                 root = roots[i // group]  # [tiles, tile rows]
-                symbols[i] = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory).view(-1)
+                symbols[i] = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory).reshape(-1)
             else:
                 symbols[i] = torch.bucketize(x, borders)
             torch.addcmul(targets[i], levels[symbols[i]], scales[i // group], value=-1, out=error)
