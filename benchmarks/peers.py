@@ -190,7 +190,8 @@ def by_policy(codec: Codec, checkpoint: Checkpoint) -> tuple[Stored, int]:
 def packaged_file(package: str, name: str) -> Path:
     """A file of an installed package, which need not be importable."""
     with imported(package):
-        return Path(str(next(f.locate() for f in importlib.metadata.files(package) or [] if f.name == name)))
+        files = [Path(str(f.locate())) for f in importlib.metadata.files(package) or [] if f.name == name]
+        return next(path for path in files if path.is_file())
 
 
 def quantize_chunk(matrix: np.ndarray, qtype: Any, importance: np.ndarray | None) -> np.ndarray:
@@ -349,7 +350,7 @@ def compare_all(
     errors: dict[str, dict[str, Any] | str] = {}
     progress = Progress(len(windows))
     for group in batches(windows, settings.batch or 1):
-        for name in models.keys() - errors.keys():
+        for name in [name for name in models if name not in errors]:
             try:
                 results[name] += runners[name].score(group)
             except TQFormatError as error:

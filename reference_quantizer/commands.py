@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reference_quantizer import allocate, gguf_source, report, support
-from reference_quantizer.plan import PRESETS, Plan, Settings, make_plan
+from reference_quantizer.plan import EMBEDDINGS, HEADS, PRESETS, Plan, Settings, make_plan
 from reference_quantizer.source import Source, open_source
 from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS, MANIFEST, TQFormatError
@@ -37,6 +38,7 @@ TUNE = """Train scales, column scales and norms on the divergence from the base 
 The codes stay as they are. Both models are in memory at once, in float32; on two CPU cores a step of a 135M model takes
 about half a minute. Nothing is written unless the divergence on held-out calibration text falls.
 """
+EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
 FEEDBACK_TOKENS = 32768  # of calibration text for error feedback, unless another number is given
 STYLE = argparse.RawDescriptionHelpFormatter
@@ -204,10 +206,21 @@ def find_plan(args: argparse.Namespace, source: Source) -> Plan:
     """The plan that the options ask for; with a target, the bits are chosen by measuring the model."""
     request, chosen = allocate.request_of(args), settings(args)
     if request is None:
-        return make_plan(source, chosen)
+        return make_plan(source, with_wide_embeddings(chosen, source))
     job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
     kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
     return make_plan(source, *allocate.make_allocation(source, chosen, request, kind, cache, **job))
+
+
+def with_wide_embeddings(chosen: Settings, source: Source) -> Settings:
+    """With embeddings and output layers at 8 bit where codes are calibrated and no option says what to protect.
+
+    Feedback cannot help them, and at few bits they would undo what it gains elsewhere.
+    """
+    if chosen.preset == "fast" or chosen.bits >= EMBEDDING_BITS or chosen.protect or chosen.protect_fragments:
+        return chosen
+    endings = tuple(e for e in EMBEDDINGS + HEADS if any(e in name for name in source.tensors))
+    return replace(chosen, protect_fragments=endings, protected_bits=EMBEDDING_BITS) if endings else chosen
 
 
 def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings) -> "Calibration | None":
@@ -396,7 +409,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--protect", metavar="NAME", action="append", default=[], help="keep this tensor")
     help_ = "keep every tensor whose name holds this text"
     group.add_argument("--protect-fragment", metavar="TEXT", action="append", default=[], help=help_)
-    help_ = "quantize protected tensors at this many bits instead of keeping them"
+    help_ = (
+        "quantize protected tensors at this many bits instead of keeping them (without any of these three, and with "
+    )
+    help_ += f"the presets balanced and best, embeddings and output layers have {EMBEDDING_BITS} bits)"
     group.add_argument("--protected-bits", metavar="N", type=integer(1, 8), help=help_)
 
 

@@ -116,24 +116,25 @@ def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int,
         raise TQFormatError("UNSUPPORTED.LIBRARY", "feedback", advice) from None
     rows, cols = y.shape
     step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
-    u, book = upper.cpu().numpy(), levels.cpu().numpy()
+    u, book = upper.numpy(), levels.numpy()
     borders = (book[1:] + book[:-1]) / 2
-    table = trellis._arrange(book, bits, 1) if window > bits else None
+    if window > bits:
+        table, branches = trellis.arrange(book, bits, 1), tuple(range(1 << bits))
+        roots = search_torch.root_weights(scales.T.contiguous(), tile_rows).numpy()  # [groups, tiles, tile_rows]
     symbols = np.empty((rows, cols), np.uint16)
 
     def encode_tile(first: int) -> None:
         span = slice(first, min(first + step, rows))
-        targets = np.ascontiguousarray(y[span].T.cpu().numpy())  # [cols, tile rows], changed by the loops
-        scale = np.ascontiguousarray(scales[span].T.cpu().numpy())  # [groups, tile rows]
+        targets = np.ascontiguousarray(y[span].T.numpy())  # [cols, tile rows], changed by the loops
+        scale = np.ascontiguousarray(scales[span].T.numpy())  # [groups, tile rows]
         found = np.empty(targets.shape, np.uint16)
-        if table is None:
-            ldlq.encode_scalar(targets, scale, u, book, borders, found)
+        if window > bits:
+            root, overlap = np.ascontiguousarray(roots[:, first // step]), trellis.overlap_length(bits, window)
+            ldlq.encode_trellis(targets, scale, root, u, book, table, branches, overlap, found)
         else:
-            weights = np.ones(targets.shape[1], np.float32)
-            branches, overlap = tuple(range(1 << bits)), trellis.overlap_length(bits, window)
-            ldlq.encode_trellis(targets, scale, weights, u, book, table, branches, overlap, found)
+            ldlq.encode_scalar(targets, scale, u, book, borders, found)
         symbols[span] = found.T
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(encode_tile, range(0, rows, step)))
-    return torch.from_numpy(symbols.astype(np.int32)).to(y.device)
+    return torch.from_numpy(symbols.astype(np.int32))

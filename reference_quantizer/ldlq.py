@@ -55,10 +55,10 @@ def encode_scalar(targets, scales, upper, levels, borders, symbols):
 
 
 @njit(nogil=True, fastmath=True, cache=True)
-def encode_trellis(targets, scales, weights, upper, levels, table, branches, overlap, symbols):
-    """Fills symbols [cols, rows], each column a tail-biting trellis; `table` holds `levels` as trellis._arrange does.
+def encode_trellis(targets, scales, roots, upper, levels, table, branches, overlap, symbols):
+    """Fills symbols [cols, rows], each column a tail-biting trellis; `table` holds `levels` as trellis.arrange does.
 
-    Errors count by `weights` [rows] times the squares of the scales.
+    Errors in units of the scales count by the squares of `roots` [groups, rows].
     """
     cols, rows = targets.shape
     group = cols // scales.shape[0]
@@ -66,11 +66,7 @@ def encode_trellis(targets, scales, weights, upper, levels, table, branches, ove
     chosen, error = np.empty(rows, np.float32), np.empty(rows, np.float32)
     for i in range(cols):
         scale = scales[i // group]
-        if i % group == 0:
-            for k in range(rows):
-                root[0, k] = np.sqrt(weights[k]) * scale[k]
-            root[0] /= max(root[0].max(), np.float32(1e-30))
-            root[0] = np.maximum(root[0], np.float32(1e-6))
+        root[0] = roots[i // group]
         _scaled(targets[i], scale, x[0])
         x[0] *= root[0]
         viterbi.encode(x, root, table, branches, 1, overlap, 1, False, symbols[i : i + 1])

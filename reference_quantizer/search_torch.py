@@ -38,7 +38,7 @@ def search(
     reciprocals = 1 / upper.diagonal()
     borders = (levels[1:] + levels[:-1]) / 2
     if window > bits:
-        roots, overlap = _roots(scales, tile_rows), overlap_length(bits, window)
+        roots, overlap = root_weights(scales, tile_rows), overlap_length(bits, window)
     symbols = torch.empty(cols, rows, dtype=torch.int32, device=y.device)
     errors = torch.empty(min(BLOCK, cols), rows, dtype=y.dtype, device=y.device)
     for begin in range(0, cols, BLOCK):
@@ -57,8 +57,11 @@ def search(
     return symbols.T.contiguous()
 
 
-def _roots(scales: Tensor, tile_rows: int) -> Tensor:
-    """The root weights [groups, tiles, tile_rows] of the rows of each tile, those of ldlq.encode_trellis."""
+def root_weights(scales: Tensor, tile_rows: int) -> Tensor:
+    """What a row's error in units of its scale counts in its tile: [groups, tiles, tile_rows], from scales [groups, rows].
+
+    The most in a tile is 1. A row without a scale hardly counts, but a path needs a cost for it.
+    """
     roots = scales.view(len(scales), -1, tile_rows)
     return (roots / roots.amax(-1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-6)
 

@@ -60,7 +60,7 @@ def encode_tiles(
 
     kernel = _kernel()
     lanes = _lanes(tiles, window)
-    table = _arrange(levels, bits, lanes)
+    table = arrange(levels, bits, lanes)
     symbols = np.empty(x.shape, np.uint16)
     overlap = overlap_length(bits, window)
 
@@ -102,7 +102,7 @@ def _lanes(tiles: int, window: int) -> int:
     return 1 if window > 12 else 8 if tiles < 128 else 16
 
 
-def _arrange(levels: np.ndarray, bits: int, lanes: int) -> np.ndarray:
+def arrange(levels: np.ndarray, bits: int, lanes: int) -> np.ndarray:
     """The levels in the order of viterbi._best_branches: [A, J, P * lanes]."""
     branches = 1 << bits
     width = max(1, len(levels) // branches**2)

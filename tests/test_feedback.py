@@ -256,6 +256,16 @@ def test_an_interrupted_job_continues_with_the_same_bytes(tmp_path: Path, monkey
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Path) -> None:
+    assert main(job(tmp_path, tmp_path / "out")) == 0
+    assert main(job(tmp_path, tmp_path / "own", "--protect-fragment", "norm")) == 0
+    found = []
+    for name in ("out", "own"):
+        tensors = json.loads((tmp_path / name / MANIFEST).read_text())["tensors"]
+        found.append([tensors[n]["effective_bits"] for n in ("model.embed_tokens.weight", "lm_head.weight")])
+    assert found == [[8, 8], [2, 2]]
+
+
 def test_a_window_needs_a_preset_with_a_trellis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(tmp_path, tmp_path / "out", "--window", "8")) == 1
     assert "--preset best" in capsys.readouterr().err
