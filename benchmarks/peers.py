@@ -224,6 +224,9 @@ def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
     with imported("gguf"):
         import gguf
 
+    narrow = next((name for name, w in (checkpoint.linear | checkpoint.embedding).items() if w.shape[1] % 32), None)
+    if narrow is not None:  # llama-quantize would write a file that nobody can read
+        raise TQFormatError("SCHEMA.VALUE", narrow, "expected rows of a multiple of 32 weights")
     tool = packaged_file("ik-llama-cpp-python", "llama-quantize")
     with tempfile.TemporaryDirectory() as work:
         plain, mixed, matrix = (Path(work, name) for name in ("plain.gguf", "mixed.gguf", "imatrix.dat"))
@@ -386,6 +389,7 @@ def entry(name: str, kind: str, made_from: Any, size: int, weights: int, summary
         "made_from": made_from,
         "bytes": size,
         "bits_per_weight": 8 * size / weights,
+        "base_perplexity": summary["base"]["perplexity"],
         "perplexity": summary["quantized"]["perplexity"],
         "perplexity_ratio": summary["perplexity_ratio"],
         "kl_mean": summary["kl_divergence"]["mean"],
@@ -410,7 +414,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     windows, calibration = run["windows"], run["calibration"]
     told = f"importance from {calibration['tokens']:,} tokens" if calibration else "no importance matrix"
     lines = [
-        f"{run['dataset']['id']}, {windows:,} windows, base perplexity {run['base_perplexity']:.4f}; {told}.",
+        f"{run['dataset']['id']}, {windows:,} windows, base perplexity {candidates[0]['base_perplexity']:.4f}; {told}.",
         "",
         "| candidate | kind | bytes | bits per weight | perplexity | ratio | KL (nats) | top-1 |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -433,6 +437,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Perplexity ratio and KL, both logarithmic, against whole-file bits per weight."""
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     from reference_quantizer.figures import STYLE
 
@@ -448,6 +453,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                     place = (c["bits_per_weight"], c[key])
                     axes.annotate(c["name"], place, (4, 3), textcoords="offset points", fontsize=6.5)
             axes.set(yscale="log", title=title, xlabel="whole-file bits per weight")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         figure.axes[0].legend(frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -460,8 +468,7 @@ def read_earlier(path: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     report = json.loads(path.read_bytes())
-    earlier = {key: value for key, value in report["run"].items() if key != "base_perplexity"}
-    return report["candidates"] if earlier == run else []
+    return report["candidates"] if report["run"] == run else []
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
@@ -539,18 +546,20 @@ def run_comparison(
                 if isinstance(summary, str):
                     report["not_made"][name] = summary
                     continue
-                run["base_perplexity"] = summary["base"]["perplexity"]
                 report["candidates"].append(entry(name, kind, made_from, sizes[name], checkpoint.weights, summary))
-            write(report, out)
+            if report["candidates"]:
+                write(report, out)
+    if not report["candidates"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in report["not_made"].items()) or "none was named"
+        raise TQFormatError("SCHEMA.VALUE", "--repo, --peer", f"expected candidates that can be made; {reasons}")
     return report
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    """The three files, if there is anything to tell."""
-    if report["candidates"]:
-        out.with_suffix(".json").write_bytes(to_text(report))
-        out.with_suffix(".md").write_text(to_markdown(report), "utf-8")
-        draw(report, out.with_suffix(".svg"))
+    """OUT.json, OUT.md and OUT.svg."""
+    out.with_suffix(".json").write_bytes(to_text(report))
+    out.with_suffix(".md").write_text(to_markdown(report), "utf-8")
+    draw(report, out.with_suffix(".svg"))
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ KL(base || quantized) over the calibration tokens, end to end, as knowledge dist
 repository with the same codes, which any reader decodes.
 """
 
+import itertools
+import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +24,11 @@ from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.evaluate import DTYPES, SAMPLES, SUMMARY, Progress, load_base, running_models
 from reference_quantizer.evaluate import Settings as Arithmetic
-from reference_quantizer.source import Source
+from reference_quantizer.source import Source, file_sha256
 from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json
 from tqformat.writer import RepoWriter
 
+SAVE_SECONDS = 60.0
 HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
 
 
@@ -78,7 +82,7 @@ def tune(
 ) -> dict[str, Any]:
     """Tune the repository `repo_dir`, made from the checkpoint `source`, into `out`; returns what its manifest says of it.
 
-    SCHEMA.VALUE where nothing gets better: `out` is then not written.
+    Interrupted, the same call continues from what `.OUT.tuning` holds. SCHEMA.VALUE where nothing gets better: `out` is then not written.
     """
     settings = settings.complete(device)
     dtype = DTYPES[settings.dtype or ""]
@@ -96,10 +100,13 @@ def tune(
             message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
             raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
         before = mean_divergence(base, model, ids[:held_out].to(device))
-        _train(base, model, scaled, small, ids[held_out:].to(device), settings, quiet)
+        job = json.dumps([asdict(settings), calibration.sha256, file_sha256(repo_dir / MANIFEST), device])
+        state = State(out.with_name(f".{out.name}.tuning"), job)
+        _train(base, model, scaled, small, ids[held_out:].to(device), settings, state, quiet)
         after = mean_divergence(base, model, ids[:held_out].to(device))
         record = asdict(settings) | {"tokens": settings.steps * settings.batch * ids.shape[1]}
         record |= {"held_out_sequences": held_out, "held_out_kl": [float(f"{x:.6g}") for x in (before, after)]}
+        state.path.unlink(missing_ok=True)
         if not after < before:
             message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
             raise TQFormatError("SCHEMA.VALUE", "tuning", message)
@@ -191,6 +198,34 @@ def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------------------------------------ training
 
 
+@dataclass(frozen=True)
+class State:
+    """Where an interrupted run left its parameters, and of which job they are."""
+
+    path: Path
+    job: str
+
+    def save(self, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Keep the parameters after `step` steps; the file appears complete or not at all."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        values = {"job": self.job, "step": step, "parameters": [p.detach().cpu() for p in parameters]}
+        torch.save(values | {"optimizer": optimizer.state_dict()}, new)
+        new.replace(self.path)
+
+    def restore(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+        """Inverse of save: the steps that are done, 0 if there is no state of this job."""
+        if not self.path.is_file():
+            return 0
+        kept = torch.load(self.path, weights_only=True)
+        if kept["job"] != self.job:
+            return 0
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(kept["optimizer"])
+        return int(kept["step"])
+
+
 def _train(
     base: nn.Module,
     model: nn.Module,
@@ -198,21 +233,23 @@ def _train(
     small: dict[str, nn.Parameter],
     ids: Tensor,
     settings: Settings,
+    state: State,
     quiet: bool,
 ) -> None:
     """Adam with a warm-up and a cosine decay; vectors take steps relative to their root mean square."""
     rate = settings.learning_rate
     groups = [{"params": [p for s in scaled.values() for p in (s.row_factor, s.column_factor)], "size": 1.0}]
     groups += [{"params": [p], "size": max(1e-3, float(p.detach().square().mean().sqrt()))} for p in small.values()]
-    for parameters in groups:
-        for p in parameters["params"]:
-            p.requires_grad_(True)
+    parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(settings.seed)
     order = _epochs(len(ids), generator)
     progress = Progress(settings.steps, quiet, action="tuning", unit="step")
     warm = max(1, settings.steps // 20)
-    for step in range(settings.steps):
+    first, saved = state.restore(parameters, optimizer), time.monotonic()
+    progress.advance(first)
+    order = itertools.islice(order, first * settings.batch, None)
+    for step in range(first, settings.steps):
         share = min(1.0, (step + 1) / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate * share * group["size"]
@@ -223,6 +260,9 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.advance(1)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            state.save(step + 1, parameters, optimizer)
+            saved = time.monotonic()
     progress.close()
 
 

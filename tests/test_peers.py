@@ -177,12 +177,23 @@ def test_gguf_file_of_a_checkpoint(base: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(tensors[n].data.reshape(w.shape), w.numpy()) for n, w in weights.items())
 
 
+def test_llama_quantize_needs_whole_blocks(base: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*down_proj.*multiple of 32"):
+        peers.PEERS["gguf-Q4_K_M"].make(peers.open_checkpoint(load_base(base)))
+
+
 @needs("ik-llama-cpp-python")
-def test_llama_quantize_makes_a_mix(base: Path) -> None:
-    checkpoint = peers.open_checkpoint(load_base(base), torch.arange(40).reshape(2, 20))
+def test_llama_quantize_makes_a_mix() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
+    checkpoint = peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
     decoded, size = peers.PEERS["gguf-Q4_K_M"].make(checkpoint)
     weights = checkpoint.linear | checkpoint.embedding | checkpoint.rest
-    assert decoded.keys() == weights.keys() and size < 4 * checkpoint.weights
+    assert decoded.keys() == weights.keys() and checkpoint.weights / 2 < size < 2 * checkpoint.weights
     for name, w in weights.items():
         torch.testing.assert_close(decoded[name], w, atol=float(w.abs().max()) / 8, rtol=0)
 
@@ -224,7 +235,7 @@ def test_all_candidates_go_through_the_same_evaluation(base: Path, tmp_path: Pat
     assert found["repo"]["perplexity"] == expected["quantized"]["perplexity"]
     assert found["repo"]["kl_mean"] == expected["kl_divergence"]["mean"]
     assert found["repo"]["top1_agreement"] == expected["top1_agreement"]["rate"]
-    assert report["run"]["base_perplexity"] == expected["base"]["perplexity"]
+    assert {c["base_perplexity"] for c in found.values()} == {expected["base"]["perplexity"]}
     weights = sum(p.numel() for p in load_base(base).parameters())
     assert found["noisy"]["bits_per_weight"] == 8 * 500 / weights
     files = json.loads((repo / MANIFEST).read_text("utf-8"))["files"].values()
@@ -247,10 +258,18 @@ def test_all_candidates_go_through_the_same_evaluation(base: Path, tmp_path: Pat
     assert {c["name"] for c in again["candidates"]} == {"repo", "exact", "noisy", "second"}
     assert again["not_made"] == {}
     assert json.loads((tmp_path / "peers.json").read_bytes()) == again
+    assert peers.run_comparison(str(base), str(text), [repo], later, out, SETTINGS) == again
     # of another text, nothing is kept
     other = make_text(tmp_path / "other.txt", 300, seed=1)
     fresh = peers.run_comparison(str(base), str(other), [], {"noisy": chosen["noisy"]}, out, SETTINGS)
     assert [c["name"] for c in fresh["candidates"]] == ["noisy"]
+
+
+def test_no_candidate_is_an_error_that_says_why(base: Path, tmp_path: Path) -> None:
+    text = make_text(tmp_path / "text.txt", 300)
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*absent: .*no such package"):
+        peers.run_comparison(str(base), str(text), [], {"absent": peers.Peer(absent, ())}, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_evaluated_text_is_no_calibration(base: Path, tmp_path: Path) -> None:

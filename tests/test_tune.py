@@ -100,6 +100,31 @@ def test_nothing_is_written_unless_it_gets_better(
     assert "lower --learning-rate" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_an_interrupted_run_continues_with_the_same_bytes(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(lab, tmp_path / "whole") == 0
+    monkeypatch.setattr(tune, "SAVE_SECONDS", 0.0)
+    plain, calls = tune.divergence, 0
+
+    def stop(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 + 15:  # two held-out sequences, then 7 of 12 steps of two
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(tune, "divergence", stop)
+    assert run(lab, tmp_path / "out") == 130
+    assert (tmp_path / ".out.tuning").is_file() and not (tmp_path / "out").exists()
+    calls = 100
+    assert run(lab, tmp_path / "out") == 0
+    assert calls == 100 + 2 + 10 + 2, "seven steps were not taken again"
+    assert not (tmp_path / ".out.tuning").exists()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
 def test_a_tuned_repository_can_be_tuned_again(lab: Path, tmp_path: Path) -> None:
     assert run(lab, tmp_path / "once") == 0
     command = ["tune", str(lab / "base"), str(tmp_path / "once"), str(tmp_path / "twice"), "--quiet", "--steps", "4"]
