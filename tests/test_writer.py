@@ -365,7 +365,7 @@ def job(point, target, overwrite):
     options = {"max_shard_bytes": 100, "resume_key": "k", "overwrite": overwrite}
     with RepoWriter(target, loader_kind="text-generation", **head, **options) as w:
         if point.startswith("add"):
-            strike(point[3:-1], RepoWriter, "_commit", int(point[-1]))
+            strike(point[3:-1], RepoWriter, "commit", int(point[-1]))
         def chunks():
             yield torch.ones(10)
             w._spool.flush()
