@@ -173,7 +173,9 @@ def make_allocation(
     names = [t.info.name for t in free[0]]
     sizes = np.array([[t.stored_bytes for t in column] for column in free], np.int64).T  # [weights, candidates]
     budget = _check_target(request, plans, names)
+    tables = {id: book.nbytes for plan in plans for id, book in plan.codebooks.items()}  # of all candidates
     fixed = int(plans[0].accounting()["stored_bytes"] - sizes[:, 0].sum())
+    room = budget - fixed + sum(book.nbytes for book in plans[0].codebooks.values()) - sum(tables.values())
 
     measured = measure_sensitivities(
         *(source, loader_kind, names, request.allocator, request.texts, request.tokens),
@@ -184,10 +186,14 @@ def make_allocation(
     sensitivities = fill_in(measured.values, scalars, notes)
     errors = relative_errors(source, plans, names, device)
     costs = np.array([sensitivities[name] * errors[k] for k, name in enumerate(names)])  # [weights, candidates]
-    uniform = max(k for k in range(len(candidates)) if fixed + sizes[:, k].sum() <= budget)
+    uniform_bytes = [int(plan.accounting()["stored_bytes"]) for plan in plans]
+    uniform = max(k for k in range(len(candidates)) if uniform_bytes[k] <= budget)
     if uniform == len(candidates) - 1:
         notes.append(f"all weights have {candidates[-1]} bits, the most of the candidates: the target leaves room")
-    choice = allocate(costs, sizes, budget - fixed)
+    choice = Choice(np.full(len(names), uniform), True)  # where there is no room for the tables of a mixture
+    if sizes.min(1).sum() <= room:
+        mixed = allocate(costs, sizes, room)
+        choice = mixed if _total(costs, mixed.indices) <= costs[:, uniform].sum() else choice
     if not choice.optimal:
         notes.append("the search had no room for all partial choices: the allocation may not be the best one")
     bits = {name: candidates[k] for name, k in zip(names, choice.indices.tolist(), strict=True)}
@@ -198,10 +204,10 @@ def make_allocation(
         "candidate_bits": candidates,
         "extra": {
             "target_bytes": budget,
-            "stored_bytes": fixed + int(_total(sizes, choice.indices)),
+            "stored_bytes": 0,  # follows below
             "objective": _rounded(_total(costs, choice.indices)),
             "uniform_bits": level,
-            "uniform_bytes": fixed + int(sizes[:, uniform].sum()),
+            "uniform_bytes": uniform_bytes[uniform],
             "uniform_objective": _rounded(costs[:, uniform].sum()),
             "text": "self" if request.texts == ("self",) else list(measured.calibration.texts),
             "tokens": measured.calibration.tokens,
@@ -211,7 +217,9 @@ def make_allocation(
     }
     rounded = {name: _rounded(value) for name, value in sensitivities.items()}
     allocation = Allocation(bits, rounded, record, measured.calibration.to_dict(), tuple(notes))
-    return replace(settings, bits=level), allocation
+    settings = replace(settings, bits=level)
+    record["extra"]["stored_bytes"] = int(make_plan(source, settings, allocation).accounting()["stored_bytes"])
+    return settings, allocation
 
 
 def _rounded(value: float) -> float:
@@ -329,9 +337,9 @@ def sample_rows(reader: Reader, info: Info) -> "torch.Tensor":
 def add_target_arguments(group: Any) -> None:
     """The targets, into the group of `--bits`, which each of them replaces."""
     help_ = "mixed precision: at most this many bits per weight, over all weights and all that is stored"
-    group.add_argument("--target-bpw", metavar="B", type=_positive(float), help=help_)
+    group.add_argument("--target-bpw", metavar="B", type=positive(float), help=help_)
     help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes)"
-    group.add_argument("--target-bytes", metavar="N", type=_positive(int), help=help_)
+    group.add_argument("--target-bytes", metavar="N", type=positive(int), help=help_)
 
 
 def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -355,7 +363,7 @@ def request_of(args: argparse.Namespace) -> Request | None:
     )
 
 
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def positive(text: str) -> Any:
         value = kind(text)
         if not 0 < value < 2**53:

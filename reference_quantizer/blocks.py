@@ -20,7 +20,9 @@ BATCH = 4  # sequences that go through a block together
 
 def has_bfloat16(device: str) -> bool:
     """Whether `device` has instructions for products of bfloat16 matrices, about twice as fast as float32."""
-    return device.startswith("cuda") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.startswith("cuda")
 
 
 class _Reached(Exception):
@@ -39,14 +41,10 @@ class Group:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of like blocks with the most parameters, and its name; SCHEMA.VALUE where there is none."""
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
-    ]
+    """The stack of blocks with the most parameters, the outer one of nested ones; SCHEMA.VALUE where there is none."""
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     if not stacks:
-        advice = "expected a model with a stack of like blocks; use --preset fast"
+        advice = "expected a model with a stack of blocks; use --preset fast"
         raise TQFormatError("SCHEMA.VALUE", type(model).__name__, advice)
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
 
@@ -61,6 +59,7 @@ class Blocks:
         self.position = 0
         self._options = self._block_options()  # of each block: what it is called with beside the hidden states
         self.hidden = self._entrance()  # [sequences, length, width] float32, on the CPU
+        self._check()
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The blocks that are left, each in float32 on the device; changed weights take effect in what follows."""
@@ -129,20 +128,43 @@ class Blocks:
             self.position, self.hidden = int(kept["position"]), torch.from_numpy(kept["hidden"])
 
     def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        kind = torch.device(self.device).type
-        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16):
-            out = block(hidden.to(self.device), **self._options[self.blocks_index(block)])
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            return self._call(block, hidden, self.device)
+
+    def _call(self, block: nn.Module, hidden: Tensor, device: str) -> Tensor:
+        args, kwargs = next(o for b, o in zip(self.blocks, self._options, strict=True) if b is block)
+        with torch.inference_mode():
+            out = block(hidden.to(device), *_moved(args, device), **{k: _moved(v, device) for k, v in kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
 
-    def blocks_index(self, block: nn.Module) -> int:
-        return next(k for k, other in enumerate(self.blocks) if other is block)
+    def _check(self) -> None:
+        """SCHEMA.VALUE unless the blocks alone, one after another, give what the model gives in one piece.
 
-    def _block_options(self) -> list[dict[str, Any]]:
-        options: list[dict[str, Any]] = []
+        They do not where a block needs something that differs from text to text, or state beside the hidden states.
+        """
+        last: list[Any] = []
+        hook = self.blocks[-1].register_forward_hook(lambda _, args, out: last.append(out))
+        with torch.inference_mode():
+            self.model(input_ids=self.ids[:2], use_cache=False)
+        hook.remove()
+        wanted = (last[0][0] if isinstance(last[0], tuple) else last[0]).float()
+        hidden = self.hidden[:2]
+        try:
+            for block in self.blocks:
+                hidden = self._call(block, hidden.to(next(block.parameters()).dtype), "cpu").float()
+            close = hidden.shape == wanted.shape and bool((hidden - wanted).norm() <= 0.01 * wanted.norm())
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            close = False
+        if not close:
+            advice = "its blocks cannot be run one by one; expected a plain decoder, or use --preset fast"
+            raise TQFormatError("SCHEMA.VALUE", type(self.model).__name__, advice)
+
+    def _block_options(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        options: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-            options.append({k: _moved(v, self.device) for k, v in kept.items()})
+            options.append((args[1:], kept))
 
         hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
         with torch.inference_mode():

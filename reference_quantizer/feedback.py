@@ -19,6 +19,7 @@ from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
 
 
@@ -47,7 +48,8 @@ def encode(weight: Tensor, hessian: Tensor, encoder: Encoder, bits: int, window:
     upper = inverse_factor(h)
     symbols = _search(y, scales, upper, encoder.levels, bits, window, tile_rows)
     chosen = encoder.levels[symbols]
-    fitted = fit_scales(y, chosen, h, g).clamp(0, torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
+    fitted = fit_scales(y, chosen, damped(h), scales)
+    fitted = fitted.clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
     flat = fitted.reshape(-1)
     fit_dtype(flat, chosen.reshape(-1, g), encoder)
     fitted = flat.reshape(rows, -1)
@@ -61,19 +63,22 @@ def _share(part: Tensor, whole: Tensor) -> float:
     return float(part / whole) if whole > 0 else 0.0
 
 
+def damped(h: Tensor, damping: float = DAMPING) -> Tensor:
+    """H + damping * mean(diag H) I; the identity if no input ever reached the layer, since all columns are then alike."""
+    mean = h.diagonal().mean()
+    if not torch.isfinite(mean):
+        raise TQFormatError("DATA.NON_FINITE", "hessian", "the inputs of a layer are NaN or infinite")
+    unit = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return h + damping * mean * unit if mean > 0 else unit
+
+
 def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper triangular U with UᵗU = (H + damping * mean(diag H) I)⁻¹, float32 [cols, cols].
 
     The damping grows tenfold until the matrix is positive definite in float64.
     """
-    mean = h.diagonal().mean(dtype=torch.float64)
-    if not torch.isfinite(mean):
-        raise TQFormatError("DATA.NON_FINITE", "hessian", "the inputs of a layer are NaN or infinite")
-    unit = torch.eye(len(h), dtype=torch.float64, device=h.device)
-    if mean <= 0:  # no input ever reached this layer: all columns are alike
-        return unit.float()
     while True:
-        lower, failed = torch.linalg.cholesky_ex(h.double() + damping * mean * unit)
+        lower, failed = torch.linalg.cholesky_ex(damped(h.double(), damping))
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
@@ -82,24 +87,37 @@ def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
         damping *= 10
 
 
-def fit_scales(y: Tensor, chosen: Tensor, h: Tensor, vector_length: int) -> Tensor:
-    """The scales [rows, cols / G] that make (chosen * scales - y) smallest in the norm of h, float32.
+def fit_scales(y: Tensor, chosen: Tensor, h: Tensor, scales: Tensor) -> Tensor:
+    """The scales [rows, cols / G] >= 0 that make (chosen * scales - y) small in the norm of h, float32.
 
-    Each row is a least-squares problem with one unknown for each of its vectors; y and chosen are [rows, cols].
+    Each row is a least-squares problem with one unknown for each of its vectors; y and chosen are [rows, cols]. A row
+    keeps its `scales` where what is found, negative values taken as 0, is no better.
     """
-    rows, cols = y.shape
-    groups = cols // vector_length
-    parts = chosen.reshape(rows, groups, vector_length)
-    rhs = ((y @ h) * chosen).reshape(rows, groups, vector_length).sum(-1, dtype=torch.float64)  # [rows, groups]
+    step = max(1, FIT_BYTES // (8 * scales.shape[1] ** 2))
+    parts = zip(y.split(step), chosen.split(step), scales.split(step), strict=True)
+    return torch.cat([_fit_rows(*part, h) for part in parts])
+
+
+def _fit_rows(y: Tensor, chosen: Tensor, scales: Tensor, h: Tensor) -> Tensor:
+    rows, groups = scales.shape
+    g = y.shape[1] // groups
+    parts = chosen.reshape(rows, groups, g)
+    rhs = ((y @ h) * chosen).reshape(rows, groups, g).sum(-1, dtype=torch.float64)  # [rows, groups]
     matrix = torch.empty(rows, groups, groups, dtype=torch.float64, device=y.device)
     for k in range(groups):
-        span = slice(k * vector_length, (k + 1) * vector_length)
-        product = (chosen[:, span] @ h[span]).reshape(rows, groups, vector_length)
+        span = slice(k * g, (k + 1) * g)
+        product = (chosen[:, span] @ h[span]).reshape(rows, groups, g)
         matrix[:, k] = (product * parts).sum(-1, dtype=torch.float64)
     mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
     unit = torch.eye(groups, dtype=torch.float64, device=y.device)
     ridge = torch.where(mean > 0, mean * 1e-9, 1.0)[:, None, None] * unit  # a row of zeros is given zeros
-    return torch.linalg.solve(matrix + ridge, rhs).clamp_min(0).float()
+    found = torch.linalg.solve(matrix + ridge, rhs).clamp_min(0)
+
+    def error(s: Tensor) -> Tensor:  # of each row, up to what does not depend on s
+        return ((matrix @ s[:, :, None]).squeeze(-1) * s).sum(1) - 2 * (rhs * s).sum(1)
+
+    better = error(found) <= error(scales.double())
+    return torch.where(better[:, None], found, scales.double()).float()
 
 
 # ------------------------------------------------------------------------------------------------ search

@@ -84,12 +84,13 @@ def quantize(
             dtypes = torch_dtype(scale_dtype), torch_dtype(item.info.dtype)
             return Encoder(item.vector_length, rotations[item.transform], books[item.codebook], *dtypes)
 
+        done = writer.done
         if calibration is not None:
             with workers.waiting():
                 _add_calibrated(writer, source, plan, target, calibration, make_encoder, progress)
         for item in plan.tensors:
             if item.info.name in writer.done:
-                progress.advance(item.info.scalars)
+                progress.advance(item.info.scalars if item.info.name in done else 0)
             elif item.bits is None:
                 chunks = (_advance(bytes_, progress, item.info) for bytes_ in reader.byte_chunks(item.info))
                 writer.add_passthrough(item.info.name, chunks, shape=item.info.shape, dtype=item.info.dtype)
@@ -98,7 +99,9 @@ def quantize(
                     [rows.to(target.device, torch.float32, copy=True) for rows in reader.row_chunks(item.info)]
                 )
                 unit = torch.eye(item.info.cols, device=target.device)
-                _add_encoded(writer, item, make_encoder(item), weight, unit, settings, False)
+                encoder = make_encoder(item)
+                with workers.waiting():
+                    _add_encoded(writer, item, encoder, weight, unit, settings, False)
                 progress.advance(item.info.scalars)
             else:
                 _add_quantized(writer, reader, workers, item, make_encoder(item), progress)
@@ -124,7 +127,7 @@ def check_device(device: str) -> None:
 def resume_key(source: Source, plan: Plan, target: Target, calibration: Calibration | None = None) -> str:
     """A digest of everything that the weights' bytes depend on: settings, bits, tokens, device, the checkpoint's files."""
     allocation = asdict(plan.allocation) if plan.allocation else None
-    tokens = calibration.sha256 if calibration else None
+    tokens = [calibration.sha256, target.loader_kind, source.config, torch.__version__] if calibration else None
     job = [GENERATOR, asdict(plan.settings), allocation, tokens, target.device, target.max_shard_bytes, source.identity]
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
@@ -199,6 +202,9 @@ def _add_calibrated(
                 if name not in seen:
                     progress.advance(item.info.scalars)
                 seen.add(name)
+    if not seen:
+        advice = "none of the weights is a linear layer of the model's blocks, so nothing can be calibrated"
+        raise TQFormatError("SCHEMA.VALUE", blocks.name, f"{advice}; use --preset fast")
     if rest := sorted(items.keys() - seen):
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         print(

@@ -237,7 +237,7 @@ def _check_libraries() -> None:
     """UNSUPPORTED.LIBRARY at once, and not after hours of work."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        advice = "install tqformat[quantizer,conformance]"
+        advice = "install tqformat[encoders,conformance]"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "release", f"{', '.join(missing)} cannot be imported; {advice}")
 
 

@@ -22,10 +22,20 @@ from torch.nn import functional
 from reference_quantizer import __version__
 from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
-from reference_quantizer.evaluate import DTYPES, SAMPLES, SUMMARY, Progress, load_base, running_models
+from reference_quantizer.evaluate import (
+    DTYPES,
+    KINDS,
+    SAMPLES,
+    SUMMARY,
+    Progress,
+    check_same_model,
+    load_base,
+    running_models,
+)
 from reference_quantizer.evaluate import Settings as Arithmetic
+from reference_quantizer.quantize import check_device
 from reference_quantizer.source import Source, file_sha256
-from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json
+from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json, read_manifest
 from tqformat.writer import RepoWriter
 
 SAVE_SECONDS = 60.0
@@ -50,14 +60,16 @@ class Settings:
 class Scaled(nn.Module):
     """s ⊙ (Z (c ⊙ x)) + b for a linear layer, s[i] Z[i] ⊙ c for an embedding; trains factors of s and c."""
 
-    def __init__(self, unit: Tensor, scales: Tensor, columns: Tensor, bias: nn.Parameter | None) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, unit: Tensor, scales: Tensor, columns: Tensor) -> None:
         super().__init__()
         self.register_buffer("unit", unit, persistent=False)  # [rows, cols]
         self.register_buffer("scales", scales, persistent=False)  # [rows]
         self.register_buffer("columns", columns, persistent=False)  # [cols]
         self.row_factor = nn.Parameter(torch.ones_like(scales))
         self.column_factor = nn.Parameter(torch.ones_like(columns))
-        self.bias = bias
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x * (self.columns * self.column_factor)).to(self.unit.dtype)
@@ -84,7 +96,12 @@ def tune(
 
     Interrupted, the same call continues from what `.OUT.tuning` holds. SCHEMA.VALUE where nothing gets better: `out` is then not written.
     """
-    settings = settings.complete(device)
+    check_device(device)
+    manifest, settings = read_manifest(repo_dir), settings.complete(device)
+    if manifest.loader_kind not in KINDS:
+        message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
+        raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
+    check_same_model(source, manifest)
     dtype = DTYPES[settings.dtype or ""]
     products = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     with open_repo(repo_dir) as repo, running_models(), products:
@@ -100,17 +117,21 @@ def tune(
             message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
             raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
         before = mean_divergence(base, model, ids[:held_out].to(device))
-        job = json.dumps([asdict(settings), calibration.sha256, file_sha256(repo_dir / MANIFEST), device])
+        job = json.dumps(
+            [asdict(settings), calibration.sha256, file_sha256(repo_dir / MANIFEST), source.identity, device]
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
         state = State(out.with_name(f".{out.name}.tuning"), job)
         _train(base, model, scaled, small, ids[held_out:].to(device), settings, state, quiet)
         after = mean_divergence(base, model, ids[:held_out].to(device))
         record = asdict(settings) | {"tokens": settings.steps * settings.batch * ids.shape[1]}
         record |= {"held_out_sequences": held_out, "held_out_kl": [float(f"{x:.6g}") for x in (before, after)]}
-        state.path.unlink(missing_ok=True)
         if not after < before:
+            state.path.unlink(missing_ok=True)
             message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
             raise TQFormatError("SCHEMA.VALUE", "tuning", message)
         write_tuned(repo, repo_dir, out, scaled, small, record, calibration, overwrite)
+        state.path.unlink(missing_ok=True)
     return record
 
 
@@ -138,10 +159,11 @@ def replace_layers(model: nn.Module, repo: Repo, device: str, dtype: torch.dtype
             if weight.column_scale is not None:
                 columns = repo._read(weight.column_scale).float().to(device)
             unit = decode_unit(repo, name, device).to(dtype)
-            found[name] = Scaled(unit, scales, columns, getattr(module, "bias", None))
+            found[name] = Scaled(unit, scales, columns)
         parent, _, last = path.rpartition(".")
         owner = model.get_submodule(parent)
         if isinstance(module, nn.Linear):
+            found[name].bias = module.bias
             setattr(owner, last, found[name])
         else:
             _embed_with(module, found[name])
@@ -260,7 +282,7 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.advance(1)
-        if time.monotonic() - saved > SAVE_SECONDS:
+        if time.monotonic() - saved > SAVE_SECONDS or step + 1 == settings.steps:
             state.save(step + 1, parameters, optimizer)
             saved = time.monotonic()
     progress.close()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,3 +266,23 @@ def test_a_trellis_counts_with_its_smaller_error(tmp_path: Path) -> None:
     assert names
     errors = relative_errors(source, [plain, windowed], names)
     assert np.allclose(errors[:, 1] / errors[:, 0], module.trellis_gain(2, 8))
+
+
+def test_the_tables_of_a_mixture_of_trellises_are_within_the_target(tmp_path: Path) -> None:
+    source, cache = open_source(str(make_checkpoint(tmp_path / "base"))), tmp_path / "cache"
+    plain = Settings(window=8, preset="best")
+    sizes = [make_plan(source, replace(plain, bits=bits)).accounting()["stored_bytes"] for bits in (2, 3, 4)]
+    for target in (
+        sizes[0],
+        sizes[0] + 600,
+        (sizes[0] + sizes[1]) // 2,
+        sizes[1],
+        (sizes[1] + sizes[2]) // 2,
+        sizes[2],
+    ):
+        request = Request(target_bytes=int(target), candidates=(2, 3, 4), tokens=64)
+        settings, allocation = make_allocation(source, plain, request, "text-generation", cache, quiet=True)
+        stored = make_plan(source, settings, allocation).accounting()["stored_bytes"]
+        facts = allocation.record["extra"]
+        assert stored == facts["stored_bytes"] <= target and facts["uniform_bytes"] <= target
+        assert facts["objective"] <= facts["uniform_objective"] * (1 + 1e-6)

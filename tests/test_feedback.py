@@ -111,7 +111,7 @@ def test_a_trellis_beats_scalar_codes_of_the_same_bits() -> None:
 def test_fitted_scales_are_the_best(g: int) -> None:
     y, h = gaussian(8, 64), correlated(64) + torch.eye(64)
     chosen = y * (1 + 0.2 * gaussian(8, 64, 2))
-    best = fit_scales(y, chosen, h, g)
+    best = fit_scales(y, chosen, h, torch.ones(8, 64 // g))
 
     def error(scales: Tensor) -> Tensor:
         d = chosen * scales.repeat_interleave(g, 1) - y
@@ -123,6 +123,20 @@ def test_fitted_scales_are_the_best(g: int) -> None:
             other = best.clone()
             other[divmod(k, best.shape[1])] += step
             assert error(other) > least
+
+
+def test_inputs_that_never_come_do_not_delete_weights() -> None:
+    w = gaussian(32, 64)
+    for h in (torch.zeros(64, 64), torch.block_diag(correlated(32), torch.zeros(32, 32))):
+        found = encode(w, h, make_encoder(64, 3, 32), 3, 3, 0)
+        assert found.relative_error < 0.2 and bool((found.scales > 0).all())
+
+
+def test_a_fit_that_is_no_better_is_not_taken() -> None:
+    y, h = gaussian(8, 64), torch.eye(64)
+    kept = torch.full((8, 4), 0.5)
+    assert torch.equal(fit_scales(y, -y, h, kept * 0), kept * 0)  # the best scale would be negative
+    assert torch.allclose(fit_scales(y, y, h, kept), kept * 2)
 
 
 def test_rows_of_zeros_and_groups() -> None:
@@ -186,8 +200,40 @@ def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
         assert torch.allclose(model.model.norm(blocks.hidden), wanted, atol=1e-5)
 
 
+class Numbered(torch.nn.Module):
+    """A block that needs to know which text it is working on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return x + self.layer(x) * ids[..., None]
+
+
+class Telling(torch.nn.Module):
+    """A model that tells its blocks the token ids, as an argument without a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = torch.nn.Embedding(20, 8), torch.nn.ModuleList([Numbered(), Numbered()])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, input_ids)
+        return x
+
+
+def test_blocks_that_need_more_than_hidden_states_are_refused() -> None:
+    same = torch.arange(6).repeat(3, 1)
+    assert Blocks(Telling(), same).name == "blocks"  # what they need is the same for all texts
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*--preset fast"):
+        Blocks(Telling(), torch.arange(18).reshape(3, 6))
+
+
 def test_a_model_without_blocks_is_an_error() -> None:
-    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*stack of like blocks"):
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*stack of blocks"):
         find_blocks(torch.nn.Linear(2, 2))
 
 
@@ -264,6 +310,30 @@ def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Pa
         tensors = json.loads((tmp_path / name / MANIFEST).read_text())["tensors"]
         found.append([tensors[n]["effective_bits"] for n in ("model.embed_tokens.weight", "lm_head.weight")])
     assert found == [[8, 8], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--preset", "fast"], ["--preset", "best", "--bits", "6"], ["--preset", "best", "--bits", "4", "--window", "4"]],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(job(tmp_path, tmp_path / "out", *options)) == 1
+    assert "SCHEMA.VALUE" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[quantize.Progress] = []
+    plain = quantize.Progress.__init__
+
+    def keep(self: Any, *args: Any, **options: Any) -> None:
+        plain(self, *args, **options)
+        seen.append(self)
+
+    monkeypatch.setattr(quantize.Progress, "__init__", keep)
+    assert main(job(tmp_path, tmp_path / "out")) == 0
+    assert seen[0].done == seen[0].total
 
 
 def test_a_window_needs_a_preset_with_a_trellis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

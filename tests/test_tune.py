@@ -119,6 +119,7 @@ def test_an_interrupted_run_continues_with_the_same_bytes(
     assert (tmp_path / ".out.tuning").is_file() and not (tmp_path / "out").exists()
     calls = 100
     assert run(lab, tmp_path / "out") == 0
+    assert not (tmp_path / ".out.tuning").exists()
     assert calls == 100 + 2 + 10 + 2, "seven steps were not taken again"
     assert not (tmp_path / ".out.tuning").exists()
     for path in (tmp_path / "whole").iterdir():
