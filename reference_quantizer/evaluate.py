@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from reference_quantizer import __version__, gguf_source, samples
 from reference_quantizer.calibration import find_bos
+from reference_quantizer.progress import Progress
 from reference_quantizer.quantize import check_device
 from reference_quantizer.source import Source, file_sha256, open_source, weights_sha256
 from reference_quantizer.windows import Window, batches, read_corpus, same_data, sliding_windows
@@ -156,7 +156,7 @@ def evaluate(
         if settings.kl or kept.nll is None:
             base_model = load_base(source, manifest.loader_kind, settings)
         runner = Runner(base_model, model, kept, tokens, windows, bos, settings)
-        results = runner.run(partial, Progress(len(windows), quiet))
+        results = runner.run(partial, Progress(len(windows), quiet, action="evaluating", unit="window"))
         before = time.monotonic()
         logits = kept.logits if base_model is None else samples.prompt_logits(base_model, tokenizer, settings.device)
         assert logits is not None  # kept together with the windows
@@ -248,7 +248,7 @@ class Runner:
         self.tokens, self.windows, self.bos = torch.from_numpy(tokens.astype(np.int64)), windows, bos
         self.starts = np.cumsum([0, *(w.predicted for w in windows)])  # of each window's positions
 
-    def run(self, partial: Path, progress: "Progress") -> list[Result]:
+    def run(self, partial: Path, progress: Progress) -> list[Result]:
         """The result of each window; what `partial` holds is taken from it, the rest is appended batch by batch."""
         groups = list(batches(self.windows, self.settings.batch or 1))
         results = read_partial(partial)
@@ -576,34 +576,3 @@ def describe(summary: dict[str, Any]) -> str:
     if kl:
         lines.insert(2, f"KL (nats)     mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
     return "\n".join(lines)
-
-
-class Progress:
-    """Units done: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
-
-    def __init__(
-        self, total: int, quiet: bool = False, every: float = 10.0, action: str = "evaluating", unit: str = "window"
-    ) -> None:
-        self.total, self.done, self.every, self.action, self.unit = total, 0, every, action, unit
-        self._lines = not quiet and not sys.stderr.isatty()
-        self._last = time.monotonic()
-        self._bar = None
-        if not quiet and not self._lines:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit=unit, desc=action, file=sys.stderr)
-
-    def advance(self, units: int) -> None:
-        """Count `units` more as done."""
-        self.done += units
-        if self._bar is not None:
-            self._bar.update(units)
-        elif self._lines and time.monotonic() - self._last >= self.every:
-            self._last = time.monotonic()
-            print(f"{self.action}: {self.done:,} of {self.total:,} {self.unit}s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from reference_quantizer import __version__, codebook, feedback, support, trelli
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.encode import Encoded, Encoder, encode, normalise
 from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
+from reference_quantizer.progress import Progress
 from reference_quantizer.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
 from reference_quantizer.source import Info, Reader, Source
 from tqformat.embed import stamped_loader
@@ -50,7 +50,7 @@ def quantize(
     source: Source,
     plan: Plan,
     target: Target,
-    progress: "Progress | None" = None,
+    progress: Progress | None = None,
     calibration: Calibration | None = None,
 ) -> Path:
     """Write the repository that `plan` describes; returns its path. Interrupted, the same call continues.
@@ -166,7 +166,7 @@ def _add_calibrated(
     target: Target,
     calibration: Calibration,
     make_encoder: Callable[[TensorPlan], Encoder],
-    progress: "Progress",
+    progress: Progress,
 ) -> None:
     """Encode the linear layers of the model's blocks with error feedback, each with the inputs that it will get.
 
@@ -258,7 +258,7 @@ def _add_quantized(
     workers: "Workers",
     item: TensorPlan,
     encoder: Encoder,
-    progress: "Progress",
+    progress: Progress,
 ) -> None:
     """Encode one weight chunk by chunk, as the writer asks for them."""
     info, bits, g = item.info, item.bits or 0, item.vector_length
@@ -310,7 +310,7 @@ def choose_scale_dtype(reader: Reader, workers: "Workers", info: Info, vector_le
     return wanted
 
 
-def _advance(chunk: memoryview, progress: "Progress", info: Info) -> Tensor:
+def _advance(chunk: memoryview, progress: Progress, info: Info) -> Tensor:
     progress.advance(len(chunk) * info.scalars // max(1, info.nbytes))
     return torch.frombuffer(chunk, dtype=torch.uint8)
 
@@ -355,34 +355,3 @@ class Workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-class Progress:
-    """Scalars done: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
-
-    def __init__(self, total: int, quiet: bool = False, every: float = 10.0) -> None:
-        self.total, self.done, self.every = total, 0, every
-        self._lines = not quiet and not sys.stderr.isatty()
-        self._start = self._last = time.monotonic()
-        self._bar = None
-        if not quiet and not self._lines:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="w", unit_scale=True, desc="quantizing", file=sys.stderr)
-
-    def advance(self, scalars: int) -> None:
-        """Count `scalars` more as done."""
-        self.done += scalars
-        if self._bar is not None:
-            self._bar.update(scalars)
-        elif self._lines and time.monotonic() - self._last >= self.every:
-            self._last = time.monotonic()
-            rate = self.done / (self._last - self._start) / 1e6
-            share = 100 * self.done / max(1, self.total)
-            print(f"quantizing: {share:.0f}% of {self.total:,} weights, {rate:.1f} M/s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
