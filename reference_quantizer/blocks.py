@@ -1,17 +1,24 @@
 """A model, one block of layers after another: what reaches its linear layers when it reads the calibration tokens.
 
-Only the hidden states at the entrance of the current block are kept, and only that block is on the device in float32. The
-layers in front of the first block and behind the last one are run by the model itself.
+Only the hidden states at the entrance of the current block are kept, in memory or in a file, and only that block is on the
+device in float32. The layers in front of the first block and behind the last one are run by the model itself.
+
+What reaches a layer behind encoded ones is not what reached it in the base model. With `paired` the walk has both: the
+base model's hidden states go through each block before its weights are changed, and what its layers are given then is
+kept until the block is done. From the pairs follow the weights that a layer should rather have; see `Moments`.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tqformat.load_quantized import TQFormatError
 
@@ -40,6 +47,28 @@ class Group:
         return next(iter(self.layers.values()))
 
 
+class Moments(NamedTuple):
+    """Means over the tokens, float32 on the device: x is a layer's input [cols], x0 what it was in the base model.
+
+    d is what the stream of hidden states lacks where the layer's output is added to it, so that an output of W x0 + d would
+    put the stream right. All three are divided by the mean square of x.
+    """
+
+    hessian: Tensor  # x xᵗ [cols, cols]
+    shift: Tensor | None = None  # (x0 - x) xᵗ [cols, cols]; None: unknown
+    drift: Tensor | None = None  # d xᵗ [rows, cols]; None: unknown, or the layer's output goes elsewhere
+
+
+class Place(NamedTuple):
+    """Where a layer's output is added to the stream: the stream is what `stream` is given before the layer is called.
+
+    What is added is the output itself, or what `norm` makes of it.
+    """
+
+    stream: nn.Module
+    norm: nn.Module | None
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of blocks with the most parameters, the outer one of nested ones; SCHEMA.VALUE where there is none."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
@@ -50,16 +79,33 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class Blocks:
-    """Walks through the blocks of `model` with the tokens `ids` [sequences, length]; see the module's docstring."""
+    """Walks through the blocks of `model` with the tokens `ids` [sequences, length]; see the module's docstring.
 
-    def __init__(self, model: nn.Module, ids: Tensor, device: str = "cpu", bfloat16: bool | None = None) -> None:
-        self.model, self.ids, self.device = model.eval(), ids, device
+    Hidden states and kept inputs go to files in `folder`, where one is given; they are of no use after the walk.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        device: str = "cpu",
+        bfloat16: bool | None = None,
+        paired: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.ids, self.device, self.folder = model.eval(), ids, device, folder
         self.bfloat16 = has_bfloat16(device) if bfloat16 is None else bfloat16  # products alone; sums are float32
         self.name, self.blocks = find_blocks(model)
         self.position = 0
         self._options = self._block_options()  # of each block: what it is called with beside the hidden states
         self.hidden = self._entrance()  # [sequences, length, width] float32, on the CPU
         self._check()
+        self.base = self._room("base", self.hidden.shape).copy_(self.hidden) if paired else None  # of the base model
+        self._kept: dict[
+            nn.Module, Tensor
+        ] = {}  # what the base model's block gives these modules [sequences, length, n]
+        self._gains: dict[nn.Module, Tensor] = {}  # input over output of norms in front of the stream, alike
+        self._places: dict[nn.Module, Place] = {}  # of the linear layers of the current block
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The blocks that are left, each in float32 on the device; changed weights take effect in what follows."""
@@ -74,7 +120,10 @@ class Blocks:
             self.position += 1
 
     def groups(self, block: nn.Module) -> list[Group]:
-        """The linear layers of `block` that are called, those with the same input together."""
+        """The linear layers of `block` that are called, those with the same input together.
+
+        With `paired` it is asked once for each block, before the weights change: the base model reads the block here.
+        """
         names = {module: f"{self.name}.{self.position}.{n}.weight" for n, module in block.named_modules()}
         inputs: list[tuple[Tensor, dict[str, nn.Linear]]] = []
         seen: set[nn.Module] = set()
@@ -91,41 +140,131 @@ class Blocks:
 
         hooks = [m.register_forward_pre_hook(note) for m in block.modules() if isinstance(m, nn.Linear)]
         self._forward(block, self.hidden[:1])
-        for hook in hooks:
-            hook.remove()
-        return [Group(layers) for _, layers in inputs]
+        _remove(hooks)
+        groups = [Group(layers) for _, layers in inputs]
+        if self.base is not None:
+            self._read_base(block, {group.first for group in groups})
+        return groups
 
-    def hessian(self, block: nn.Module, group: Group) -> Tensor:
-        """The sum of x xᵗ over the inputs of `group`, float32 [cols, cols] on the device; its mean diagonal is 1."""
+    def moments(self, block: nn.Module, group: Group) -> dict[str, Moments]:
+        """The moments of each layer of `group`, with what its inputs are now; without `paired`, the Hessian alone."""
         layer, found = group.first, []
+        places = {name: self._places[m] for name, m in group.layers.items() if m in self._places}
+        streams: dict[nn.Module, Tensor] = {}
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             found.append(args[0].reshape(-1, layer.in_features).float())
             raise _Reached
 
-        hook = layer.register_forward_pre_hook(keep)
-        total = torch.zeros(layer.in_features, layer.in_features, device=self.device)
+        hooks = [layer.register_forward_pre_hook(keep)]
+        for module in {place.stream for place in places.values()}:
+            hooks.append(module.register_forward_pre_hook(lambda m, args: streams.update({m: args[0].float()})))
+        square = torch.zeros(layer.in_features, layer.in_features, device=self.device)
+        shift = torch.zeros_like(square) if layer in self._kept else None
+        drifts = {n: torch.zeros(group.layers[n].weight.shape, device=self.device) for n in places}
         for k in range(0, len(self.hidden), BATCH):
             try:
                 self._forward(block, self.hidden[k : k + BATCH])
             except _Reached:
                 x = found.pop()
-                total.addmm_(x.T, x)
-        hook.remove()
-        mean = total.diagonal().mean()
-        return total / mean if mean > 0 else total
+                square.addmm_(x.T, x)
+                if shift is not None:
+                    before = self._kept[layer][k : k + BATCH].to(self.device).reshape(x.shape)
+                    shift.addmm_((before.float() - x.to(before.dtype).float()).T, x)  # both rounded, if at all
+                for name, (module, norm) in places.items():
+                    lack = self._kept[module][k : k + BATCH].to(self.device) - streams[module]
+                    if norm is not None:
+                        lack *= self._gains[norm][k : k + BATCH].to(self.device)
+                    drifts[name].addmm_(lack.reshape(len(x), -1).T, x)
+        _remove(hooks)
+        mean = square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        shared = square / mean, None if shift is None else shift / mean
+        return {n: Moments(*shared, drifts[n] / mean if n in drifts else None) for n in group.layers}
+
+    def _read_base(self, block: nn.Module, layers: set[nn.Linear]) -> None:
+        """Let the base model's hidden states through the block, and keep what they give `layers`.
+
+        Layers whose inputs are not [sequences, length, n], such as experts with tokens of their own, have no pairs.
+        """
+        assert self.base is not None
+        shape, low = self.hidden.shape[:2], torch.bfloat16 if self.bfloat16 else torch.float32
+        self._places = self._find_places(block)
+        self._kept, self._gains, k = {}, {}, 0
+
+        def keep(store: dict[nn.Module, Tensor], module: nn.Module, value: Tensor, dtype: torch.dtype) -> None:
+            if value.dim() != 3 or value.shape[1] != shape[1]:
+                return
+            if module not in store:
+                store[module] = self._room(f"{len(self._kept)}-{len(self._gains)}", (*shape, value.shape[2]), dtype)
+            store[module][k : k + BATCH] = value.cpu()
+
+        def keep_gain(norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            y, z = args[0].float(), out.float()
+            keep(self._gains, norm, torch.where(z == 0, 0.0, y / z), torch.float32)
+
+        hooks = [m.register_forward_pre_hook(lambda m, args: keep(self._kept, m, args[0], low)) for m in layers]
+        for module in {place.stream for place in self._places.values()}:
+            hook = module.register_forward_pre_hook(lambda m, args: keep(self._kept, m, args[0], torch.float32))
+            hooks.append(hook)
+        hooks += [place.norm.register_forward_hook(keep_gain) for place in self._places.values() if place.norm]
+        for k in range(0, len(self.base), BATCH):
+            self.base[k : k + BATCH] = self._forward(block, self.base[k : k + BATCH]).float().cpu()
+        _remove(hooks)
+
+    def _find_places(self, block: nn.Module) -> dict[nn.Module, Place]:
+        """Where the linear layers of the block add their outputs to the stream, found by looking at the sums."""
+        hidden = self.hidden[:1]
+        entered: list[tuple[nn.Module, Tensor]] = []
+        left: list[tuple[nn.Module, Tensor, Tensor, int]] = []  # with the number of modules entered before
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
+                entered.append((module, args[0]))
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.shape == hidden.shape:
+                left.append((module, args[0], out, len(entered)))
+
+        modules = [m for m in block.modules() if m is not block]
+        hooks = [m.register_forward_pre_hook(enter) for m in modules] + [
+            m.register_forward_hook(leave) for m in modules
+        ]
+        end = self._call(block, hidden, self.device)
+        _remove(hooks)
+        places: dict[nn.Module, Place] = {}
+        for layer, _, out, count in left:
+            if not isinstance(layer, nn.Linear):
+                continue
+            added = [(None, out)] + [(m, z) for m, x, z, _ in left if x is out]
+            sums = [t for _, t in entered[count:]] + [end]
+            for (norm, z), (module, s), t in itertools.product(added, entered[:count], sums):
+                if (t - s - z).norm() <= 1e-4 * z.norm():
+                    places.setdefault(layer, Place(module, norm))
+        return places
+
+    def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A large tensor to write to, on the CPU: in memory, or in a file, whose pages the system moves as it has to."""
+        with torch.inference_mode(False):  # hooks ask for it, too, and what they get is written to later
+            if self.folder is None:
+                return torch.empty(shape, dtype=dtype)
+            path = str(self.folder / f"spilled-{name}")
+            return torch.from_file(path, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
 
     def save(self, path: Path) -> None:
         """Keep the place and the hidden states in `path`, which appears complete or not at all."""
         new = path.with_name(f"{path.name}.new")
+        base = {} if self.base is None else {"base": self.base.numpy()}
         with open(new, "wb") as file:
-            np.savez(file, position=self.position, hidden=self.hidden.numpy())
+            np.savez(file, position=self.position, hidden=self.hidden.numpy(), **base)
         new.replace(path)
 
     def restore(self, path: Path) -> None:
         """Inverse of save. The weights of the blocks before the place are of no more account."""
         with np.load(path, allow_pickle=False) as kept:
-            self.position, self.hidden = int(kept["position"]), torch.from_numpy(kept["hidden"])
+            self.position = int(kept["position"])
+            self.hidden.copy_(torch.from_numpy(kept["hidden"]))
+            if self.base is not None:
+                self.base.copy_(torch.from_numpy(kept["base"]))
 
     def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
@@ -174,10 +313,14 @@ class Blocks:
         return options
 
     def _entrance(self) -> Tensor:
-        found: list[Tensor] = []
+        hidden, k = torch.empty(0), 0
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args[0] if args else kwargs["hidden_states"]).float())
+            nonlocal hidden
+            found = args[0] if args else kwargs["hidden_states"]
+            if not len(hidden):
+                hidden = self._room("hidden", (len(self.ids), *found.shape[1:]))
+            hidden[k : k + BATCH] = found
             raise _Reached
 
         hook = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
@@ -188,7 +331,12 @@ class Blocks:
             except _Reached:
                 pass
         hook.remove()
-        return torch.cat(found).clone()
+        return hidden
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _moved(value: Any, device: str) -> Any:

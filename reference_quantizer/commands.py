@@ -41,6 +41,7 @@ about ten seconds. An interrupted run continues when the same command is given a
 """
 EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
+INPUTS = ("original", "quantized", "paired")
 FEEDBACK_TOKENS = 32768  # of calibration text for error feedback, unless another number is given
 STYLE = argparse.RawDescriptionHelpFormatter
 
@@ -196,6 +197,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
         args.device,
         args.max_shard_size,
         args.overwrite,
+        args.spill,
         extra,
     )
     progress = Progress(sum(t.info.scalars for t in plan.tensors), args.quiet)
@@ -295,6 +297,8 @@ def settings(args: argparse.Namespace) -> Settings:
         protect=tuple(args.protect),
         protect_fragments=tuple(args.protect_fragment),
         protected_bits=args.protected_bits,
+        inputs=args.calibration_inputs,
+        ordered=args.activation_order,
     )
 
 
@@ -438,6 +442,12 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration (for the presets balanced and best, and for mixed precision)")
     help_ = "text to measure on: a file, id:config on the Hub, or self: the model writes it (default: self); repeatable"
     group.add_argument("--calibration", metavar="TEXT", action="append", help=help_)
+    help_ = "what the layers are fitted to: what reaches them in the original model, in the quantized one, or both, so that each layer "
+    help_ += "makes up for what the ones before it lost (default: %(default)s)"
+    group.add_argument("--calibration-inputs", choices=INPUTS, default="paired", help=help_)
+    help_ = "encode columns of more power first, as GPTQ's activation order does"
+    group.add_argument("--activation-order", action="store_true", help=help_)
+    group.add_argument("--spill", action="store_true", help="keep hidden states in files beside OUT, not in memory")
     help_ = f"tokens of it (default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation)"
     group.add_argument("--calibration-tokens", metavar="N", type=integer(1, 2**40), help=help_)
 

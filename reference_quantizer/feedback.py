@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reference_quantizer import search_torch, trellis
+from reference_quantizer.blocks import Moments
 from reference_quantizer.encode import Encoder, fit_dtype
 from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
@@ -33,20 +34,47 @@ class Encoded(NamedTuple):
     output_error: float  # tr(D H D^t) / tr(W H W^t)
 
 
-def encode(weight: Tensor, hessian: Tensor, encoder: Encoder, bits: int, window: int, tile_rows: int) -> Encoded:
+def wanted(weight: Tensor, moments: Moments) -> Tensor:
+    """What `weight` [rows, cols] should rather be for the inputs that the layer now gets, float32.
+
+    The least squares of V x against W x0 + d (see blocks.Moments), V - W damped as the Hessian is. GPTAQ
+    (arXiv:2504.02692) aims at W x0; with d, the output also makes up for what the stream lost in front of the layer.
+    """
+    lack = torch.zeros_like(weight) if moments.drift is None else moments.drift.clone()
+    if moments.shift is not None:
+        lack += weight @ moments.shift
+    if not lack.any():
+        return weight
+    return weight + torch.linalg.solve(damped(moments.hessian.double()), lack.double().T).T.float()
+
+
+def encode(
+    weight: Tensor,
+    hessian: Tensor,
+    encoder: Encoder,
+    bits: int,
+    window: int,
+    tile_rows: int,
+    ordered: bool = False,
+) -> Encoded:
     """Encode `weight` [rows, cols] float32 for inputs with `hessian` [cols, cols] float32.
 
     With window > bits, tiles are [tile_rows, 1] and `tile_rows` divides rows; with window = bits it is of no account.
     The scale of a vector is its root mean square while the codes are chosen, and is then fitted by least squares in the
-    norm of the Hessian. A vector of zeros gets the scale 0.
+    norm of the Hessian. A vector of zeros gets the scale 0. `ordered`: columns of more power are encoded first.
     """
     g, rotation = encoder.vector_length, encoder.rotation
-    rows = len(weight)
+    rows, cols = weight.shape
     y = rotate(weight, rotation)
     h = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
     scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
-    upper = inverse_factor(h)
-    symbols = _search(y, scales, upper, encoder.levels, bits, window, tile_rows)
+    if ordered:
+        order = h.diagonal().argsort(descending=True, stable=True)
+        each = scales.repeat_interleave(g, 1)[:, order] if g < cols else scales
+        upper = inverse_factor(h[order][:, order])
+        symbols = _search(y[:, order], each, upper, encoder.levels, bits, window, tile_rows)[:, order.argsort()]
+    else:
+        symbols = _search(y, scales, inverse_factor(h), encoder.levels, bits, window, tile_rows)
     chosen = encoder.levels[symbols]
     fitted = fit_scales(y, chosen, damped(h), scales)
     fitted = fitted.clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)

@@ -43,9 +43,12 @@ class Settings:
     protect: tuple[str, ...] = ()
     protect_fragments: tuple[str, ...] = ()
     protected_bits: int | None = None  # None: passthrough
+    inputs: str = "paired"  # of calibrated layers: original, quantized, paired
+    ordered: bool = False  # feedback from the columns of more power to those of less
 
     def to_quantization(self) -> dict[str, Any]:
         """The manifest's `quantization` object [TQ-MAN-5]."""
+        calibrated = {} if self.preset == "fast" else {"inputs": self.inputs, "activation_order": self.ordered}
         return {
             "method": PRESETS[self.preset][0],
             "bits": self.bits,
@@ -60,7 +63,7 @@ class Settings:
             "protected_names": list(self.protect),
             "protected_fragments": list(self.protect_fragments),
             "protected_bits": self.protected_bits,
-            "extra": {"preset": self.preset, "window": self.window},
+            "extra": {"preset": self.preset, "window": self.window} | calibrated,
         }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reference_quantizer import __version__, codebook, feedback, support, trellis
+from reference_quantizer.blocks import Blocks, Moments
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.encode import Encoded, Encoder, encode, normalise
 from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
@@ -43,6 +44,7 @@ class Target:
     device: str = "cpu"
     max_shard_bytes: int = 5_000_000_000
     overwrite: bool = False
+    spill: bool = False  # hidden states of the calibration go to files
     extra: dict[str, Any] | None = None  # of the manifest
 
 
@@ -101,7 +103,7 @@ def quantize(
                 unit = torch.eye(item.info.cols, device=target.device)
                 encoder = make_encoder(item)
                 with workers.waiting():
-                    _add_encoded(writer, item, encoder, weight, unit, settings, False)
+                    _add_encoded(writer, item, encoder, weight, Moments(unit), settings, False)
                 progress.advance(item.info.scalars)
             else:
                 _add_quantized(writer, reader, workers, item, make_encoder(item), progress)
@@ -170,9 +172,9 @@ def _add_calibrated(
 ) -> None:
     """Encode the linear layers of the model's blocks with error feedback, each with the inputs that it will get.
 
-    A block's inputs are those that the encoded blocks before it give; within a block, those of the layers encoded so far.
+    With `settings.inputs` other than "original", these are what the encoded blocks before it give, and within a block the
+    layers encoded so far.
     """
-    from reference_quantizer.blocks import Blocks
     from reference_quantizer.evaluate import Settings as Arithmetic
     from reference_quantizer.evaluate import load_base
 
@@ -180,7 +182,14 @@ def _add_calibrated(
         t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
     }
     model = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
-    blocks, state = Blocks(model, calibration.ids, target.device), writer.scratch / "hidden.npz"
+    inputs, state = plan.settings.inputs, writer.scratch / "hidden.npz"
+    blocks = Blocks(
+        model,
+        calibration.ids,
+        target.device,
+        paired=inputs == "paired",
+        folder=writer.scratch if target.spill else None,
+    )
     if state.is_file():
         blocks.restore(state)
     seen = {name for name in items if name in writer.done}
@@ -191,14 +200,14 @@ def _add_calibrated(
             chosen = {name: layer for name, layer in group.layers.items() if name in items}
             if not chosen:
                 continue
-            hessian = blocks.hessian(block, group)
+            moments = blocks.moments(block, group)
             for name, layer in chosen.items():
                 item, known = items[name], name in writer.done
-                weight = layer.weight.data
-                encoder = make_encoder(item)
-                weight.copy_(
-                    _add_encoded(None if known else writer, item, encoder, weight, hessian, plan.settings, True)
-                )
+                encoder, weight = make_encoder(item), layer.weight.data
+                job = item, encoder, weight, moments[name], plan.settings, True
+                decoded = _add_encoded(None if known else writer, *job)
+                if inputs != "original":
+                    weight.copy_(decoded)
                 if name not in seen:
                     progress.advance(item.info.scalars)
                 seen.add(name)
@@ -217,21 +226,24 @@ def _add_encoded(
     item: TensorPlan,
     encoder: Encoder,
     weight: Tensor,
-    hessian: Tensor,
+    moments: Moments,
     settings: Settings,
     calibrated: bool,
 ) -> Tensor:
-    """Encode `weight` [rows, cols] for inputs with `hessian`, add it unless `writer` is None; returns the decoded weight."""
+    """Encode `weight` [rows, cols] for inputs with `moments`, add it unless `writer` is None; returns the decoded weight."""
     info, bits, rows = item.info, item.bits or 0, item.tile_rows
     window = (settings.window or 0) if rows else bits
-    found = feedback.encode(weight, hessian, encoder, bits, window, rows)
+    target = feedback.wanted(weight, moments)
+    found = feedback.encode(target, moments.hessian, encoder, bits, window, rows, settings.ordered)
     decoded = found.decoded.to(torch_dtype(info.dtype)).float()
     if writer is None:
         return decoded
     symbols = found.symbols.cpu()
     if rows:  # [TQ-CODE-3]: tiles of one column, row-major over the grid
         symbols = symbols.reshape(-1, rows, info.cols).transpose(1, 2).reshape(-1, rows)
-    extra: dict[str, Any] = {"relative_error": _rounded(found.relative_error)}
+    norm = float(weight.square().sum())
+    error = float((found.decoded - weight).square().sum())  # from what is wanted, it is found.relative_error
+    extra: dict[str, Any] = {"relative_error": _rounded(error / norm if norm else 0.0)}
     extra |= {"output_error": _rounded(found.output_error)} if calibrated else {}
     g = encoder.vector_length
     stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}

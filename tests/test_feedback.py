@@ -1,8 +1,10 @@
 """Error feedback: the loops against plain numpy, what it gains, blocks of a model, and whole jobs."""
 
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from reference_quantizer import feedback, quantize
 from reference_quantizer.__main__ import main
-from reference_quantizer.blocks import Blocks, find_blocks
+from reference_quantizer.blocks import Blocks, Moments, find_blocks
 from reference_quantizer.codebook import lloyd_max_levels
 from reference_quantizer.encode import Encoder
 from reference_quantizer.encode import encode as encode_nearest
@@ -107,6 +109,19 @@ def test_a_trellis_beats_scalar_codes_of_the_same_bits() -> None:
     assert encode(w, h, make_encoder(128, 2, window=8), 2, 8, 64).output_error < 0.85 * scalar
 
 
+@pytest.mark.parametrize(("window", "g"), [(3, 64), (3, 16), (8, 64), (8, 16)])
+def test_the_order_of_columns(window: int, g: int) -> None:
+    """Columns of more power first is the same as a permuted problem, and better where their power is uneven."""
+    w, power = gaussian(64, 64), torch.linspace(0.01, 3, 64)
+    h = correlated(64) * power * power[:, None]
+    encoder = replace(make_encoder(64, 3, g, None if window == 3 else window), rotation=make_rotation("identity", 1, 0))
+    plain, ordered = (encode(w, h, encoder, 3, window, 64, first) for first in (False, True))
+    assert ordered.output_error < 0.9 * plain.output_error
+    for found in (plain, ordered):
+        scales = found.scales.float().repeat_interleave(g, 1)
+        assert torch.equal(encoder.levels[found.symbols] * scales, found.decoded)
+
+
 @pytest.mark.parametrize("g", [16, 64])
 def test_fitted_scales_are_the_best(g: int) -> None:
     y, h = gaussian(8, 64), correlated(64) + torch.eye(64)
@@ -175,8 +190,10 @@ def test_blocks_give_what_the_model_gives(tmp_path: Path) -> None:
     for block in blocks:
         for group in blocks.groups(block):
             x = torch.cat(wanted[next(iter(group.layers))])
-            h = x.T @ x
-            assert torch.allclose(blocks.hessian(block, group), h / h.diagonal().mean(), rtol=1e-3, atol=1e-4)
+            h = x.T @ x / x.square().sum() * x.shape[1]
+            for moments in blocks.moments(block, group).values():
+                assert torch.allclose(moments.hessian, h, rtol=1e-3, atol=1e-4)
+                assert moments.shift is None and moments.drift is None
             seen += group.layers
     assert sorted(seen) == sorted(linears) and len(linears) == 7 * len(find_blocks(model)[1])
 
@@ -198,6 +215,112 @@ def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = model.model(input_ids=ids).last_hidden_state
         assert torch.allclose(model.model.norm(blocks.hidden), wanted, atol=1e-5)
+
+
+def test_pairs_with_the_base_model(tmp_path: Path) -> None:
+    """Both moments of differences are those of two models that are run in one piece, the second one with changed weights."""
+    model, ids = load_tiny(tmp_path), torch.arange(60).reshape(10, 6) % 20
+    changed = copy.deepcopy(model)
+    for layer in changed.model.layers:
+        layer.self_attn.v_proj.weight.data.mul_(0.5)
+        layer.mlp.up_proj.weight.data.mul_(1.5)
+    before, after = see_inputs(model, ids), see_inputs(changed, ids)
+    blocks, seen = Blocks(model, ids, bfloat16=False, paired=True, folder=tmp_path), []
+    for k, block in enumerate(blocks):
+        groups = blocks.groups(block)
+        block.load_state_dict(changed.model.layers[k].state_dict())
+        for group in groups:
+            for name, moments in blocks.moments(block, group).items():
+                x, x0 = (inputs[name.removesuffix(".weight")].flatten(0, 1) for inputs in (after, before))
+                scale = x.square().sum() / x.shape[1]
+                assert moments.shift is not None
+                assert torch.allclose(moments.shift, (x0 - x).T @ x / scale, atol=1e-4)
+                stream = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}.get(name.split(".")[-2])
+                assert (moments.drift is None) == (stream is None), name
+                if moments.drift is not None:
+                    s, s0 = (i[f"model.layers.{k}.{stream}"].flatten(0, 1) for i in (after, before))
+                    assert torch.allclose(moments.drift, (s0 - s).T @ x / scale, atol=1e-4)
+                seen.append(name)
+    assert len(seen) == 14 and blocks.base is not None
+    assert torch.allclose(blocks.base, see_inputs(model_again(tmp_path), ids)["model.norm"], atol=1e-5)
+
+
+def model_again(tmp_path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+
+def see_inputs(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What each module of `model` is given first."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: found.update({n: args[0]}) if args else None)
+        for n, m in model.named_modules()
+    ]
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_norms_in_front_of_the_stream(tmp_path: Path) -> None:
+    """Gemma 3 adds the norm of a layer's output: an output moved by d * gain moves the stream by nearly d."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 20, "sliding_window": 16}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **more)).eval()
+    blocks = Blocks(model, torch.arange(12).reshape(2, 6), bfloat16=False, paired=True)
+    block = next(iter(blocks))
+    blocks.groups(block)
+    norms = {"o_proj": block.post_attention_layernorm, "down_proj": block.post_feedforward_layernorm}
+    layers = {"o_proj": block.self_attn.o_proj, "down_proj": block.mlp.down_proj}
+    assert set(blocks._places) == set(layers.values())
+    for name, layer in layers.items():
+        norm = norms[name]
+        assert blocks._places[layer].norm is norm
+        y = torch.randn(32)
+        gain = y / norm(y)
+        d = 1e-3 * torch.randn(32)
+        d -= d * y @ gain / (y @ gain * gain) * gain  # along y the norm does not move
+        assert torch.allclose(norm(y + d * gain) - norm(y), d, atol=2e-4)
+
+
+def test_what_is_wanted_is_the_least_squares_answer() -> None:
+    w, x0 = gaussian(8, 16), torch.randn(500, 16, generator=torch.Generator().manual_seed(5))
+    x = x0 + 0.3 * torch.randn(500, 16, generator=torch.Generator().manual_seed(6)) @ gaussian(16, 16)
+    d = torch.randn(500, 8, generator=torch.Generator().manual_seed(7))
+    scale = x.square().mean() * 500
+    moments = Moments(x.T @ x / scale, (x0 - x).T @ x / scale, d.T @ x / scale)
+
+    def error(v: Tensor) -> float:
+        fit = (x @ v.T - x0 @ w.T - d).square().sum() / scale
+        return float(fit + feedback.DAMPING * (v - w).square().sum())
+
+    v = feedback.wanted(w, moments)
+    for seed in range(20):
+        assert error(v) < error(v + 0.01 * gaussian(8, 16, seed))
+    assert feedback.wanted(w, Moments(moments.hessian)) is w
+    assert torch.equal(feedback.wanted(w, Moments(moments.hessian, torch.zeros(16, 16))), w)
+
+
+def test_layers_make_up_for_what_was_lost_in_front_of_them(tmp_path: Path) -> None:
+    ids, distance = torch.arange(400).reshape(20, 20) * 7 % 20, []
+    for correct in (False, True):
+        blocks = Blocks(load_tiny(tmp_path), ids, bfloat16=False, paired=True)
+        for block in blocks:
+            for group in blocks.groups(block):
+                moments = blocks.moments(block, group)
+                for name, layer in group.layers.items():
+                    if "v_proj" in name or "up_proj" in name:
+                        layer.weight.data += 0.3 * gaussian(*layer.weight.shape) * layer.weight.std()
+                    elif correct:
+                        layer.weight.data = feedback.wanted(layer.weight.data, moments[name])
+        distance.append(float((blocks.hidden - blocks.base).square().sum()))
+    assert distance[1] < 0.5 * distance[0]
 
 
 class Numbered(torch.nn.Module):
@@ -300,6 +423,36 @@ def test_an_interrupted_job_continues_with_the_same_bytes(tmp_path: Path, monkey
     assert calls - 10 < 14, "the first block was not encoded again"
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_hidden_states_in_files_give_the_same_bytes(tmp_path: Path) -> None:
+    assert main(job(tmp_path, tmp_path / "out")) == 0
+    assert main(job(tmp_path, tmp_path / "spilled", "--spill")) == 0
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "spilled" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("inputs", ["original", "quantized", "paired"])
+def test_which_inputs_the_layers_are_fitted_to(tmp_path: Path, inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shifts: list[bool] = []
+    plain = feedback.wanted
+
+    def note(weight: Tensor, moments: Moments) -> Tensor:
+        shifts.append(moments.shift is not None)
+        return plain(weight, moments)
+
+    monkeypatch.setattr(feedback, "wanted", note)
+    options = ["--calibration-inputs", inputs, "--activation-order"]
+    assert main(job(tmp_path, tmp_path / inputs, *options)) == 0
+    manifest = json.loads((tmp_path / inputs / MANIFEST).read_text())
+    assert manifest["quantization"]["extra"]["inputs"] == inputs
+    assert shifts == [inputs == "paired"] * 14
+    first = manifest["tensors"]["model.layers.0.self_attn.q_proj.weight"]["extra"]  # nothing is lost in front of it
+    last = manifest["tensors"]["model.layers.1.mlp.down_proj.weight"]["extra"]
+    assert main(job(tmp_path, tmp_path / "other", "--calibration-inputs", "original", "--activation-order")) == 0
+    other = json.loads((tmp_path / "other" / MANIFEST).read_text())["tensors"]
+    assert other["model.layers.0.self_attn.q_proj.weight"]["extra"] == first
+    assert (other["model.layers.1.mlp.down_proj.weight"]["extra"] == last) == (inputs == "original")
 
 
 def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Path) -> None:
