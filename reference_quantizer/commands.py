@@ -445,8 +445,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "what the layers are fitted to: what reaches them in the original model, in the quantized one, or both, so that each layer "
     help_ += "makes up for what the ones before it lost (default: %(default)s)"
     group.add_argument("--calibration-inputs", choices=INPUTS, default="paired", help=help_)
-    help_ = "encode columns of more power first, as GPTQ's activation order does"
-    group.add_argument("--activation-order", action="store_true", help=help_)
+    help_ = "encode columns of more power first, as GPTQ's option of this name does (default: yes)"
+    group.add_argument("--activation-order", action=argparse.BooleanOptionalAction, default=True, help=help_)
     group.add_argument("--spill", action="store_true", help="keep hidden states in files beside OUT, not in memory")
     help_ = f"tokens of it (default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation)"
     group.add_argument("--calibration-tokens", metavar="N", type=integer(1, 2**40), help=help_)

@@ -20,6 +20,10 @@ from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+STRENGTH = (
+    0.5  # of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much
+)
+RIDGE = 0.1  # the damping of that
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
 
@@ -34,10 +38,10 @@ class Encoded(NamedTuple):
     output_error: float  # tr(D H D^t) / tr(W H W^t)
 
 
-def wanted(weight: Tensor, moments: Moments) -> Tensor:
+def wanted(weight: Tensor, moments: Moments, strength: float = STRENGTH, damping: float = RIDGE) -> Tensor:
     """What `weight` [rows, cols] should rather be for the inputs that the layer now gets, float32.
 
-    The least squares of V x against W x0 + d (see blocks.Moments), V - W damped as the Hessian is. GPTAQ
+    W + strength * (V - W), where V are the least squares of V x against W x0 + d (see blocks.Moments), V - W damped. GPTAQ
     (arXiv:2504.02692) aims at W x0; with d, the output also makes up for what the stream lost in front of the layer.
     """
     lack = torch.zeros_like(weight) if moments.drift is None else moments.drift.clone()
@@ -45,7 +49,8 @@ def wanted(weight: Tensor, moments: Moments) -> Tensor:
         lack += weight @ moments.shift
     if not lack.any():
         return weight
-    return weight + torch.linalg.solve(damped(moments.hessian.double()), lack.double().T).T.float()
+    h = damped(moments.hessian.double(), damping)
+    return weight + strength * torch.linalg.solve(h, lack.double().T).T.float()
 
 
 def encode(
@@ -55,7 +60,7 @@ def encode(
     bits: int,
     window: int,
     tile_rows: int,
-    ordered: bool = False,
+    ordered: bool = True,
 ) -> Encoded:
     """Encode `weight` [rows, cols] float32 for inputs with `hessian` [cols, cols] float32.
 

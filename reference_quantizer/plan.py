@@ -44,7 +44,7 @@ class Settings:
     protect_fragments: tuple[str, ...] = ()
     protected_bits: int | None = None  # None: passthrough
     inputs: str = "paired"  # of calibrated layers: original, quantized, paired
-    ordered: bool = False  # feedback from the columns of more power to those of less
+    ordered: bool = True  # feedback from the columns of more power to those of less
 
     def to_quantization(self) -> dict[str, Any]:
         """The manifest's `quantization` object [TQ-MAN-5]."""

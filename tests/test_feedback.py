@@ -298,11 +298,12 @@ def test_what_is_wanted_is_the_least_squares_answer() -> None:
 
     def error(v: Tensor) -> float:
         fit = (x @ v.T - x0 @ w.T - d).square().sum() / scale
-        return float(fit + feedback.DAMPING * (v - w).square().sum())
+        return float(fit + 0.2 * (v - w).square().sum())
 
-    v = feedback.wanted(w, moments)
+    v = feedback.wanted(w, moments, strength=1, damping=0.2)
     for seed in range(20):
         assert error(v) < error(v + 0.01 * gaussian(8, 16, seed))
+    assert torch.allclose(feedback.wanted(w, moments, strength=0.25, damping=0.2), w + (v - w) / 4, atol=1e-6)
     assert feedback.wanted(w, Moments(moments.hessian)) is w
     assert torch.equal(feedback.wanted(w, Moments(moments.hessian, torch.zeros(16, 16))), w)
 
@@ -320,7 +321,7 @@ def test_layers_make_up_for_what_was_lost_in_front_of_them(tmp_path: Path) -> No
                     elif correct:
                         layer.weight.data = feedback.wanted(layer.weight.data, moments[name])
         distance.append(float((blocks.hidden - blocks.base).square().sum()))
-    assert distance[1] < 0.5 * distance[0]
+    assert distance[1] < 0.8 * distance[0]
 
 
 class Numbered(torch.nn.Module):
@@ -442,14 +443,14 @@ def test_which_inputs_the_layers_are_fitted_to(tmp_path: Path, inputs: str, monk
         return plain(weight, moments)
 
     monkeypatch.setattr(feedback, "wanted", note)
-    options = ["--calibration-inputs", inputs, "--activation-order"]
+    options = ["--calibration-inputs", inputs]
     assert main(job(tmp_path, tmp_path / inputs, *options)) == 0
     manifest = json.loads((tmp_path / inputs / MANIFEST).read_text())
     assert manifest["quantization"]["extra"]["inputs"] == inputs
     assert shifts == [inputs == "paired"] * 14
     first = manifest["tensors"]["model.layers.0.self_attn.q_proj.weight"]["extra"]  # nothing is lost in front of it
     last = manifest["tensors"]["model.layers.1.mlp.down_proj.weight"]["extra"]
-    assert main(job(tmp_path, tmp_path / "other", "--calibration-inputs", "original", "--activation-order")) == 0
+    assert main(job(tmp_path, tmp_path / "other", "--calibration-inputs", "original")) == 0
     other = json.loads((tmp_path / "other" / MANIFEST).read_text())["tensors"]
     assert other["model.layers.0.self_attn.q_proj.weight"]["extra"] == first
     assert (other["model.layers.1.mlp.down_proj.weight"]["extra"] == last) == (inputs == "original")
