@@ -8,7 +8,7 @@ the same as LDLQ, arXiv:2307.13304, theorem 6). Rows lie along the last axis, so
 import numpy as np
 from numba import njit
 
-from reference_quantizer import vector_search, viterbi
+from reference_quantizer import viterbi
 
 
 @njit(nogil=True, fastmath=True, cache=True)
@@ -73,26 +73,3 @@ def encode_trellis(targets, scales, roots, upper, levels, table, branches, overl
         for k in range(rows):
             chosen[k] = levels[symbols[i, k]] * scale[k]
         _feed_back(i, targets, chosen, upper, error)
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def encode_vector(targets, scales, factors, book, low, high, symbols):
-    """Fills symbols [cols / p, rows] with the nearest entries of `book` [p, entries]; `low` and `high` are those of `vector_search`.
-
-    `factors` [cols, cols] spread what a block of p columns misses over the columns that follow; `targets` [cols, rows] is changed.
-    """
-    (cols, rows), p = targets.shape, book.shape[0]
-    group = cols // scales.shape[0]
-    x, error = np.empty(p, np.float32), np.empty((p, rows), np.float32)
-    bounds, distances = np.empty(low.shape[1], np.float32), np.empty(vector_search.SIZE, np.float32)
-    for i in range(0, cols, p):
-        scale = scales[i // group]
-        for k in range(rows):
-            for j in range(p):
-                x[j] = targets[i + j, k] / scale[k] if scale[k] > 0 else np.float32(0)
-            entry = vector_search.nearest_entry(x, book, low, high, bounds, distances)
-            symbols[i // p, k] = entry
-            for j in range(p):
-                error[j, k] = targets[i + j, k] - book[j, entry] * scale[k]
-        for j in range(p):
-            _subtract(targets[i + p :], factors[i + j, i + p :], error[j])

@@ -103,7 +103,7 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return nearest_torch(x, levels)
     symbols = np.empty(len(x), np.int32)
-    _loops()[1].nearest_entries(np.ascontiguousarray(x.numpy()), *_boxes(levels), symbols)
+    _loops().nearest_entries(np.ascontiguousarray(x.numpy()), *_boxes(levels), symbols)
     return torch.from_numpy(symbols)
 
 
@@ -143,7 +143,7 @@ def search_torch(y: Tensor, scales: Tensor, factors: Tensor, levels: Tensor) -> 
 
 
 def _search_loops(y: Tensor, scales: Tensor, factors: Tensor, levels: Tensor) -> Tensor:
-    loops, (rows, cols) = _loops()[0], y.shape
+    loops, (rows, cols) = _loops(), y.shape
     symbols = np.empty((rows, cols // levels.shape[1]), np.int32)
     boxes, weights = _boxes(levels), factors.numpy()
 
@@ -161,16 +161,16 @@ def _search_loops(y: Tensor, scales: Tensor, factors: Tensor, levels: Tensor) ->
 
 def _boxes(levels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The levels [p, entries], and the least and largest coordinates [p, blocks] in each block of entries."""
-    table, first = levels.numpy(), np.arange(0, len(levels), _loops()[1].SIZE)
+    table, first = levels.numpy(), np.arange(0, len(levels), _loops().SIZE)
     parts = table, np.minimum.reduceat(table, first), np.maximum.reduceat(table, first)
     book, low, high = (np.ascontiguousarray(part.T) for part in parts)
     return book, low, high
 
 
-def _loops() -> tuple[Any, Any]:
+def _loops() -> Any:
     try:
-        from reference_quantizer import ldlq, vector_search
+        from reference_quantizer import vector_search  # and so numba
     except ImportError:
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "vector codes", advice) from None
-    return ldlq, vector_search
+    return vector_search

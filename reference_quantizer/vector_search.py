@@ -8,7 +8,9 @@ exact, whatever the order of the entries; it is fast where neighbours in the cod
 import numpy as np
 from numba import njit
 
-SIZE = 32  # entries of a block
+from reference_quantizer.ldlq import _subtract
+
+SIZE = 64  # entries of a block
 
 
 @njit(nogil=True, fastmath=True, cache=True)
@@ -26,7 +28,7 @@ def _best_of_block(target, book, begin, distances):
     for j in range(1, end - begin):
         best = min(best, distances[j])
     entry = 0
-    while distances[entry] > best:
+    while entry < end - begin - 1 and distances[entry] > best:
         entry += 1
     return best, begin + entry
 
@@ -61,3 +63,26 @@ def nearest_entries(targets, book, low, high, symbols):
     bounds, distances = np.empty(low.shape[1], np.float32), np.empty(SIZE, np.float32)
     for i in range(targets.shape[0]):
         symbols[i] = nearest_entry(targets[i], book, low, high, bounds, distances)
+
+
+@njit(nogil=True, fastmath=True, cache=True)
+def encode_vector(targets, scales, factors, book, low, high, symbols):
+    """Fills symbols [cols / p, rows] with the nearest entries of `book` [p, entries]; `low` and `high` are as above.
+
+    `factors` [cols, cols] spread what a block of p columns misses over the columns that follow; `targets` [cols, rows] is changed.
+    """
+    (cols, rows), p = targets.shape, book.shape[0]
+    group = cols // scales.shape[0]
+    x, error = np.empty(p, np.float32), np.empty((p, rows), np.float32)
+    bounds, distances = np.empty(low.shape[1], np.float32), np.empty(SIZE, np.float32)
+    for i in range(0, cols, p):
+        scale = scales[i // group]
+        for k in range(rows):
+            for j in range(p):
+                x[j] = targets[i + j, k] / scale[k] if scale[k] > 0 else np.float32(0)
+            entry = nearest_entry(x, book, low, high, bounds, distances)
+            symbols[i // p, k] = entry
+            for j in range(p):
+                error[j, k] = targets[i + j, k] - book[j, entry] * scale[k]
+        for j in range(p):
+            _subtract(targets[i + p :], factors[i + j, i + p :], error[j])
