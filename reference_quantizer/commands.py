@@ -30,6 +30,8 @@ EXAMPLES = """examples:
   python -m reference_quantizer quantize owner/name ./out --bits 4 --protect-fragment embed_tokens --protected-bits 8
   python -m reference_quantizer quantize ./model ./out --bits 3 --include '*.layers.*.weight' --exclude '*conv1d*'
   python -m reference_quantizer quantize model.gguf ./out --bits 4
+  python -m reference_quantizer quantize ./model ./out --bits 2 --dimension 8 --calibration text.txt
+  python -m reference_quantizer quantize ./model ./out --stages 3,sign
   python -m reference_quantizer release ./model ./out --bits 4 --dataset corpus.txt
   python -m reference_quantizer push ./out owner/name --private --dry-run
 
@@ -349,7 +351,13 @@ def _refuse_revision(args: argparse.Namespace) -> None:
 
 def _width(plan: Plan) -> str:
     if plan.allocation is None:
-        return f"{plan.settings.bits} bit"
+        bits, p, stages = plan.settings.bits, plan.settings.dimension, plan.settings.stages
+        words = [
+            f"{bits} bit",
+            f"{p} weights a symbol" * (p > 1),
+            f"in stages of {', '.join(map(str, stages))}" * bool(stages),
+        ]
+        return ", ".join(filter(None, words))
     return f"mixed precision in at most {plan.allocation.record['extra']['target_bytes']:,} bytes"
 
 

@@ -93,7 +93,7 @@ def test_e8_points_are_those_of_the_shifted_lattice_nearest_to_0() -> None:
     unit = np.abs(points).min() * 4  # the coordinates are odd multiples of a quarter
     points, radius = points / unit, radius / unit
 
-    def distance(x: np.ndarray) -> np.ndarray:  # to the nearest point of D8, by the rule of Conway and Sloane (1982)
+    def even(x: np.ndarray) -> np.ndarray:  # the nearest point of D8, by the rule of Conway and Sloane (1982)
         near = np.round(x)
         worst = np.abs(x - near).argmax(1)
         other = near.copy()
@@ -101,7 +101,7 @@ def test_e8_points_are_those_of_the_shifted_lattice_nearest_to_0() -> None:
         return np.where((near.sum(1) % 2 == 0)[:, None], near, other)
 
     def lattice(x: np.ndarray) -> np.ndarray:  # the nearest point of E8 + 1/4
-        found = np.stack([distance(x - s) + s for s in (0.25, 0.75)])
+        found = np.stack([even(x - s) + s for s in (0.25, 0.75)])
         return np.take_along_axis(found, np.square(found - x).sum(-1).argmin(0)[None, :, None], 0)[0]
 
     assert np.abs(lattice(points) - points).max() < 1e-4
@@ -359,6 +359,16 @@ def test_an_interrupted_job_of_stages_continues_with_the_same_bytes(
     assert main(["quantize", str(path), str(tmp_path / "out"), *options]) == 0
     assert main(["quantize", str(path), str(tmp_path / "straight"), *options]) == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("quick_books")
+def test_the_card_says_what_the_codes_are(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    path, out = make(sample_tensors()), tmp_path / "out"
+    assert main(["quantize", str(path), str(out), "--stages", "2,sign", "--dimension", "2", "--quiet"]) == 0
+    assert main(["card", str(out)]) == 0
+    text = (out / "README.md").read_text()
+    for words in ("up to 2 neighbouring coordinates", "stages of 2, sign bits", "2411.17525", "--stages 2,sign --"):
+        assert words in text, words
 
 
 def test_rows_that_p_does_not_divide_have_a_smaller_one(
