@@ -68,7 +68,7 @@ def encode(x: Tensor, encoder: Encoder) -> Encoded:
     """Encode the rows `x` [rows, cols] float32, all finite.
 
     The scale is ||v|| / sqrt(G) or the least-squares <y, c> / <c, c>, whichever leaves the smaller error after it is
-    rounded to the scale dtype (y: the rotated vector, c: its levels). A vector of zeros gets the scale 0.
+    rounded to the scale dtype (y: the rotated vector, c: its levels), unless it shall be unbiased. A vector of zeros gets the scale 0.
     """
     unit, rms = normalise(x, encoder.vector_length)
     y = rotate(unit, encoder.rotation)  # [vectors, G], root mean square 1

@@ -36,7 +36,7 @@ class Settings:
     preset: str = "fast"
     window: int | None = None  # of trellis codes; None: no trellis
     dimension: int = 1  # weights per symbol
-    stages: tuple[int | str, ...] = ()  # bits of each, or SIGN; together `bits`. None: one stage
+    stages: tuple[int | str, ...] = ()  # bits of each, or SIGN; together `bits`; empty: one stage
     rotation: str = "hadamard"  # hadamard, haar, none
     vector_length: int | None = None  # None: the whole row
     seed: int = 42
@@ -73,10 +73,9 @@ class Settings:
     @property
     def method(self) -> str:
         """The name that is recorded."""
-        name = "turboquant_prod" if SIGN in self.stages else PRESETS[self.preset][0]
-        return (
-            f"{name}{'_vector' * (self.dimension > 1)}{'_stages' * (len(self.stages) > 1 and SIGN not in self.stages)}"
-        )
+        prod = SIGN in self.stages
+        name = "turboquant_prod" if prod else PRESETS[self.preset][0]
+        return name + "_vector" * (self.dimension > 1) + "_stages" * (bool(self.stages) and not prod)
 
 
 @dataclass(frozen=True)
@@ -253,6 +252,8 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     if kind != "identity" and size < g:
         what = f"rotated in blocks of {size}" if size > 1 else "not rotated"
         tell(f"vectors of {g}: {what}, the largest size that {settings.rotation} has for them")
+    if SIGN in settings.stages and size == 1:
+        tell(f"vectors of {g}: not rotated, so inner products with them are not unbiased")
     kind = "identity" if size == 1 else kind
     tile_rows = choose_tile_rows(info, bits, settings.window)
     p = 1 if protected else choose_dimension(g, settings.dimension)

@@ -385,6 +385,11 @@ def test_rows_that_p_does_not_divide_have_a_smaller_one(
     assert sum("8 do not divide them" in note for note in plan["notes"]) == 2
 
 
+def test_a_sign_without_rotation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert main(["plan", str(make({"a.weight": torch.zeros(4, 7)})), "--stages", "2,sign", "--json"]) == 0
+    assert any("not unbiased" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
