@@ -281,7 +281,7 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
 
     settings, rotations, books = plans[0].settings, {}, {}
     for plan in plans:
-        for name, (kind, size) in plan.transforms.items():
+        for name, (kind, size, _) in plan.transforms.items():
             matrix = haar_matrix(settings.seed, size) if kind == "dense" and name not in rotations else None
             if name not in rotations:
                 rotations[name] = make_rotation(kind, size, settings.seed, matrix, device)
@@ -298,7 +298,7 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
             rows = sample_rows(reader, info).to(device)
             for j, column in enumerate(columns):
                 item = column[name]
-                rotation, levels = rotations[item.transform], books[item.bits, g]
+                rotation, levels = rotations[item.stages[0].transform], books[item.bits, g]
                 encoder = Encoder(g, rotation, levels, torch_dtype(scale_dtype), torch_dtype(info.dtype))
                 found = encode(rows, encoder)
                 errors[k, j] = found.squared_error / found.squared_norm if found.squared_norm else 0.0

@@ -366,7 +366,7 @@ def _more_options(quantization: dict[str, Any]) -> list[str]:
     calibration = quantization["calibration"]
     unknown = {
         "calibration": calibration and "names" not in calibration.get("extra", {}),
-        "extra": quantization["extra"].keys() - {"preset", "window"},
+        "extra": quantization["extra"].keys() - {"preset", "window", "dimension", "stages"},
     }
     return [key for key, found in unknown.items() if found]
 
@@ -374,14 +374,16 @@ def _more_options(quantization: dict[str, Any]) -> list[str]:
 def _width_arguments(quantization: dict[str, Any]) -> list[str]:
     """The primary width or the target that an allocator was given, the preset, and the calibration of both."""
     allocation, calibration = (quantization.get(key) or {} for key in ("allocation", "calibration"))
-    if not allocation:
+    if stages := quantization.get("extra", {}).get("stages"):
+        arguments = ["--stages", ",".join(map(str, stages))]
+    elif not allocation:
         arguments = ["--bits", f"{quantization['bits']:g}"]
     else:
         target, nbytes = allocation.get("target_bits"), allocation.get("extra", {}).get("target_bytes")
         arguments = ["--target-bpw", f"{target:g}"] if target is not None else ["--target-bytes", str(nbytes)]
         arguments += ["--candidate-bits", ",".join(f"{bits:g}" for bits in allocation.get("candidate_bits", []))]
         arguments += ["--allocator", allocation["allocator"]]
-    for key in ("preset", "window"):
+    for key in ("preset", "window", "dimension"):
         if (value := quantization.get("extra", {}).get(key)) is not None:
             arguments += [f"--{key}", str(value)]
     names = calibration.get("extra", {}).get("names", [])

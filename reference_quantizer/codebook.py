@@ -1,6 +1,13 @@
-"""Scalar codebooks: the Lloyd-Max levels of SPEC section 7 (arXiv:2504.19874, Lemma 1 and section 3.1)."""
+"""Scalar codebooks: the Lloyd-Max levels of SPEC section 7 (arXiv:2504.19874, Lemma 1 and section 3.1).
+
+Also where trained codebooks of other kinds are kept between runs.
+"""
 
 import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -34,3 +41,28 @@ def _running_integral(grid: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The trapezoid integral of `values` from the first point of the even `grid` to each point; [grid] float64."""
     step = (grid[-1] - grid[0]) / (len(grid) - 1)
     return np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) * (step / 2))])
+
+
+def kept_levels(name: str, shape: tuple[int, ...], train: Callable[[], np.ndarray]) -> np.ndarray:
+    """The levels of `shape` in the user's cache under `name`; where they are missing or damaged, what `train` gives. Float32, read-only.
+
+    What is kept is rounded to float16.
+    """
+    path = _cache() / f"{name}.npy"
+    try:
+        levels = np.load(path).astype(np.float32)
+        if levels.shape != shape or not np.isfinite(levels).all():
+            raise ValueError(path)
+    except (OSError, ValueError):
+        levels = train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, levels.astype(np.float16))
+        os.replace(file.name, path)
+    levels.flags.writeable = False
+    return levels
+
+
+def _cache() -> Path:
+    """Where evaluate keeps its results, too."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqformat"

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reference_quantizer import allocate, gguf_source, report, support
-from reference_quantizer.plan import EMBEDDINGS, HEADS, PRESETS, WINDOWED_BITS, Plan, Settings, make_plan
+from reference_quantizer.plan import (
+    EMBEDDINGS,
+    HEADS,
+    MAX_SYMBOL,
+    PRESETS,
+    SIGN,
+    WINDOWED_BITS,
+    Plan,
+    Settings,
+    make_plan,
+)
 from reference_quantizer.source import Source, open_source
 from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS, MANIFEST, TQFormatError
@@ -20,6 +30,8 @@ EXAMPLES = """examples:
   python -m reference_quantizer quantize owner/name ./out --bits 4 --protect-fragment embed_tokens --protected-bits 8
   python -m reference_quantizer quantize ./model ./out --bits 3 --include '*.layers.*.weight' --exclude '*conv1d*'
   python -m reference_quantizer quantize model.gguf ./out --bits 4
+  python -m reference_quantizer quantize ./model ./out --bits 2 --dimension 8 --calibration text.txt
+  python -m reference_quantizer quantize ./model ./out --stages 3,sign
   python -m reference_quantizer release ./model ./out --bits 4 --dataset corpus.txt
   python -m reference_quantizer push ./out owner/name --private --dry-run
 
@@ -282,10 +294,31 @@ def settings(args: argparse.Namespace) -> Settings:
         raise TQFormatError("SCHEMA.VALUE", "--window", f"expected more than --bits {args.bits}, got {window}")
     if args.window is not None and PRESETS[preset][1] is None:
         raise TQFormatError("SCHEMA.VALUE", "--window", f"the preset {preset} has no trellis codes; use --preset best")
+    stages = args.stages or ()
+    bits = sum(1 if word == SIGN else word for word in stages) or args.bits
+    if stages and preset != "fast":
+        advice = f"error feedback has one stage; use --preset fast, or --bits {bits}"
+        raise TQFormatError("SCHEMA.VALUE", f"--stages with --preset {preset}", advice)
+    if SIGN in stages and args.rotation == "none":
+        raise TQFormatError(
+            "SCHEMA.VALUE", "--stages", "a sign is unbiased after a rotation only; use another --rotation"
+        )
+    widest = max((word for word in stages if word != SIGN), default=bits)
+    if args.dimension > 1 and preset == "best":
+        advice = "trellis codes have one weight per symbol; use --preset balanced or fast"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", advice)
+    if args.dimension > 1 and sized:
+        advice = "mixed precision has codebooks of one weight per symbol; use --bits"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", advice)
+    if args.dimension * widest > MAX_SYMBOL:
+        advice = f"expected at most {MAX_SYMBOL} bits per symbol, got {args.dimension} weights of {widest} bits"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", f"{advice}; use fewer of either, or --stages")
     return Settings(
-        bits=args.bits,
+        bits=bits,
         preset=preset,
         window=window,
+        dimension=args.dimension,
+        stages=stages,
         rotation=args.rotation,
         vector_length=args.vector_length,
         seed=args.seed,
@@ -322,7 +355,13 @@ def _refuse_revision(args: argparse.Namespace) -> None:
 
 def _width(plan: Plan) -> str:
     if plan.allocation is None:
-        return f"{plan.settings.bits} bit"
+        bits, p, stages = plan.settings.bits, plan.settings.dimension, plan.settings.stages
+        words = [
+            f"{bits} bit",
+            f"{p} weights a symbol" * (p > 1),
+            f"in stages of {', '.join(map(str, stages))}" * bool(stages),
+        ]
+        return ", ".join(filter(None, words))
     return f"mixed precision in at most {plan.allocation.record['extra']['target_bytes']:,} bytes"
 
 
@@ -408,7 +447,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     # the default is text, which argparse converts: it tells a given --bits 2 from none only if the two are not one object
     help_ = "bits per weight, 1 to 8 (default: %(default)s)"
     size.add_argument("--bits", type=integer(1, 8), default="2", help=help_)
+    help_ = "residual quantization: bits of each stage, of which each but the first encodes what is left, such as 2,2; "
+    help_ += "sign for the last one makes inner products unbiased (TurboQuant-prod), such as 3,sign (preset fast)"
+    size.add_argument("--stages", metavar="N,N,...", type=_stages, help=help_)
     allocate.add_target_arguments(size)
+    help_ = "weights per symbol, whose codebook is then trained for so many; bits per symbol are at most 16 "
+    help_ += "(default: %(default)s; presets fast and balanced)"
+    method.add_argument("--dimension", metavar="P", type=int, choices=(1, 2, 4, 8), default=1, help=help_)
     rotations = ("hadamard", "haar", "none")
     help_ = "random rotation of each vector; haar is stored in the payload (default: %(default)s)"
     method.add_argument("--rotation", choices=rotations, default="hadamard", help=help_)
@@ -422,6 +467,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--iterations", metavar="N", type=integer(1, 4096), default=96, help=help_)
     help_ = "dtype of the scales; auto is f16, but bf16 where they leave f16's normal range (default: %(default)s)"
     method.add_argument("--scale-dtype", choices=("auto", "f16", "bf16", "f32"), default="auto", help=help_)
+
+
+def _stages(text: str) -> tuple[int | str, ...]:
+    words = text.split(",")
+    stages = tuple(int(word) if word.isdecimal() else word for word in words)
+    plain = stages[:-1] if stages[-1] == SIGN else stages
+    fine = 2 <= len(stages) <= 8 and all(isinstance(s, int) and 1 <= s <= 8 for s in plain)
+    if not fine:
+        raise argparse.ArgumentTypeError(f"expected 2 to 8 integers from 1 to 8, the last may be {SIGN}, got {text}")
+    return stages
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,21 @@
-"""TurboQuant-mse (arXiv:2504.19874, algorithm 1) for a chunk of rows: normalise, rotate, nearest level, scale.
+"""TurboQuant (arXiv:2504.19874, algorithms 1 and 2) for a chunk of rows: normalise, rotate, nearest level, scale.
 
-Nothing here knows of files: tensors go in, symbols and scales come out. `decode` is the inverse of `encode`.
+Nothing here knows of files: tensors go in, symbols and scales come out. `decode` is the inverse of `encode`, and
+`encode_stages` encodes what each stage leaves by the next one.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from reference_quantizer import vector
 from reference_quantizer.rotation import Rotation, rotate, unrotate
+
+SIGN_LEVELS = (-math.sqrt(math.pi / 2), math.sqrt(math.pi / 2))
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,15 @@ class Encoder:
 
     vector_length: int  # G
     rotation: Rotation
-    levels: Tensor  # [entries] float32, ascending
+    levels: Tensor  # float32, [entries] ascending, or [entries, p]
     scale_dtype: torch.dtype
     dtype: torch.dtype  # of the decoded weight
+    unbiased: bool = False  # see _unbiased_scales
+
+    @property
+    def dimension(self) -> int:
+        """p, weights per symbol."""
+        return self.levels.shape[1] if self.levels.dim() == 2 else 1
 
     @property
     def borders(self) -> Tensor:
@@ -31,7 +43,7 @@ class Encoder:
 class Encoded(NamedTuple):
     """The symbols and scales of a chunk of rows, and how far their product is from the rows."""
 
-    symbols: Tensor  # [rows, cols] uint8
+    symbols: Tensor  # [rows, cols / p], uint8 or int32
     scales: Tensor  # [rows, cols / G] of the encoder's scale dtype, finite, >= 0
     squared_error: float  # before rounding to the weight's dtype
     squared_norm: float
@@ -56,13 +68,49 @@ def encode(x: Tensor, encoder: Encoder) -> Encoded:
     """Encode the rows `x` [rows, cols] float32, all finite.
 
     The scale is ||v|| / sqrt(G) or the least-squares <y, c> / <c, c>, whichever leaves the smaller error after it is
-    rounded to the scale dtype (y: the rotated vector, c: its levels). A vector of zeros gets the scale 0.
+    rounded to the scale dtype (y: the rotated vector, c: its levels), unless it shall be unbiased. A vector of zeros gets the scale 0.
     """
     unit, rms = normalise(x, encoder.vector_length)
     y = rotate(unit, encoder.rotation)  # [vectors, G], root mean square 1
-    symbols = nearest(y, encoder.borders)
-    c = _levels(symbols, encoder)
+    if encoder.dimension > 1:
+        symbols = vector.nearest(y.reshape(-1, encoder.dimension), encoder.levels)
+    else:
+        symbols = nearest(y, encoder.borders)
+    c = _levels(symbols, encoder).reshape(y.shape)
+    divisor = torch.where(rms > 0, rms, 1.0)
+    scales = _unbiased_scales(y, c, rms, encoder) if encoder.unbiased else _best_scales(y, c, rms, encoder)
+    fit_dtype(scales, c, encoder)
 
+    residual = y - c * (scales.double() / divisor).float()[:, None]
+    error = (residual * residual).sum(-1, dtype=torch.float64) * rms * rms
+    norm = (rms * rms).sum().item() * encoder.vector_length
+    (rows, cols), g, p = x.shape, encoder.vector_length, encoder.dimension
+    return Encoded(symbols.reshape(rows, cols // p), scales.reshape(rows, cols // g), error.sum().item(), norm)
+
+
+def encode_stages(x: Tensor, encoders: list[Encoder]) -> list[Encoded]:
+    """Encode the rows `x` as `encode` does, and what each stage leaves by the next one of `encoders` (residual quantization).
+
+    The `squared_error` of a stage is that of the sum up to there; every `squared_norm` is that of x.
+    """
+    found = [encode(x, encoders[0])]
+    total = torch.zeros_like(x)
+    for before, encoder in pairwise(encoders):
+        total += decode(found[-1].symbols, found[-1].scales, before)
+        result = encode(x - total, encoder)
+        limit = torch.finfo(encoder.dtype).max * (1 - 2.0**-16)
+        peak = (total + decode(result.symbols, result.scales, encoder)).abs()
+        far = (peak > limit).reshape(*result.scales.shape, encoder.vector_length).any(-1)
+        if bool(far.any()):  # the sum would leave the weight's dtype [TQ-NUM-6]: this stage adds nothing there
+            result.scales[far] = 0
+            error = (x - total - decode(result.symbols, result.scales, encoder)).double().square().sum().item()
+            result = result._replace(squared_error=error)
+        found.append(result._replace(squared_norm=found[0].squared_norm))
+    return found
+
+
+def _best_scales(y: Tensor, c: Tensor, rms: Tensor, encoder: Encoder) -> Tensor:
+    """The scales [vectors] of `encode` for the levels c [vectors, G] of the vectors y, which were divided by rms [vectors]."""
     power = (c * c).sum(-1, dtype=torch.float64)
     optimum = (y * c).sum(-1, dtype=torch.float64) / torch.where(power > 0, power, 1.0)  # in units of rms
     divisor = torch.where(rms > 0, rms, 1.0)
@@ -70,13 +118,22 @@ def encode(x: Tensor, encoder: Encoder) -> Encoded:
     candidates = torch.stack([optimum.clamp_min(0) * rms, rms]).clamp_max(limit).to(encoder.scale_dtype)
     # The error is <c, c> (s - optimum)^2 plus a constant: the candidate nearer to the optimum is the better one.
     distance = (candidates.double() / divisor - optimum).abs()
-    scales = torch.where(distance[0] <= distance[1], candidates[0], candidates[1])
-    fit_dtype(scales, c, encoder)
+    return torch.where(distance[0] <= distance[1], candidates[0], candidates[1])
 
-    residual = y - c * (scales.double() / divisor).float()[:, None]
-    error = (residual * residual).sum(-1, dtype=torch.float64) * rms * rms
-    norm = (rms * rms).sum().item() * encoder.vector_length
-    return Encoded(symbols.reshape(x.shape), scales.reshape(x.shape[0], -1), error.sum().item(), norm)
+
+def _unbiased_scales(y: Tensor, c: Tensor, rms: Tensor, encoder: Encoder) -> Tensor:
+    """The scales [vectors] with <y, s c> = <y, y>: inner products with what is decoded are then right on average.
+
+    The last stage of TurboQuant-prod (arXiv:2504.19874, algorithm 2) keeps the signs of S r and decodes sqrt(pi / 2) / G ||r|| Sᵗ sign(S r),
+    S being Gaussian. With an orthogonal T and levels c = ±sqrt(pi / 2) that is scale * Tᵗ c with a scale of ||r|| / sqrt(G), for
+    then T is S / sqrt(G) up to the lengths of its rows. Here the scale is ||r||^2 / <T r, c> (as in RaBitQ, arXiv:2405.12497), which
+    is near that and makes the component along r exact for every T. For a uniformly random T what lies across r averages to 0, since T and
+    T after a reflection that keeps r are equally likely. So the average is r. For a Hadamard T with random signs it is nearly that.
+    """
+    product = (y * c).sum(-1, dtype=torch.float64)
+    power = (y * y).sum(-1, dtype=torch.float64)
+    ratio = torch.where(product > 0, power / torch.where(product > 0, product, 1.0), 0.0)
+    return (ratio * rms).clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
 
 
 def nearest(y: Tensor, borders: Tensor) -> Tensor:
@@ -106,10 +163,10 @@ def fit_dtype(scales: Tensor, levels: Tensor, encoder: Encoder) -> None:
 
 def decode(symbols: Tensor, scales: Tensor, encoder: Encoder) -> Tensor:
     """Inverse of encode, float32 [rows, cols], before rounding to the weight's dtype."""
-    y = _levels(symbols.reshape(-1, encoder.vector_length), encoder) * scales.reshape(-1, 1).float()
-    return unrotate(y, encoder.rotation).reshape(symbols.shape)
+    y = _levels(symbols, encoder).reshape(-1, encoder.vector_length) * scales.reshape(-1, 1).float()
+    return unrotate(y, encoder.rotation).reshape(len(symbols), symbols.shape[1] * encoder.dimension)
 
 
 def _levels(symbols: Tensor, encoder: Encoder) -> Tensor:
-    """The levels that symbols [vectors, G] select, float32 [vectors, G]."""
-    return torch.index_select(encoder.levels, 0, symbols.reshape(-1).int()).reshape(symbols.shape)
+    """The levels that `symbols` select one after another, float32 [symbols] or [symbols, p]."""
+    return torch.index_select(encoder.levels, 0, symbols.reshape(-1).int())

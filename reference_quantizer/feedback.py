@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import search_torch, trellis
+from reference_quantizer import search_torch, trellis, vector
 from reference_quantizer.blocks import Moments
 from reference_quantizer.encode import Encoder, fit_dtype
 from reference_quantizer.rotation import rotate, unrotate
@@ -31,7 +31,7 @@ SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
 class Encoded(NamedTuple):
     """The codes of a weight, and how far it is from them."""
 
-    symbols: Tensor  # [rows, cols] int32
+    symbols: Tensor  # [rows, cols / p] int32
     scales: Tensor  # [rows, cols / G] of the encoder's scale dtype, finite, >= 0
     decoded: Tensor  # [rows, cols] float32, before rounding to the weight's dtype
     relative_error: float  # ||D||^2 / ||W||^2
@@ -74,13 +74,15 @@ def encode(
     h = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
     scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
     if ordered:
-        order = h.diagonal().argsort(descending=True, stable=True)
-        each = scales.repeat_interleave(g, 1)[:, order] if g < cols else scales
-        upper = inverse_factor(h[order][:, order])
-        symbols = _search(y[:, order], each, upper, encoder.levels, bits, window, tile_rows)[:, order.argsort()]
+        p = encoder.dimension
+        order = h.diagonal().reshape(-1, p).sum(1).argsort(descending=True, stable=True)  # of symbols
+        columns = torch.arange(cols, device=y.device).reshape(-1, p)[order].flatten()
+        each = scales.repeat_interleave(g // p, 1)[:, order] if g < cols else scales
+        upper = inverse_factor(h[columns][:, columns])
+        symbols = _search(y[:, columns], each, upper, encoder.levels, bits, window, tile_rows)[:, order.argsort()]
     else:
         symbols = _search(y, scales, inverse_factor(h), encoder.levels, bits, window, tile_rows)
-    chosen = encoder.levels[symbols]
+    chosen = encoder.levels[symbols].reshape(y.shape)
     fitted = fit_scales(y, chosen, damped(h), scales)
     fitted = fitted.clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
     flat = fitted.reshape(-1)
@@ -157,7 +159,9 @@ def _fit_rows(y: Tensor, chosen: Tensor, scales: Tensor, h: Tensor) -> Tensor:
 
 
 def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int, window: int, tile_rows: int) -> Tensor:
-    """The symbols int32 [rows, cols]: on a GPU by `search_torch`, else by the loops of `ldlq`, one thread for each row tile."""
+    """The symbols int32 [rows, cols / p]: on a GPU by `search_torch`, else by the loops of `ldlq`, one thread for each row tile."""
+    if levels.dim() == 2:
+        return vector.search(y, scales, upper, levels)
     if y.device.type != "cpu":
         return search_torch.search(y, scales, upper, levels, bits, window, tile_rows)
     try:

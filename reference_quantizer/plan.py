@@ -1,5 +1,6 @@
 """What becomes of each tensor of a checkpoint, decided from names, shapes and dtypes alone; `quantize` executes it."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +23,8 @@ PRESETS = {  # name -> method recorded, and window of its codes (None: no wider 
     "balanced": ("feedback", None),
     "best": ("feedback_trellis", 12),
 }
+SIGN = "sign"  # in place of a stage's bits: one unbiased bit
+MAX_SYMBOL = 16  # bits [TQ-CODE-1]
 LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
 
 
@@ -32,6 +35,8 @@ class Settings:
     bits: int = 2
     preset: str = "fast"
     window: int | None = None  # of trellis codes; None: no trellis
+    dimension: int = 1  # weights per symbol
+    stages: tuple[int | str, ...] = ()  # bits of each, or SIGN; together `bits`; empty: one stage
     rotation: str = "hadamard"  # hadamard, haar, none
     vector_length: int | None = None  # None: the whole row
     seed: int = 42
@@ -50,7 +55,7 @@ class Settings:
         """The manifest's `quantization` object [TQ-MAN-5]."""
         calibrated = {} if self.preset == "fast" else {"inputs": self.inputs, "activation_order": self.ordered}
         return {
-            "method": PRESETS[self.preset][0],
+            "method": self.method,
             "bits": self.bits,
             "seed": self.seed,
             "rotation": self.rotation,
@@ -63,8 +68,18 @@ class Settings:
             "protected_names": list(self.protect),
             "protected_fragments": list(self.protect_fragments),
             "protected_bits": self.protected_bits,
-            "extra": {"preset": self.preset, "window": self.window} | calibrated,
+            "extra": {"preset": self.preset, "window": self.window}
+            | calibrated
+            | ({"dimension": self.dimension} if self.dimension > 1 else {})
+            | ({"stages": list(self.stages)} if self.stages else {}),
         }
+
+    @property
+    def method(self) -> str:
+        """The name that is recorded."""
+        prod = SIGN in self.stages
+        name = "turboquant_prod" if prod else PRESETS[self.preset][0]
+        return name + "_vector" * (self.dimension > 1) + "_stages" * (bool(self.stages) and not prod)
 
 
 @dataclass(frozen=True)
@@ -80,20 +95,38 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Book:
-    """A codebook to be made: Lloyd-Max levels for vectors of `vector_length`, or with window > bits those of a trellis."""
+    """A codebook to be made, of `bits` a weight: Lloyd-Max levels for vectors of `vector_length`; with window > bits those
+    of a trellis; with dimension > 1 entries of so many weights; or the two levels of an unbiased sign.
+    """
 
     bits: int
     vector_length: int = 0
     window: int = 0
+    dimension: int = 1
+    sign: bool = False
 
     @property
     def entries(self) -> int:
-        return 2 ** max(self.bits, self.window)
+        return 2 ** max(self.bits * self.dimension, self.window)
+
+    @property
+    def stored(self) -> bool:
+        """Whether the levels are in the payload, as F16; others are inline."""
+        return self.window > self.bits or self.dimension > 1
 
     @property
     def nbytes(self) -> int:
-        """In the payload: the levels of a trellis are stored as F16, others inline."""
-        return 2 * self.entries if self.window > self.bits else 0
+        """In the payload."""
+        return 2 * self.entries * self.dimension if self.stored else 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a weight: codes for what the stages before it leave."""
+
+    bits: int  # per weight
+    codebook: str
+    transform: str
 
 
 @dataclass(frozen=True)
@@ -102,14 +135,14 @@ class TensorPlan:
 
     info: Info
     stored_bytes: int
-    bits: int | None = None
+    bits: int | None = None  # per weight, of all stages
     vector_length: int = 0  # G
-    codebook: str = ""
-    transform: str = ""
+    stages: tuple[Stage, ...] = ()
     reason: str = ""
     protected: bool = False
     sensitivity: float | None = None  # what the allocation went by
-    tile_rows: int = 0  # of a trellis; 0: scalar codes
+    tile_rows: int = 0  # of a trellis; 0: scalar or vector codes
+    dimension: int = 1  # p
 
     @property
     def kind(self) -> str:
@@ -122,7 +155,7 @@ class Plan:
 
     settings: Settings
     tensors: list[TensorPlan]
-    transforms: dict[str, tuple[str, int]]  # id -> kind, size
+    transforms: dict[str, tuple[str, int, int]]  # id -> kind, size, seed
     codebooks: dict[str, Book]
     ties: dict[str, str] = field(default_factory=dict)  # alias -> source
     notes: list[str] = field(default_factory=list)
@@ -138,7 +171,7 @@ class Plan:
     @property
     def table_bytes(self) -> int:
         """Bytes of the stored rotation matrices and codebooks; small codebooks and signs are inline."""
-        matrices = sum(4 * size * size for kind, size in self.transforms.values() if kind == "dense")
+        matrices = sum(4 * size * size for kind, size, _ in self.transforms.values() if kind == "dense")
         return matrices + sum(book.nbytes for book in self.codebooks.values())
 
     def accounting(self) -> dict[str, int | float]:
@@ -165,8 +198,8 @@ class Plan:
             if t.bits is None:
                 entry |= {"reason": t.reason}
             else:
-                entry |= {"bits": t.bits, "vector_length": t.vector_length, "transform": t.transform}
-                entry |= {"codebook": t.codebook, "protected": t.protected, "tile_rows": t.tile_rows}
+                entry |= {"bits": t.bits, "vector_length": t.vector_length, "protected": t.protected}
+                entry |= {"tile_rows": t.tile_rows, "dimension": t.dimension, "stages": [asdict(s) for s in t.stages]}
             tensors[t.info.name] = entry
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
         result = {"settings": settings, "accounting": self.accounting(), "tensors": tensors}
@@ -223,20 +256,36 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     if kind != "identity" and size < g:
         what = f"rotated in blocks of {size}" if size > 1 else "not rotated"
         tell(f"vectors of {g}: {what}, the largest size that {settings.rotation} has for them")
+    if SIGN in settings.stages and size == 1:
+        tell(f"vectors of {g}: not rotated, so inner products with them are not unbiased")
     kind = "identity" if size == 1 else kind
-    transform = "identity" if size == 1 else f"{settings.rotation}-{size}"
     tile_rows = choose_tile_rows(info, bits, settings.window)
-    if tile_rows:
-        codebook = f"trellis-b{bits}-w{settings.window}"
-        plan.codebooks[codebook] = Book(bits, window=settings.window or 0)
-    else:
-        codebook = f"lloyd-max-g{g}-b{bits}"
-        plan.codebooks[codebook] = Book(bits, g)
-    plan.transforms[transform] = (kind, size)
+    p = 1 if protected else choose_dimension(g, settings.dimension)
+    if not protected and p < settings.dimension:
+        tell(f"vectors of {g}: {p} weight{'s' * (p > 1)} a symbol, since {settings.dimension} do not divide them")
+    stages = []
+    for k, word in enumerate(settings.stages if settings.stages and not protected else (bits,)):
+        transform = kind if size == 1 else f"{settings.rotation}-{size}" + (f"-stage{k}" if k else "")
+        plan.transforms[transform] = (kind, size, (settings.seed + k) % 2**53)
+        codebook, book = choose_book(word, g, p, settings.window if tile_rows else None)
+        plan.codebooks[codebook] = book
+        stages.append(Stage(book.bits, codebook, transform))
     scale_dtype = "F32" if settings.scale_dtype == "F32" else "F16"  # BF16 is as long
-    stored = stored_bytes_of_stage(info.rows, info.cols, g, bits, scale_dtype, tile_rows)
-    facts = {"protected": protected, "sensitivity": sensitivity, "tile_rows": tile_rows}
-    return TensorPlan(info, stored, bits, g, codebook, transform, **facts)
+    shape = info.rows, info.cols, g
+    stored = sum(stored_bytes_of_stage(*shape, stage.bits, scale_dtype, tile_rows) for stage in stages)
+    facts = {"protected": protected, "sensitivity": sensitivity, "tile_rows": tile_rows, "dimension": p}
+    return TensorPlan(info, stored, bits, g, tuple(stages), **facts)
+
+
+def choose_book(bits: int | str, vector_length: int, dimension: int, window: int | None) -> tuple[str, Book]:
+    """The codebook of a stage, and its id; `bits` may be SIGN, and `window` is that of a trellis."""
+    if isinstance(bits, str):
+        return SIGN, Book(1, sign=True)
+    if window is not None:
+        return f"trellis-b{bits}-w{window}", Book(bits, window=window)
+    if dimension > 1:
+        return f"vector-p{dimension}-b{bits}", Book(bits, dimension=dimension)
+    return f"lloyd-max-g{vector_length}-b{bits}", Book(bits, vector_length)
 
 
 def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
@@ -270,6 +319,11 @@ def choose_tile_rows(info: Info, bits: int, window: int | None) -> int:
 def choose_vector_length(cols: int, wanted: int | None) -> int:
     """G for rows of `cols`: the largest divisor of `cols` that is not above `wanted`."""
     return cols if wanted is None else next(d for d in divisors(cols) if d <= wanted)
+
+
+def choose_dimension(vector_length: int, wanted: int) -> int:
+    """Weights per symbol: the largest power of two up to `wanted` that divides the vectors."""
+    return math.gcd(vector_length, wanted)
 
 
 def find_ties(source: Source, settings: Settings) -> dict[str, str]:

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__, codebook, feedback, support, trellis
+from reference_quantizer import __version__, codebook, feedback, support, trellis, vector
 from reference_quantizer.blocks import Blocks, Moments
 from reference_quantizer.calibration import Calibration
-from reference_quantizer.encode import Encoded, Encoder, encode, normalise
+from reference_quantizer.encode import SIGN_LEVELS, Encoded, Encoder, encode_stages, normalise
 from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
 from reference_quantizer.progress import Progress
 from reference_quantizer.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
@@ -81,10 +81,21 @@ def quantize(
         rotations = {name: _add_transform(writer, name, plan, target.device) for name in plan.transforms}
         books = {name: _add_codebook(writer, name, plan, target.device) for name in plan.codebooks}
 
-        def make_encoder(item: TensorPlan) -> Encoder:
-            scale_dtype = choose_scale_dtype(reader, workers, item.info, item.vector_length, settings.scale_dtype)
+        def make_encoders(item: TensorPlan) -> list[Encoder]:  # one for each stage
+            finest = 0.5 ** sum(stage.bits for stage in item.stages[:-1])  # what the last stage works on, about
+            shape = item.info, item.vector_length
+            scale_dtype = choose_scale_dtype(reader, workers, *shape, settings.scale_dtype, finest)
             dtypes = torch_dtype(scale_dtype), torch_dtype(item.info.dtype)
-            return Encoder(item.vector_length, rotations[item.transform], books[item.codebook], *dtypes)
+            return [
+                Encoder(
+                    *(item.vector_length, rotations[s.transform], books[s.codebook], *dtypes),
+                    plan.codebooks[s.codebook].sign,
+                )
+                for s in item.stages
+            ]
+
+        def make_encoder(item: TensorPlan) -> Encoder:
+            return make_encoders(item)[0]
 
         done = writer.done
         if calibration is not None:
@@ -106,7 +117,7 @@ def quantize(
                     _add_encoded(writer, item, encoder, weight, Moments(unit), settings, False)
                 progress.advance(item.info.scalars)
             else:
-                _add_quantized(writer, reader, workers, item, make_encoder(item), progress)
+                _add_quantized(writer, reader, workers, item, make_encoders(item), progress)
         for alias, original in plan.ties.items():
             writer.tie(alias, original)
         for path, role in files.items():
@@ -135,8 +146,8 @@ def resume_key(source: Source, plan: Plan, target: Target, calibration: Calibrat
 
 
 def _add_transform(writer: RepoWriter, name: str, plan: Plan, device: str) -> Rotation:
-    kind, size = plan.transforms[name]
-    seed, matrix = plan.settings.seed, None
+    kind, size, seed = plan.transforms[name]
+    matrix = None
     if kind == "hadamard":
         signs = seed_signs(seed, size).hex()
         writer.add_transform(name, kind, size, factors=list(hadamard_factors(size) or ()), signs=signs, seed=seed)
@@ -150,10 +161,15 @@ def _add_transform(writer: RepoWriter, name: str, plan: Plan, device: str) -> Ro
 
 def _add_codebook(writer: RepoWriter, name: str, plan: Plan, device: str) -> Tensor:
     book, settings = plan.codebooks[name], plan.settings
-    if book.window > book.bits:
-        levels = torch.tensor(trellis.trellis_levels(book.bits, book.window)).half()
-        writer.add_codebook(name, levels, origin={"method": trellis.METHOD}, stored=True)
+    if book.stored:
+        method = trellis.METHOD if book.window else vector.METHOD
+        make = trellis.trellis_levels if book.window else vector.vector_levels
+        levels = torch.tensor(make(book.bits, book.window or book.dimension)).half()
+        writer.add_codebook(name, levels, origin={"method": method}, stored=True)
         return levels.float().to(device)
+    if book.sign:
+        writer.add_codebook(name, list(SIGN_LEVELS), origin={"method": "unbiased-sign"})
+        return torch.tensor(SIGN_LEVELS, device=device)
     construction = {"vector_length": book.vector_length}
     construction |= {"grid_size": settings.grid_size, "iterations": settings.iterations}
     levels = torch.tensor(codebook.lloyd_max_levels(book.entries, **construction))
@@ -246,9 +262,10 @@ def _add_encoded(
     extra: dict[str, Any] = {"relative_error": _rounded(error / norm if norm else 0.0)}
     extra |= {"output_error": _rounded(found.output_error)} if calibrated else {}
     g = encoder.vector_length
-    stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}
+    width = bits * item.dimension  # of a symbol
+    stage = {"bits": width, "codebook": item.stages[0].codebook, "transform": item.stages[0].transform}
     stage |= {"window": window, "tile": [rows, 1]} if rows else {}
-    stage |= {"codes": pack(symbols, bits, window), "scales": found.scales.cpu()}
+    stage |= {"codes": pack(symbols, width, window if rows else None), "scales": found.scales.cpu()}
     stage |= {"vector_length": None if g == info.cols else g}
     writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra | _facts(item))
     return decoded
@@ -269,31 +286,38 @@ def _add_quantized(
     reader: Reader,
     workers: "Workers",
     item: TensorPlan,
-    encoder: Encoder,
+    encoders: list[Encoder],
     progress: Progress,
 ) -> None:
-    """Encode one weight chunk by chunk, as the writer asks for them."""
-    info, bits, g = item.info, item.bits or 0, item.vector_length
+    """Encode one weight chunk by chunk, as the writer asks for them; what later stages are given waits in memory."""
+    info, g = item.info, item.vector_length
+    widths = [stage.bits * e.dimension for stage, e in zip(item.stages, encoders, strict=True)]  # of a symbol
     extra: dict[str, Any] = {"relative_error": 0.0} | _facts(item)  # the error follows below, before it is recorded
-    scales: list[Tensor] = []
+    codes: list[list[Tensor]] = [[] for _ in encoders]
+    scales: list[list[Tensor]] = [[] for _ in encoders]
 
-    def codes() -> Iterator[Tensor]:
-        def encode_rows(rows: Tensor) -> tuple[Tensor, Encoded]:
-            result = encode(rows, encoder)
-            return pack(result.symbols, bits).cpu(), result
+    def first_codes() -> Iterator[Tensor]:
+        def encode_rows(rows: Tensor) -> tuple[list[Tensor], list[Encoded]]:
+            found = encode_stages(rows, encoders)
+            return [pack(s.symbols, width).cpu() for s, width in zip(found, widths, strict=True)], found
 
         error = norm = 0.0
-        for packed, result in workers.map(encode_rows, reader.row_chunks(info)):
-            error, norm = error + result.squared_error, norm + result.squared_norm
-            scales.append(result.scales.cpu())
-            yield packed
-            progress.advance(result.symbols.numel())
+        for packed, found in workers.map(encode_rows, reader.row_chunks(info)):
+            error, norm = error + found[-1].squared_error, norm + found[-1].squared_norm
+            for k, result in enumerate(found):
+                codes[k].append(packed[k])
+                scales[k].append(result.scales.cpu())
+            yield codes[0].pop()
+            progress.advance(found[0].symbols.numel() * encoders[0].dimension)
         extra["relative_error"] = _rounded(error / norm if norm else 0.0)
 
-    stage = {"bits": bits, "codebook": item.codebook, "transform": item.transform}
-    stage |= {"codes": codes(), "scales": _drain(scales), "scale_dtype": DTYPE_NAMES[encoder.scale_dtype]}
-    stage |= {"vector_length": None if g == info.cols else g}
-    writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra)
+    stages = []
+    for k, (plan, width) in enumerate(zip(item.stages, widths, strict=True)):
+        stage: dict[str, Any] = {"bits": width, "codebook": plan.codebook, "transform": plan.transform}
+        stage |= {"codes": _drain(codes[k]) if k else first_codes(), "scales": _drain(scales[k])}
+        stage |= {"scale_dtype": DTYPE_NAMES[encoders[k].scale_dtype]}
+        stages.append(stage | {"vector_length": None if g == info.cols else g})
+    writer.add_quantized(info.name, info.shape, info.dtype, stages, extra=extra)
 
 
 def _drain(chunks: list[Tensor]) -> Iterator[Tensor]:
@@ -301,8 +325,10 @@ def _drain(chunks: list[Tensor]) -> Iterator[Tensor]:
     yield from chunks
 
 
-def choose_scale_dtype(reader: Reader, workers: "Workers", info: Info, vector_length: int, wanted: str) -> str:
-    """The scale dtype of a weight; with `auto` F16, or BF16 where a scale would leave F16's normal range.
+def choose_scale_dtype(
+    reader: Reader, workers: "Workers", info: Info, vector_length: int, wanted: str, finest: float = 1.0
+) -> str:
+    """The scale dtype of a weight; with `auto` F16, or BF16 where a scale, or `finest` times it, would leave F16's normal range.
 
     Reads the weight once, and raises DATA.NON_FINITE for a value that is not finite.
     """
@@ -315,7 +341,7 @@ def choose_scale_dtype(reader: Reader, workers: "Workers", info: Info, vector_le
         if len(positive):
             smallest, largest = min(smallest, positive.min().item()), max(largest, positive.max().item())
     if wanted == "auto":
-        return "F16" if smallest >= F16_SCALES[0] and largest <= F16_SCALES[1] else "BF16"
+        return "F16" if finest * smallest >= F16_SCALES[0] and largest <= F16_SCALES[1] else "BF16"
     if wanted == "F16" and largest > F16_SCALES[1]:
         advice = f"a scale of {largest:g} is beyond F16; use --scale-dtype auto"
         raise TQFormatError("DATA.NON_FINITE", info.name, advice)

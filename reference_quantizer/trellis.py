@@ -9,13 +9,12 @@ same two runs without it.
 
 import functools
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from reference_quantizer.codebook import kept_levels
 from tqformat.load_quantized import TQFormatError, require
 
 METHOD = "trellis-gaussian-1"  # names the training; another one needs another name
@@ -120,23 +119,8 @@ def trellis_levels(bits: int, window: int) -> np.ndarray:
     Its values are float16 numbers. It is trained at the first use (seconds up to window 10, a minute at 12, several at 14 and 16) and
     kept in the user's cache.
     """
-    path = _cache() / "trellis" / f"{METHOD}-b{bits}-w{window}.npy"
-    try:
-        levels = np.load(path).astype(np.float32)
-        require(levels.shape == (1 << window,) and np.isfinite(levels).all(), "SCHEMA.VALUE", path.name, "levels")
-    except (OSError, ValueError):  # not there, or damaged
-        levels = train_codebook(bits, window)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, levels.astype(np.float16))
-        os.replace(file.name, path)
-    levels.flags.writeable = False
-    return levels
-
-
-def _cache() -> Path:
-    """Where evaluate keeps its results, too."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqformat"
+    name = f"trellis/{METHOD}-b{bits}-w{window}"
+    return kept_levels(name, (1 << window,), lambda: train_codebook(bits, window))
 
 
 def train_codebook(

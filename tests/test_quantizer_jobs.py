@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import tqformat
 from reference_quantizer import quantize as quantize_module
 from reference_quantizer.__main__ import main
-from reference_quantizer.encode import encode
+from reference_quantizer.encode import encode_stages
 from reference_quantizer.plan import Settings, make_plan
 from reference_quantizer.source import Reader, open_source
 from reference_quantizer.support import find_license, find_loader_kind
@@ -583,7 +583,7 @@ def test_ctrl_c_says_how_to_go_on(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, calls = make(sample_tensors()), 0
-    original = encode
+    original = encode_stages
 
     def interrupt(*args: Any) -> Any:
         nonlocal calls
@@ -593,7 +593,7 @@ def test_ctrl_c_says_how_to_go_on(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("reference_quantizer.quantize.encode", interrupt)
+        patch.setattr("reference_quantizer.quantize.encode_stages", interrupt)
         assert run(path, tmp_path / "out") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -643,18 +643,18 @@ def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert whole.returncode == 0, whole.stderr
     expected, syncs = files_of(tmp_path / "straight"), int(whole.stdout.split()[-1])
     encoded = 0
-    original = encode
+    original = encode_stages
 
     def counting(*args: Any) -> Any:
         nonlocal encoded
         encoded += 1
         return original(*args)
 
-    monkeypatch.setattr("reference_quantizer.quantize.encode", counting)
+    monkeypatch.setattr("reference_quantizer.quantize.encode_stages", counting)
     chunks = sum(t.bits is not None and t.info.rows > 0 for t in make_plan(open_source(str(path)), Settings()).tensors)
     points = [
-        ("quantize", "encode", "before", 1),
-        ("quantize", "encode", "after", chunks // 2),
+        ("quantize", "encode_stages", "before", 1),
+        ("quantize", "encode_stages", "after", chunks // 2),
         *(("os", "fsync", "before", max(1, syncs * k // 4)) for k in (1, 2, 3)),
         *(("os", "fsync", "after", syncs - k) for k in (2, 1)),
         ("os", "rename", "before", 1),
@@ -678,14 +678,14 @@ def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_job_does_not_resume(make: Make, tmp_path: Path) -> None:
     path, out = make(sample_tensors()), tmp_path / "out"
-    assert run_killed("quantize", "encode", "after", 6, path, out).returncode == -signal.SIGKILL
+    assert run_killed("quantize", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
     assert run(path, out, "--bits", 4) == 0
     assert run(path, tmp_path / "straight", "--bits", 4) == 0
     assert files_of(out) == files_of(tmp_path / "straight")
     changed = sample_tensors()
     changed["odd.weight"] += 1
     out = tmp_path / "again"
-    assert run_killed("quantize", "encode", "after", 6, path, out).returncode == -signal.SIGKILL
+    assert run_killed("quantize", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
     before = os.stat(path / "model.safetensors").st_mtime_ns
     make(changed)
     os.utime(path / "model.safetensors", ns=(before + 10**9, before + 10**9))
