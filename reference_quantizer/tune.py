@@ -205,6 +205,7 @@ class Halves:
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype  # of the products
         self.body = model.get_decoder()
+        self.output: Any = None  # the class of the body's result, known once it has run
         self.vocabulary: int = model.config.get_text_config().vocab_size
 
     def products(self) -> Any:
@@ -217,18 +218,18 @@ class Halves:
         forward, found = self.body.forward, []
 
         def reach(*args: Any, **kwargs: Any) -> None:
-            found.append(forward(*args, **kwargs).last_hidden_state[0])
+            found.append(forward(*args, **kwargs))
             raise _Reached
 
         with self._body(reach), contextlib.suppress(_Reached):
             self.model(input_ids=ids[None], use_cache=False)
-        return found[0]
+        self.output = type(found[0])
+        hidden: Tensor = found[0].last_hidden_state[0]
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [n, vocabulary] that the model makes of states [n, width]; float32."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        with self._body(lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+        with self._body(lambda *_, **__: self.output(last_hidden_state=hidden[None])):
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits.float()
@@ -283,10 +284,11 @@ def divergence(targets: Targets, k: int, model: Halves, weight: float | None = N
     with torch.set_grad_enabled(learn), model.products():
         hidden = model.hidden(targets.ids[k])
         cut = hidden.detach().requires_grad_(learn)
-        for rows in torch.arange(len(cut)).split(max(1, LOGITS // model.vocabulary)):
+        step = max(1, LOGITS // model.vocabulary)
+        for a in range(0, len(cut), step):
             with torch.no_grad():
-                target = targets.base.logits(wanted[rows]).log_softmax(-1)
-            found = model.logits(cut[rows]).log_softmax(-1)
+                target = targets.base.logits(wanted[a : a + step]).log_softmax(-1)
+            found = model.logits(cut[a : a + step]).log_softmax(-1)
             loss = functional.kl_div(found, target, reduction="sum", log_target=True) / len(cut)
             total += loss.item()
             if weight is not None:

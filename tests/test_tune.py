@@ -196,6 +196,34 @@ def test_the_base_runs_once_for_each_sequence(lab: Path, tmp_path: Path, monkeyp
     assert [tune.divergence(targets, k, model) for k in (0, 1)] == first and first[0] != first[1]
 
 
+def tiny_models() -> dict[str, Any]:
+    """Models whose heads do more than multiply, or whose bodies lie elsewhere."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    few = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = few | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision |= {"image_size": 28, "patch_size": 14}
+    both = t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63)
+    return {
+        "a cap on logits": t.Gemma2ForCausalLM(t.Gemma2Config(**text, final_logit_softcapping=0.5)),
+        "a scale of logits": t.GraniteForCausalLM(t.GraniteConfig(**text, logits_scaling=8.0)),
+        "a decoder in the model": t.OPTForCausalLM(t.OPTConfig(**few, ffn_dim=24, word_embed_proj_dim=16)),
+        "a transformer": t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)),
+        "images too": t.Gemma3ForConditionalGeneration(both),
+    }
+
+
+def test_halves_give_what_the_whole_gives() -> None:
+    for what, model in tiny_models().items():
+        halves = tune.Halves(model.eval(), torch.float32)
+        halves.check(IDS[0])
+        with torch.no_grad():
+            assert halves.hidden(IDS[0]).shape == (24, 16), what
+            assert torch.allclose(halves.logits(halves.hidden(IDS[0])), model(input_ids=IDS).logits[0], atol=1e-5), what
+
+
 def test_a_model_with_more_above_its_last_states_is_refused(lab: Path, tmp_path: Path) -> None:
     _, model = make_targets(lab, tmp_path, IDS)
     plain, calls = model.model.forward, iter([1.0, 2.0, 3.0])
