@@ -129,7 +129,7 @@ def add_commands(commands: Any) -> None:
     help_ = "sequences of 512 tokens in a step (default: %(default)s)"
     tune.add_argument("--batch", metavar="N", type=integer(1, 4096), default=4, help=help_)
     help_ = "size of the first steps, relative to each parameter (default: %(default)s)"
-    tune.add_argument("--learning-rate", metavar="X", type=allocate.positive(float), default=0.005, help=help_)
+    tune.add_argument("--learning-rate", metavar="X", type=allocate.positive(float), default=0.003, help=help_)
     tune.add_argument("--seed", metavar="N", type=integer(0, 2**53 - 1), default=0, help="of the order of the text")
     help_ = "of the matrix products (default: bfloat16 where the device has instructions for it)"
     tune.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_)

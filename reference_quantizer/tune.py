@@ -59,7 +59,6 @@ HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning 
 LOGITS = 2**24  # that are in memory at once: 64 MiB for each float32 work array
 JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it is no part of it [TQ-REPO-5]
 FINE_BITS = 8  # from which a weight that nearest levels encode is trained element by element
-FINE_RATE = 0.1  # of the learning rate, for its elements
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Settings:
 
     steps: int = 200
     batch: int = 4  # sequences in a step
-    learning_rate: float = 0.005
+    learning_rate: float = 0.003
     seed: int = 0
     dtype: str | None = None  # of the products; None: bfloat16 where the device has instructions for it
 
@@ -442,12 +441,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def make_optimizer(
     parts: dict[str, Scaled | Fine], small: dict[str, nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
-    """Adam for all that is trained; the steps of vectors and of fine weights are relative to their root mean square."""
-    sizes = [(part.factor, FINE_RATE if isinstance(part, Fine) else 1.0) for part in parts.values()]
-    sizes += [(vector, 1.0) for vector in small.values()]
+    """Adam for all that is trained, with steps relative to each tensor's root mean square."""
     groups = []
-    for parameter, share in sizes:
-        size = share * max(1e-3, float(parameter.detach().square().mean().sqrt()))
+    for parameter in [*(part.factor for part in parts.values()), *small.values()]:
+        size = max(1e-3, float(parameter.detach().square().mean().sqrt()))
         groups.append({"params": [parameter.requires_grad_(True)], "size": size})
     return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
 
