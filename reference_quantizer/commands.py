@@ -38,7 +38,7 @@ TUNE = """Train what costs no bits on the divergence from the base model, and wr
 
 That is a factor for each row's scale, norms and biases, and all elements of embeddings and output layers of 8 bits; other
 codes stay as they are. Both models are in memory at once; on two CPU cores with bfloat16 a step of a 135M model takes
-about eight seconds. An interrupted run continues when the same command is given again. Nothing is written unless the
+about ten seconds. An interrupted run continues when the same command is given again. Nothing is written unless the
 divergence on held-out calibration text falls.
 """
 EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
