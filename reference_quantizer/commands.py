@@ -46,13 +46,16 @@ models are in memory at once. An interrupted run continues when the same command
 if TYPE_CHECKING:
     from reference_quantizer.calibration import Calibration
 
-TUNE = """Train scales, column scales and norms on the divergence from the base model, and write a new repository.
+TUNE = """Train what costs no bits on the divergence from the base model, and write a new repository of the same size.
 
-The codes stay as they are. Both models are in memory at once; on two CPU cores with bfloat16 a step of a 135M model takes
-about ten seconds. An interrupted run continues when the same command is given again. Nothing is written unless the divergence on held-out calibration text falls.
+That is a factor for each row's scale, norms and biases, and all elements of embeddings and output layers of 8 bits; other
+codes stay as they are. Both models are in memory at once; on two CPU cores with bfloat16 a step of a 135M model takes
+about ten seconds. An interrupted run continues when the same command is given again. Nothing is written unless the
+divergence on held-out calibration text falls.
 """
 EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
+TUNING_STEPS = {"best": 200}  # of presets that end with tuning
 INPUTS = ("original", "quantized", "paired")
 FEEDBACK_TOKENS = 32768  # of calibration text for error feedback, unless another number is given
 STYLE = argparse.RawDescriptionHelpFormatter
@@ -139,7 +142,7 @@ def add_commands(commands: Any) -> None:
     help_ = "sequences of 512 tokens in a step (default: %(default)s)"
     tune.add_argument("--batch", metavar="N", type=integer(1, 4096), default=4, help=help_)
     help_ = "size of the first steps, relative to each parameter (default: %(default)s)"
-    tune.add_argument("--learning-rate", metavar="X", type=allocate.positive(float), default=0.005, help=help_)
+    tune.add_argument("--learning-rate", metavar="X", type=allocate.positive(float), default=0.003, help=help_)
     tune.add_argument("--seed", metavar="N", type=integer(0, 2**53 - 1), default=0, help="of the order of the text")
     help_ = "of the matrix products (default: bfloat16 where the device has instructions for it)"
     tune.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_)
@@ -195,6 +198,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     }
     plan = find_plan(args, source)
     _print_notes(plan, support.files_to_copy(source)[1])
+    steps = tuning_steps(args, plan.settings, loader_kind)
     calibration = find_calibration(args, source, plan.settings)
 
     # torch takes seconds to import, and plan does without
@@ -213,7 +217,14 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
         extra,
     )
     progress = Progress(sum(t.info.scalars for t in plan.tensors), args.quiet)
-    out = quantize(source, plan, target, progress, calibration)
+    if calibration is not None and steps:
+        from reference_quantizer import tune
+
+        tokens = find_tuning_tokens(args, source, calibration)
+        how = tune.Settings(steps=steps)
+        out = tune.quantize_tuned(source, plan, target, progress, calibration, tokens, how, args.quiet)
+    else:
+        out = quantize(source, plan, target, progress, calibration)
     manifest = report.read_manifest(out)
     error = report.mean_relative_error(manifest)
     report.print_table(report.repo_rows(out), manifest["accounting"], f"written to {args.out}", error)
@@ -256,6 +267,32 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
     return find_tokens(
         source, find_loader_kind(args, source), texts, tokens, getattr(args, "cache_dir", None), args.device
     )
+
+
+def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -> int:
+    """How many steps of tuning follow on quantizing; none for models that cannot be tuned, which a line then says."""
+    steps = TUNING_STEPS.get(chosen.preset, 0) if args.tune_steps is None else int(args.tune_steps)
+    if not steps:
+        return 0
+    if chosen.preset == "fast":
+        advice = "the preset fast uses no text, and tuning needs some; use --preset balanced or best"
+        raise TQFormatError("SCHEMA.VALUE", "--tune-steps", advice)
+    from reference_quantizer.evaluate import KINDS
+
+    if loader_kind not in KINDS:
+        print(f"note: not tuned: a model for {loader_kind} does not predict the next token", file=sys.stderr)
+        return 0
+    return steps
+
+
+def find_tuning_tokens(args: argparse.Namespace, source: Source, calibration: "Calibration") -> "Calibration":
+    """More tokens of the texts that feedback has; the same ones where the model writes them itself, which takes long."""
+    from reference_quantizer.calibration import SELF, find_tokens
+
+    if calibration.texts == (SELF,):
+        return calibration
+    tokens = max(TUNING_TOKENS, calibration.tokens)
+    return find_tokens(source, find_loader_kind(args, source), tuple(args.calibration), tokens, None, args.device)
 
 
 def find_loader_kind(args: argparse.Namespace, source: Source) -> str:
@@ -386,6 +423,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `quantize` and `release`."""
     add_plan_arguments(parser)
+    help_ = f"steps of tuning that follow, 0 for none (default: {TUNING_STEPS['best']} for the preset best, else none)"
+    parser.add_argument("--tune-steps", metavar="N", type=integer(0, 10**7), help=help_)
     output = parser.add_argument_group("output")
     output.add_argument("--base-model", metavar="ID", help="recorded id (default: the Hub id or the directory's name)")
     output.add_argument("--license", metavar="ID", help="recorded licence (default: from the model card or LICENSE)")

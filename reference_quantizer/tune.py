@@ -1,20 +1,24 @@
-"""Recovery tuning: with the codes fixed, scales, column scales and norms are trained to give the base model's predictions.
+"""Recovery tuning: what costs no bits is trained to give the base model's predictions, with the codes fixed.
 
-A weight is W = s ⊙ Z ⊙ c with Z = T^-1(codebook[codes]) fixed, s a scale for each row and c one for each column
-(SPEC sections 9 and 10). s, c and all small floating-point tensors kept as they are (norms, biases) are trained on
-KL(base || quantized) over the calibration tokens, end to end, as knowledge distillation does it. The result is a new
-repository with the same codes, which any reader decodes.
+A weight is W = s ⊙ Ŵ with Ŵ as decoded and a factor s for each row, which goes into its scales (SPEC section 9).
+These factors and all vectors kept as they are (norms, biases) are trained on KL(base || quantized) over the calibration
+tokens, end to end, as knowledge distillation does it. Embeddings and output layers of 8 bits are trained element by element,
+and take the nearest levels again. The result is a new repository of the same size, which any reader decodes.
 """
 
+import contextlib
 import itertools
 import json
 import math
+import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,33 +26,48 @@ from torch.nn import functional
 from reference_quantizer import __version__
 from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
+from reference_quantizer.encode import Encoder, encode
 from reference_quantizer.evaluate import (
     DTYPES,
     KINDS,
     SAMPLES,
     SUMMARY,
-    Progress,
     check_same_model,
     load_base,
     running_models,
 )
 from reference_quantizer.evaluate import Settings as Arithmetic
-from reference_quantizer.quantize import check_device
+from reference_quantizer.plan import Plan
+from reference_quantizer.progress import Progress
+from reference_quantizer.quantize import Target, check_device, quantize, resume_key
+from reference_quantizer.rotation import hadamard_factors, make_rotation, seed_signs
 from reference_quantizer.source import Source, file_sha256
-from tqformat.load_quantized import MANIFEST, Repo, TQFormatError, load, open_repo, parse_json, read_manifest
-from tqformat.writer import RepoWriter
+from tqformat.load_quantized import (
+    MANIFEST,
+    Repo,
+    TQFormatError,
+    load,
+    open_repo,
+    parse_json,
+    read_manifest,
+    torch_dtype,
+)
+from tqformat.writer import RepoWriter, pack, publish
 
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 120.0
 HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
+LOGITS = 2**24  # that are in memory at once: 64 MiB for each float32 work array
+JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it is no part of it [TQ-REPO-5]
+FINE_BITS = 8  # from which a weight that nearest levels encode is trained element by element
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to tune; the learning rate is relative, since every parameter is a factor near 1."""
+    """How to tune; the learning rate is relative to the size of what is trained."""
 
-    steps: int = 100
+    steps: int = 200
     batch: int = 4  # sequences in a step
-    learning_rate: float = 0.005
+    learning_rate: float = 0.003
     seed: int = 0
     dtype: str | None = None  # of the products; None: bfloat16 where the device has instructions for it
 
@@ -57,29 +76,233 @@ class Settings:
         return replace(self, dtype=self.dtype or ("bfloat16" if has_bfloat16(device) else "float32"))
 
 
-class Scaled(nn.Module):
-    """s ⊙ (Z (c ⊙ x)) + b for a linear layer, s[i] Z[i] ⊙ c for an embedding; trains factors of s and c."""
+# ------------------------------------------------------------------------------------------------ what is trained
 
+
+class Scaled(nn.Module):
+    """s ⊙ (W x) + b for a linear layer, s[i] W[i] for an embedding; trains s, which begins as ones."""
+
+    weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, unit: Tensor, scales: Tensor, columns: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("unit", unit, persistent=False)  # [rows, cols]
-        self.register_buffer("scales", scales, persistent=False)  # [rows]
-        self.register_buffer("columns", columns, persistent=False)  # [cols]
-        self.row_factor = nn.Parameter(torch.ones_like(scales))
-        self.column_factor = nn.Parameter(torch.ones_like(columns))
+        self.register_buffer("weight", weight, persistent=False)  # [rows, cols], of the products' dtype
+        self.factor = nn.Parameter(torch.ones(len(weight), device=weight.device))
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x * (self.columns * self.column_factor)).to(self.unit.dtype)
-        y = functional.linear(x, self.unit) * (self.scales * self.row_factor)
+        y = functional.linear(x.to(self.weight.dtype), self.weight) * self.factor
         return y if self.bias is None else y + self.bias
 
     def rows(self, ids: Tensor) -> Tensor:
         """The embeddings of token ids."""
-        factor = (self.scales * self.row_factor)[ids][..., None]
-        return functional.embedding(ids, self.unit) * factor * (self.columns * self.column_factor)
+        return functional.embedding(ids, self.weight) * self.factor[ids][..., None]
+
+
+class Fine(nn.Module):
+    """W x + b for a linear layer, W[i] for an embedding; trains each element of W."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder  # what W is encoded with once more
+        self.factor = nn.Parameter(weight)  # W itself, float32 [rows, cols]
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(x, self.factor)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The embeddings of token ids."""
+        return functional.embedding(ids, self.factor)
+
+
+def replace_layers(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> dict[str, Scaled | Fine]:
+    """Puts a Scaled or a Fine in the place of each linear layer whose weight is quantized: weight name -> it.
+
+    A tied embedding and output layer share one. Everything else stays as it is, frozen.
+    """
+    model.requires_grad_(False)
+    by_parameter: dict[int, str] = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+    output = model.get_output_embeddings()
+    found: dict[str, Scaled | Fine] = {}
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        name, weight = by_parameter[id(module.weight)], module.weight.detach()
+        if not (entry := repo.manifest.tensors.get(name)) or not entry.stages or len(entry.shape) != 2:
+            continue
+        if name not in found:
+            edge = module is output or isinstance(module, nn.Embedding)
+            encoder = nearest_encoder(repo, name, weight.device) if edge else None
+            found[name] = Fine(weight, encoder) if encoder else Scaled(weight.to(dtype))
+        if isinstance(module, nn.Linear):
+            owner, _, last = path.rpartition(".")
+            found[name].bias = module.bias
+            setattr(model.get_submodule(owner), last, found[name])
+        else:
+            _embed_with(module, found[name])
+    return found
+
+
+def _embed_with(module: nn.Embedding, part: Scaled | Fine) -> None:
+    """Lets an embedding layer take its rows from `part`; what its class multiplies them with stays in force."""
+    factor = getattr(module, "embed_scale", None)  # of Gemma's embeddings
+
+    def forward(ids: Tensor) -> Tensor:
+        rows = part.rows(ids)
+        return rows if factor is None else rows * factor.to(rows.dtype)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def nearest_encoder(repo: Repo, name: str, device: torch.device) -> Encoder | None:
+    """What encodes a weight in its own layout once more; None unless that is nearest levels of FINE_BITS in one stage."""
+    entry = repo.manifest.tensors[name]
+    stage, cols = (entry.stages or ())[0], entry.shape[-1]
+    book, transform = repo.manifest.codebooks[stage.codebook], repo.manifest.transforms[stage.transform]
+    plain = len(entry.stages or ()) == 1 and entry.column_scale is None
+    plain = plain and (stage.bits, *stage.layout(cols)) == (FINE_BITS, FINE_BITS, stage.vector_length or cols, 1, cols)
+    seed, size = transform.seed or 0, transform.size
+    known = transform.kind in ("identity", "dense") or (
+        (transform.signs, transform.factors) == (seed_signs(seed, size).hex(), hadamard_factors(size))
+    )
+    if not plain or not known or book.dimension > 1 or book.rows is not None:
+        return None
+    levels = repo._levels(book)[:, 0].to(device)
+    if not bool((levels.diff() > 0).all()):
+        return None
+    matrix = repo._read(transform.matrix).numpy() if transform.matrix is not None else None
+    rotation = make_rotation(transform.kind, size, seed, matrix, str(device))
+    scale_dtype = torch_dtype(repo.spans[stage.scales].dtype)
+    return Encoder(stage.vector_length or cols, rotation, levels, scale_dtype, torch_dtype(entry.dtype))
+
+
+def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
+    """The vectors (norms, biases) that the repository keeps as they are."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        entry = repo.manifest.tensors.get(name)
+        if entry is not None and entry.data is not None and parameter.dim() == 1 and parameter.is_floating_point():
+            found[name] = parameter
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the divergence
+
+
+class _Reached(Exception):
+    pass
+
+
+class Halves:
+    """A model that predicts the next token, cut before its output layer, so that logits need not be there all at once."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype  # of the products
+        self.body = model.get_decoder()
+        self.output: Any = None  # the class of the body's result, known once it has run
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+
+    def products(self) -> Any:
+        """The context in which matrices are multiplied in the dtype wanted; left after each sequence, as it keeps copies of weights."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The states [length, width] that the output layer gets for the tokens ids [length]."""
+        forward, found = self.body.forward, []
+
+        def reach(*args: Any, **kwargs: Any) -> None:
+            found.append(forward(*args, **kwargs))
+            raise _Reached
+
+        with self._body(reach), contextlib.suppress(_Reached):
+            self.model(input_ids=ids[None], use_cache=False)
+        self.output = type(found[0])
+        hidden: Tensor = found[0].last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [n, vocabulary] that the model makes of states [n, width]; float32."""
+        with self._body(lambda *_, **__: self.output(last_hidden_state=hidden[None])):
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return logits.float()
+
+    def check(self, ids: Tensor) -> None:
+        """BIND.MODEL unless the halves give what the whole gives."""
+        with torch.no_grad(), self.products():
+            whole, cut = (
+                self.model(input_ids=ids[None], use_cache=False).logits[0].float(),
+                self.logits(self.hidden(ids)),
+            )
+        if not torch.allclose(cut, whole, rtol=0, atol=0.02 * float(whole.abs().max())):
+            message = "expected logits that follow from the last hidden states alone"
+            raise TQFormatError("BIND.MODEL", type(self.model).__name__, message)
+
+    @contextlib.contextmanager
+    def _body(self, forward: Callable[..., Any]) -> Iterator[None]:
+        self.body.forward = forward
+        try:
+            yield
+        finally:
+            del self.body.forward
+
+
+class Targets:
+    """The base model's states for each sequence, [length, width], computed once and kept in a file."""
+
+    def __init__(self, base: Halves, ids: Tensor, path: Path, done: Tensor | None = None) -> None:
+        self.base, self.ids = base, ids  # [sequences, length]
+        self.done = torch.zeros(len(ids), dtype=torch.bool) if done is None else done  # those that the file has
+        first = self._compute(0)
+        self.dtype, shape = first.dtype, (len(ids), ids.shape[1], first.shape[-1] * first.element_size())
+        self.file = np.memmap(path, np.uint8, "w+" if done is None else "r+", shape=shape)
+
+    def __getitem__(self, k: int) -> Tensor:
+        if not self.done[k]:
+            self.file[k] = self._compute(k).cpu().view(torch.uint8).numpy()
+            self.done[k] = True
+        return torch.from_numpy(self.file[k].copy()).view(self.dtype).to(self.ids.device)
+
+    def _compute(self, k: int) -> Tensor:
+        with torch.no_grad(), self.base.products():
+            return self.base.hidden(self.ids[k]).contiguous()
+
+
+def divergence(targets: Targets, k: int, model: Halves, weight: float | None = None) -> float:
+    """The mean KL(base || model) over the tokens of sequence k, in nats; with a weight, its gradient times it is added up.
+
+    The part above the last hidden states is gone through chunk by chunk, forwards and backwards.
+    """
+    wanted, total, learn = targets[k], 0.0, weight is not None
+    with torch.set_grad_enabled(learn), model.products():
+        hidden = model.hidden(targets.ids[k])
+        cut = hidden.detach().requires_grad_(learn)
+        step = max(1, LOGITS // model.vocabulary)
+        for a in range(0, len(cut), step):
+            with torch.no_grad():
+                target = targets.base.logits(wanted[a : a + step]).log_softmax(-1)
+            found = model.logits(cut[a : a + step]).log_softmax(-1)
+            loss = functional.kl_div(found, target, reduction="sum", log_target=True) / len(cut)
+            total += loss.item()
+            if weight is not None:
+                (weight * loss).backward()
+    if learn:
+        hidden.backward(cut.grad)
+    return total
+
+
+def mean_divergence(targets: Targets, count: int, model: Halves) -> float:
+    """The mean KL(base || model) over the first `count` sequences, in nats."""
+    return sum(divergence(targets, k, model) for k in range(count)) / count
+
+
+# ------------------------------------------------------------------------------------------------ the job
 
 
 def tune(
@@ -91,10 +314,12 @@ def tune(
     device: str = "cpu",
     overwrite: bool = False,
     quiet: bool = False,
+    **head: Any,
 ) -> dict[str, Any]:
     """Tune the repository `repo_dir`, made from the checkpoint `source`, into `out`; returns what its manifest says of it.
 
     Interrupted, the same call continues from what `.OUT.tuning` holds. SCHEMA.VALUE where nothing gets better: `out` is then not written.
+    `head` goes to the writer: `extra`, `max_shard_bytes`.
     """
     check_device(device)
     manifest, settings = read_manifest(repo_dir), settings.complete(device)
@@ -102,119 +327,77 @@ def tune(
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
     check_same_model(source, manifest)
-    dtype = DTYPES[settings.dtype or ""]
-    products = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with open_repo(repo_dir) as repo, running_models(), products:
-        base = load_base(source, repo.manifest.loader_kind, Arithmetic(device=device, dtype=settings.dtype))
-        model = load(repo_dir, device, torch.float32)
-        scaled = replace_layers(model, repo, device, dtype)
-        small = small_parameters(model, repo)
-        ids = calibration.ids[
-            torch.randperm(len(calibration.ids), generator=torch.Generator().manual_seed(settings.seed))
-        ]
-        held_out = max(1, min(HELD_OUT, len(ids) // 8))
-        if len(ids) <= held_out:
-            message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
-            raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
-        before = mean_divergence(base, model, ids[:held_out].to(device))
-        job = json.dumps(
-            [asdict(settings), calibration.sha256, file_sha256(repo_dir / MANIFEST), source.identity, device]
-        )
-        out.parent.mkdir(parents=True, exist_ok=True)
+    dtype, ids = DTYPES[settings.dtype or ""], calibration.ids
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(settings.seed))].to(device)
+    held_out = max(1, min(HELD_OUT, len(ids) // 8))
+    if len(ids) <= held_out:
+        message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
+        raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
+    with open_repo(repo_dir) as repo, running_models():
+        base = load_base(source, manifest.loader_kind, Arithmetic(device=device, dtype=settings.dtype))
+        whole = load(repo_dir, device, torch.float32)
+        parts, small = replace_layers(whole, repo, dtype), small_parameters(whole, repo)
+        _tell_frozen(repo, parts)
+        halves, model = Halves(base.requires_grad_(False), dtype), Halves(whole, dtype)
+        for half in (halves, model):
+            half.check(ids[0])
+        digest = file_sha256(repo_dir / MANIFEST)
+        job = json.dumps([__version__, asdict(settings), calibration.sha256, digest, source.identity, device])
         state = State(out.with_name(f".{out.name}.tuning"), job)
-        _train(base, model, scaled, small, ids[held_out:].to(device), settings, state, quiet)
-        after = mean_divergence(base, model, ids[:held_out].to(device))
+        optimizer = make_optimizer(parts, small, settings.learning_rate)
+        kept = state.restore(optimizer)
+        targets = Targets(halves, ids, state.path / "targets", kept.get("done"))
+        before, after = _train(targets, held_out, model, optimizer, settings, state, kept, quiet)
         record = asdict(settings) | {"tokens": settings.steps * settings.batch * ids.shape[1]}
         record |= {"held_out_sequences": held_out, "held_out_kl": [float(f"{x:.6g}") for x in (before, after)]}
-        if not after < before:
-            state.path.unlink(missing_ok=True)
-            message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
-            raise TQFormatError("SCHEMA.VALUE", "tuning", message)
-        write_tuned(repo, repo_dir, out, scaled, small, record, calibration, overwrite)
-        state.path.unlink(missing_ok=True)
+        if after < before:
+            write_tuned(repo, repo_dir, out, parts, small, record, calibration, overwrite, **head)
+        shutil.rmtree(state.path)
+    if not after < before:
+        message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
+        raise TQFormatError("SCHEMA.VALUE", "tuning", message)
     return record
 
 
-def replace_layers(model: nn.Module, repo: Repo, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Scaled]:
-    """Puts a Scaled in the place of each linear layer whose weight has one stage and one scale a row: name -> it.
+def quantize_tuned(
+    source: Source,
+    plan: Plan,
+    target: Target,
+    progress: Progress,
+    calibration: Calibration,
+    tokens: Calibration,
+    settings: Settings,
+    quiet: bool = False,
+) -> Path:
+    """Quantize, and tune on `tokens`; returns the repository's path. Interrupted, the same call continues.
 
-    A tied embedding and output layer share one. Everything else stays as it is, frozen.
+    The repository before tuning lies beside the target until the other is there, and takes its place where tuning is of no use,
+    which a line then says.
     """
-    model.requires_grad_(False)
-    by_parameter: dict[int, str] = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
-    found: dict[str, Scaled] = {}
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        name = by_parameter[id(module.weight)]
-        weight = repo.manifest.tensors.get(name)
-        if weight is None or len(weight.stages or ()) != 1 or len(weight.shape) != 2:
-            continue
-        (stage,) = weight.stages or ()
-        if stage.vector_length not in (None, weight.shape[1]):
-            continue
-        if name not in found:
-            scales = repo._read(stage.scales).float().flatten().to(device)
-            columns = torch.ones(weight.shape[1], device=device)
-            if weight.column_scale is not None:
-                columns = repo._read(weight.column_scale).float().to(device)
-            unit = decode_unit(repo, name, device).to(dtype)
-            found[name] = Scaled(unit, scales, columns)
-        parent, _, last = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        if isinstance(module, nn.Linear):
-            found[name].bias = module.bias
-            setattr(owner, last, found[name])
-        else:
-            _embed_with(module, found[name])
-    return found
-
-
-def _embed_with(module: nn.Embedding, scaled: Scaled) -> None:
-    """Lets an embedding layer take its rows from `scaled`; what its class multiplies them with stays in force."""
-    factor = getattr(module, "embed_scale", None)  # of Gemma's embeddings
-
-    def forward(ids: Tensor) -> Tensor:
-        rows = scaled.rows(ids)
-        return rows if factor is None else rows * factor.to(rows.dtype)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-
-def decode_unit(repo: Repo, name: str, device: str) -> Tensor:
-    """T^-1(codebook[codes]) of a weight with one stage, as if all scales were 1; float32 [rows, cols] on the device."""
-    weight = repo.manifest.tensors[name]
-    (stage,) = weight.stages or ()
-    rows, cols = weight.shape
-    height = stage.layout(cols)[2]
-    step = max(1, 2**22 // (height * cols)) * height
-    ones = torch.ones(rows, 1)
-    read = repo._read
-    out = torch.empty(rows, cols, device=device)
-
-    def with_unit_scales(key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
-        return ones[a:b] if key == stage.scales else read(key, a, b, flat)
-
-    repo._read = with_unit_scales  # type: ignore[method-assign]
+    beside = replace(target, path=target.path.with_name(f".{target.path.name}.untuned"), overwrite=True)
+    mark = beside.path / JOB
+    job = json.dumps(
+        [resume_key(source, plan, beside, calibration), beside.base_model, beside.pipeline_tag, beside.extra]
+    )
+    if not mark.is_file() or mark.read_text("utf-8") != job:
+        quantize(source, plan, beside, progress, calibration)
+        mark.write_text(job, "utf-8")
+    head = {"extra": target.extra, "max_shard_bytes": target.max_shard_bytes}
     try:
-        repo._tables.clear()
-        for a in range(0, rows, step):
-            b = min(rows, a + step)
-            out[a:b] = repo._decode_stage(stage, a, b, cols, torch.device(device), name)
-    finally:
-        repo._read = read  # type: ignore[method-assign]
-        repo._tables.clear()
-    return out
+        tune(source, beside.path, target.path, tokens, settings, target.device, target.overwrite, quiet, **head)
+        shutil.rmtree(beside.path)
+    except TQFormatError as error:
+        print(f"note: not tuned: {error.message}", file=sys.stderr)
+        mark.unlink()
+        publish(beside.path, target.path, target.overwrite)
+    return target.path
 
 
-def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
-    """The vectors (norms, biases) that the repository keeps as they are, set to be trained."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        weight = repo.manifest.tensors.get(name)
-        if weight is not None and weight.data is not None and parameter.dim() == 1 and parameter.is_floating_point():
-            found[name] = parameter.requires_grad_(True)
-    return found
+def _tell_frozen(repo: Repo, parts: dict[str, Any]) -> None:
+    frozen = [name for name, entry in repo.manifest.tensors.items() if entry.stages and name not in parts]
+    if frozen:
+        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        print(f"note: as they are, for they are no linear layers: {frozen[0]}{more}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -222,89 +405,86 @@ def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class State:
-    """Where an interrupted run left its parameters, and of which job they are."""
+    """The directory in which an interrupted run left its parameters, and of which job they are."""
 
     path: Path
     job: str
 
-    def save(self, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, optimizer: torch.optim.Optimizer, targets: Targets, before: float) -> None:
         """Keep the parameters after `step` steps; the file appears complete or not at all."""
-        new = self.path.with_name(f"{self.path.name}.new")
-        values = {"job": self.job, "step": step, "parameters": [p.detach().cpu() for p in parameters]}
-        torch.save(values | {"optimizer": optimizer.state_dict()}, new)
-        new.replace(self.path)
+        targets.file.flush()
+        new = self.path / "state.new"
+        values = {"job": self.job, "step": step, "before": before, "done": targets.done}
+        parameters = [p.detach().cpu() for p in _parameters(optimizer)]
+        torch.save(values | {"parameters": parameters, "optimizer": optimizer.state_dict()}, new)
+        new.replace(self.path / "state")
 
-    def restore(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-        """Inverse of save: the steps that are done, 0 if there is no state of this job."""
-        if not self.path.is_file():
-            return 0
-        kept = torch.load(self.path, weights_only=True)
-        if kept["job"] != self.job:
-            return 0
+    def restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Inverse of save: `step`, `before` and `done`; without a state of this job empty, and so is then the directory."""
+        file = self.path / "state"
+        kept = torch.load(file, weights_only=True) if file.is_file() else {}
+        if kept.get("job") != self.job:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            return {}
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept["parameters"], strict=True):
+            for parameter, value in zip(_parameters(optimizer), kept["parameters"], strict=True):
                 parameter.copy_(value)
         optimizer.load_state_dict(kept["optimizer"])
-        return int(kept["step"])
+        return dict(kept)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def make_optimizer(
+    parts: dict[str, Scaled | Fine], small: dict[str, nn.Parameter], rate: float
+) -> torch.optim.Optimizer:
+    """Adam for all that is trained, with steps relative to each tensor's root mean square."""
+    groups = []
+    for parameter in [*(part.factor for part in parts.values()), *small.values()]:
+        size = max(1e-3, float(parameter.detach().square().mean().sqrt()))
+        groups.append({"params": [parameter.requires_grad_(True)], "size": size})
+    return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
 
 
 def _train(
-    base: nn.Module,
-    model: nn.Module,
-    scaled: dict[str, Scaled],
-    small: dict[str, nn.Parameter],
-    ids: Tensor,
+    targets: Targets,
+    held_out: int,
+    model: Halves,
+    optimizer: torch.optim.Optimizer,
     settings: Settings,
     state: State,
+    kept: dict[str, Any],
     quiet: bool,
-) -> None:
-    """Adam with a warm-up and a cosine decay; vectors take steps relative to their root mean square."""
-    rate = settings.learning_rate
-    groups = [{"params": [p for s in scaled.values() for p in (s.row_factor, s.column_factor)], "size": 1.0}]
-    groups += [{"params": [p], "size": max(1e-3, float(p.detach().square().mean().sqrt()))} for p in small.values()]
-    parameters = [p.requires_grad_(True) for group in groups for p in group["params"]]
-    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = _epochs(len(ids), generator)
+) -> tuple[float, float]:
+    """Train on all sequences but the first `held_out`, with a warm-up and a cosine decay; the divergence on those, before and after."""
     progress = Progress(settings.steps, quiet, action="tuning", unit="step")
-    warm = max(1, settings.steps // 20)
-    first, saved = state.restore(parameters, optimizer), time.monotonic()
+    first, before = kept.get("step", 0), kept.get("before") or mean_divergence(targets, held_out, model)
     progress.advance(first)
+    order = _epochs(len(targets.ids) - held_out, torch.Generator().manual_seed(settings.seed))
     order = itertools.islice(order, first * settings.batch, None)
+    warm, saved = max(1, settings.steps // 20), time.monotonic()
     for step in range(first, settings.steps):
         share = min(1.0, (step + 1) / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate * share * group["size"]
+            group["lr"] = settings.learning_rate * share * group["size"]
         for _ in range(settings.batch):
-            row = ids[next(order)][None]
-            loss = divergence(base, model, row).mean() / settings.batch
-            loss.backward()
+            divergence(targets, held_out + next(order), model, 1 / settings.batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.advance(1)
         if time.monotonic() - saved > SAVE_SECONDS or step + 1 == settings.steps:
-            state.save(step + 1, parameters, optimizer)
+            state.save(step + 1, optimizer, targets, before)
             saved = time.monotonic()
     progress.close()
+    return before, mean_divergence(targets, held_out, model)
 
 
 def _epochs(count: int, generator: torch.Generator) -> Iterator[int]:
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-def divergence(base: nn.Module, model: nn.Module, ids: Tensor) -> Tensor:
-    """KL(base || model) at each position of ids [1, length], in nats; [length]."""
-    with torch.no_grad():
-        target = base(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    found = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    return functional.kl_div(found, target, reduction="none", log_target=True).sum(-1)
-
-
-def mean_divergence(base: nn.Module, model: nn.Module, ids: Tensor) -> float:
-    """The mean KL(base || model) over the tokens ids [sequences, length], in nats."""
-    with torch.no_grad():
-        return float(torch.stack([divergence(base, model, row[None]).mean() for row in ids]).mean())
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -314,17 +494,19 @@ def write_tuned(
     repo: Repo,
     repo_dir: Path,
     out: Path,
-    scaled: dict[str, Scaled],
+    parts: dict[str, Scaled | Fine],
     small: dict[str, nn.Parameter],
     record: dict[str, Any],
     calibration: Calibration,
-    overwrite: bool,
+    overwrite: bool = False,
+    **head: Any,
 ) -> None:
-    """The repository with the trained scales, column scales and vectors; codes and files are copied."""
+    """The repository with the trained scales, vectors and fine weights; all other codes, tables and files are copied."""
     data = parse_json((repo_dir / MANIFEST).read_bytes(), MANIFEST)
     method = dict(data["quantization"])
     method["extra"] = method.get("extra", {}) | {"tuning": record}
     method["calibration"] = method.get("calibration") or calibration.to_dict()
+    extra = {key: value for key, value in data.get("extra", {}).items() if key != "release"}
     with RepoWriter(
         out,
         base_model=data["base_model"],
@@ -333,7 +515,7 @@ def write_tuned(
         quantization=method,
         generator=f"reference_quantizer {__version__}",
         overwrite=overwrite,
-        extra={key: value for key, value in data.get("extra", {}).items() if key != "release"},
+        **({"extra": extra} | head),
     ) as writer:
         for id, entry in data["transforms"].items():
             keys = {k: v for k, v in entry.items() if k not in ("kind", "size")}
@@ -351,16 +533,12 @@ def write_tuned(
                 tensor = small[name].detach().to("cpu", kept.dtype).reshape(kept.shape) if name in small else kept
                 writer.add_passthrough(name, tensor)
                 continue
-            stages = []
-            for stage in entry["stages"]:
-                scales = repo._read(stage["scales"])
-                if name in scaled:
-                    trained = (scaled[name].scales * scaled[name].row_factor).detach().cpu().clamp_min(0)
-                    scales = trained.reshape(scales.shape).to(scales.dtype)
-                stages.append(stage | {"codes": repo._read(stage["codes"]), "scales": scales})
+            part = parts.get(name)
+            if isinstance(part, Fine):
+                stages = [entry["stages"][0] | encode_fine(part)]
+            else:
+                stages = [stage | _scaled(repo, stage, part) for stage in entry["stages"]]
             columns = repo._read(entry["column_scale"]) if entry.get("column_scale") else None
-            if name in scaled:
-                columns = (scaled[name].columns * scaled[name].column_factor).detach().cpu().half()
             facts = {k: v for k, v in entry.get("extra", {}).items() if k in ("protected", "sensitivity")}
             writer.add_quantized(name, entry["shape"], entry["dtype"], stages, columns, extra=facts)
         for alias, original in data.get("tied_weights", {}).items():
@@ -370,3 +548,20 @@ def write_tuned(
             if file["role"] != "payload" and not stale:
                 writer.add_file(repo_dir / name, file["role"])
         writer.finish()
+
+
+def encode_fine(part: Fine) -> dict[str, Tensor]:
+    """The codes and scales of the levels nearest to a trained weight."""
+    weight, encoder = part.factor.detach(), part.encoder
+    chunks = [encode(rows, encoder) for rows in weight.split(max(1, 2**22 // weight.shape[1]))]
+    codes = torch.cat([pack(chunk.symbols, FINE_BITS).cpu() for chunk in chunks])
+    return {"codes": codes, "scales": torch.cat([chunk.scales.cpu() for chunk in chunks])}
+
+
+def _scaled(repo: Repo, stage: dict[str, Any], part: Scaled | None) -> dict[str, Tensor]:
+    """The codes of a stage, and its scales times the factor of their row."""
+    scales = repo._read(stage["scales"])
+    if part is not None:
+        factor = part.factor.detach().cpu()[:, None].clamp_min(0)
+        scales = (scales.float() * factor).clamp_max(torch.finfo(scales.dtype).max).to(scales.dtype)
+    return {"codes": repo._read(stage["codes"]), "scales": scales}

@@ -369,7 +369,8 @@ def job(tmp_path: Path, out: Path, *options: str) -> list[str]:
     if not base.exists():
         make_checkpoint(base)
         make_text(text, 3000)
-    return ["quantize", str(base), str(out), "--bits", "2", "--calibration", str(text), "--quiet", *options]
+    command = ["quantize", str(base), str(out), "--bits", "2", "--calibration", str(text), "--quiet"]
+    return [*command, "--tune-steps", "0", *options]
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "best", "--window", "6"]])

@@ -115,6 +115,16 @@ def test_the_same_command_again_does_nothing(
         assert digests(lab.out) == before
 
 
+def test_a_release_with_the_preset_best_is_tuned(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    text = make_text(lab.path / "calibration.txt", 8000)
+    options = ["--preset", "best", "--window", "6", "--calibration", text, "--tune-steps", "4", "--overwrite"]
+    code, stages, err = run(lab, capsys, *options)
+    assert (code, stages) == (0, {"quantize", "evaluate", "card"}), err
+    assert read(lab.out / MANIFEST)["quantization"]["extra"]["tuning"]["steps"] == 4
+    assert run(lab, capsys, *options)[:2] == (0, set())
+    assert run(lab, capsys, *options, "--tune-steps", "5")[1] >= {"quantize"}
+
+
 def test_a_release_is_the_quantized_checkpoint(finished: tuple[Lab, str], tmp_path: Path) -> None:
     lab = finished[0]
     assert main(["quantize", str(lab.base), str(tmp_path / "plain"), "--bits", "4", "--quiet"]) == 0
