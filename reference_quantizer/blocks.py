@@ -101,11 +101,11 @@ class Blocks:
         self.hidden = self._entrance()  # [sequences, length, width] float32, on the CPU
         self._check()
         self.base = self._room("base", self.hidden.shape).copy_(self.hidden) if paired else None  # of the base model
-        self._kept: dict[
-            nn.Module, Tensor
-        ] = {}  # what the base model's block gives these modules [sequences, length, n]
-        self._gains: dict[nn.Module, Tensor] = {}  # input over output of norms in front of the stream, alike
-        self._places: dict[nn.Module, Place] = {}  # of the linear layers of the current block
+        # of the current block: what modules are given in the base model, and the input over the output of norms in front
+        # of the stream, both [sequences, length, n]; and where linear layers add to the stream
+        self._kept: dict[nn.Module, Tensor] = {}
+        self._gains: dict[nn.Module, Tensor] = {}
+        self._places: dict[nn.Module, Place] = {}
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The blocks that are left, each in float32 on the device; changed weights take effect in what follows."""
@@ -226,9 +226,8 @@ class Blocks:
                 left.append((module, args[0], out, len(entered)))
 
         modules = [m for m in block.modules() if m is not block]
-        hooks = [m.register_forward_pre_hook(enter) for m in modules] + [
-            m.register_forward_hook(leave) for m in modules
-        ]
+        hooks = [m.register_forward_pre_hook(enter) for m in modules]
+        hooks += [m.register_forward_hook(leave) for m in modules]
         end = self._call(block, hidden, self.device)
         _remove(hooks)
         places: dict[nn.Module, Place] = {}

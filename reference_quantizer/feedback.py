@@ -49,6 +49,8 @@ def wanted(weight: Tensor, moments: Moments, strength: float = STRENGTH, damping
         lack += weight @ moments.shift
     if not lack.any():
         return weight
+    if not torch.isfinite(lack).all():
+        raise TQFormatError("DATA.NON_FINITE", "drift", "what a layer should make up for is NaN or infinite")
     h = damped(moments.hessian.double(), damping)
     return weight + strength * torch.linalg.solve(h, lack.double().T).T.float()
 
