@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ KNOBS = ("rotation", "vector_length", "seed", "grid_size", "iterations", "scale_
 OPTIONAL: dict[str, Any] = dict.fromkeys(
     ("seed", "rotation", "vector_length", "grid_size", "iterations", "scale_dtype")
 )
+TOLD = ("dimension", "stages", "inputs", "tuning")  # of what the reference quantizer puts into `extra`
 OPTIONAL |= {"include": [], "exclude": [], "calibration": None, "allocation": None, "extra": {}}
 ALLOCATION = {  # keys of allocation.extra in words
     "target_bytes": "Target, bytes",
@@ -111,6 +113,7 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         )
         manifest = repo.manifest
     quantization = OPTIONAL | raw["quantization"]
+    quantization["extra"] = dict.fromkeys(TOLD) | quantization["extra"]
     if quantization["calibration"]:
         quantization["calibration"] = {"texts": 0, "tokens": 0} | quantization["calibration"]
     quantized = [w for w in weights if w["kind"] == "quantized"]
@@ -364,9 +367,16 @@ def _commands(raw: dict[str, Any], summary: dict[str, Any] | None) -> list[str]:
 def _more_options(quantization: dict[str, Any]) -> list[str]:
     """The keys whose values came from options that `_commands` does not know."""
     calibration = quantization["calibration"]
+    known = {"preset", "window", "dimension", "stages", "inputs", "activation_order"}
+    given = {key for key, value in quantization["extra"].items() if value is not None}
+    if tuning := quantization["extra"].get("tuning"):
+        from reference_quantizer.tune import Settings  # torch takes seconds to import
+
+        usual = asdict(Settings(steps=tuning["steps"], dtype=tuning["dtype"]))
+        known |= {"tuning"} if usual.items() <= tuning.items() else set()
     unknown = {
         "calibration": calibration and "names" not in calibration.get("extra", {}),
-        "extra": quantization["extra"].keys() - {"preset", "window", "dimension", "stages"},
+        "extra": given - known,
     }
     return [key for key, found in unknown.items() if found]
 
@@ -386,6 +396,11 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
     for key in ("preset", "window", "dimension"):
         if (value := quantization.get("extra", {}).get(key)) is not None:
             arguments += [f"--{key}", str(value)]
+    extra = quantization.get("extra", {})
+    arguments += ["--calibration-inputs", extra["inputs"]] if extra.get("inputs", "paired") != "paired" else []
+    arguments += [] if extra.get("activation_order", True) else ["--no-activation-order"]
+    if extra.get("preset") == "best" or extra.get("tuning"):
+        arguments += ["--tune-steps", str((extra.get("tuning") or {"steps": 0})["steps"])]
     names = calibration.get("extra", {}).get("names", [])
     for name in names:
         arguments += ["--calibration", name]

@@ -169,7 +169,8 @@ def make(case: str, path: Path) -> Path:
         evaluation(layered(path, (4,)), 1.01, kl=False)
     elif case == "mixed, collapsed":
         calibration = {"source": "self", "texts": 4, "tokens": 8192, "extra": {"names": ["self"], "length": 512}}
-        knobs = {"method": "feedback", "extra": {"preset": "balanced", "window": None}}
+        extra = {"preset": "balanced", "window": None, "inputs": "quantized", "activation_order": False}
+        knobs = {"method": "feedback", "extra": extra}
         evaluation(layered(path, (3, 2, 4), allocation=ALLOCATION, calibration=calibration, **knobs), 8.5)
     else:  # another writer, no evaluation, no licence, several shards, every feature
         options = {"base_model": {"id": "a local model"}, "max_shard_bytes": 3000}
@@ -738,3 +739,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (
         "BIND.MISSING_FILE" in out.err and "SCHEMA.VALUE" in out.err and out.out == f"written: {repo / 'README.md'}\n"
     )
+
+
+def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
+    tuning = {"steps": 7, "batch": 4, "learning_rate": 0.003, "seed": 0, "dtype": "float32", "tokens": 14336}
+    tuning |= {"held_out_sequences": 8, "held_out_kl": [0.51234, 0.40987]}
+    extra = {"preset": "best", "window": 12, "inputs": "paired", "activation_order": True, "tuning": tuning}
+    text = (card.write_card(layered(tmp_path / "a", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    assert "trained for 7 steps" in text and "went from 0.512 to 0.41." in text
+    assert "--preset best --window 12 --tune-steps 7 " in text and "arXiv:2504.02692" in text
+    assert "Not repeated in these commands" not in text
+    extra |= {"inputs": "original", "activation_order": False, "tuning": tuning | {"learning_rate": 0.1}}
+    text = (card.write_card(layered(tmp_path / "b", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    assert "--calibration-inputs original --no-activation-order --tune-steps 7 " in text
+    assert "makes up for" not in text and "2504.02692" not in text
+    assert "Not repeated in these commands: the options behind `extra`" in text
