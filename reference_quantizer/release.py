@@ -88,7 +88,7 @@ def job_digest(args: argparse.Namespace) -> str:
     """A digest of everything that decides the weights and what is stored beside them: program, checkpoint, options."""
     options = argparse.ArgumentParser()
     commands.add_quantization_arguments(options)
-    names = vars(options.parse_args([])).keys() - {"overwrite"}
+    names = vars(options.parse_args([])).keys() - {"overwrite", "spill"}
     chosen = {name: _content(getattr(args, name)) for name in sorted(names)}
     job = [__version__, _checkpoint_facts(args), chosen, args.device]
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()

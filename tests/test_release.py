@@ -179,21 +179,22 @@ def test_evaluation_files_of_other_weights_are_stale(lab: Lab, capsys: pytest.Ca
 def test_every_option_that_decides_what_is_written_is_part_of_the_job(lab: Lab) -> None:
     def job(*options: str) -> str:
         command = lab.command(*options)
-        if {"--target-bpw", "--target-bytes"} & {*options}:  # they exclude --bits
+        if {"--target-bpw", "--target-bytes", "--stages"} & {*options}:  # they exclude --bits
             del command[command.index("--bits") : command.index("--bits") + 2]
         return release.job_digest(_parser().parse_args(command))
 
     actions = argparse.ArgumentParser()
     release.commands.add_quantization_arguments(actions)
     changed = {}
-    for action in (a for a in actions._actions if a.dest not in ("help", "overwrite")):
-        value = next((choice for choice in action.choices or () if choice != action.default), "5")
-        changed[action.option_strings[0]] = job(action.option_strings[0], value)
+    for action in (a for a in actions._actions if a.dest not in ("help", "overwrite", "spill")):
+        name, value = action.option_strings[-1], "2,2" if action.dest == "stages" else "5"  # the last is --no-...
+        value = next((str(choice) for choice in action.choices or () if choice != action.default), value)
+        changed[name] = job(name, *([] if action.nargs == 0 else [value]))
     assert {"--bits", "--seed", "--protect", "--revision", "--license", "--calibration"} <= changed.keys()
     assert len({job(), job("--device", "cuda"), *changed.values()}) == len(changed) + 2
     texts = [job("--calibration", str(make_text(lab.path / "calibration.txt", 10, seed))) for seed in (0, 1)]
     assert texts[0] != texts[1]  # a file's content, not its name
-    for same in (["--overwrite"], ["--max-windows", "2"], ["--batch", "2"], ["--repo-id", "a/b"]):
+    for same in (["--overwrite"], ["--spill"], ["--max-windows", "2"], ["--batch", "2"], ["--repo-id", "a/b"]):
         assert job(*same) == job()
 
 
@@ -338,7 +339,7 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
     lab, out = finished[0], tmp_path / "out"
     command = lab.command("--repo-id", "owner/name", "--cache-dir", str(tmp_path / "cache"), out=out)
     points = [
-        ("reference_quantizer.quantize.encode", 3, lambda: not out.exists()),
+        ("reference_quantizer.quantize.encode_stages", 3, lambda: not out.exists()),
         ("reference_quantizer.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
         ("reference_quantizer.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
         ("reference_quantizer.card.write_card", 1, lambda: not (out / release.STATE).exists()),
