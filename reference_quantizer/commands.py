@@ -48,10 +48,9 @@ if TYPE_CHECKING:
 
 TUNE = """Train what costs no bits on the divergence from the base model, and write a new repository of the same size.
 
-That is a factor for each row's scale, norms and biases, and all elements of embeddings and output layers of 8 bits; other
-codes stay as they are. Both models are in memory at once; on two CPU cores with bfloat16 a step of a 135M model takes
-about ten seconds. An interrupted run continues when the same command is given again. Nothing is written unless the
-divergence on held-out calibration text falls.
+That is a factor for each row's scale, norms and biases; codes, embeddings and output layers stay as they are. Both models
+are in memory at once; on two CPU cores with bfloat16 a step of a 135M model takes about ten seconds. An interrupted run
+continues when the same command is given again. Nothing is written unless the divergence on held-out calibration text falls.
 """
 EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
@@ -141,7 +140,9 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--steps", metavar="N", type=integer(1, 10**7), default=100, help=help_)
     help_ = "sequences of 512 tokens in a step (default: %(default)s)"
     tune.add_argument("--batch", metavar="N", type=integer(1, 4096), default=4, help=help_)
-    help_ = "size of the first steps, relative to each parameter (default: %(default)s)"
+    help_ = (
+        "size of the first steps, relative to each parameter and to the root of the divergence (default: %(default)s)"
+    )
     tune.add_argument("--learning-rate", metavar="X", type=allocate.positive(float), default=0.003, help=help_)
     tune.add_argument("--seed", metavar="N", type=integer(0, 2**53 - 1), default=0, help="of the order of the text")
     help_ = "of the matrix products (default: bfloat16 where the device has instructions for it)"

@@ -2,8 +2,8 @@
 
 A weight is W = s ⊙ Ŵ with Ŵ as decoded and a factor s for each row, which goes into its scales (SPEC section 9).
 These factors and all vectors kept as they are (norms, biases) are trained on KL(base || quantized) over the calibration
-tokens, end to end, as knowledge distillation does it. Embeddings and output layers of 8 bits are trained element by element,
-and take the nearest levels again. The result is a new repository of the same size, which any reader decodes.
+tokens, end to end, as knowledge distillation does it; embeddings and output layers stay. The result is a new repository of
+the same size, which any reader decodes.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from torch.nn import functional
 from reference_quantizer import __version__
 from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
-from reference_quantizer.encode import Encoder, encode
 from reference_quantizer.evaluate import (
     DTYPES,
     KINDS,
@@ -37,10 +36,9 @@ from reference_quantizer.evaluate import (
     running_models,
 )
 from reference_quantizer.evaluate import Settings as Arithmetic
-from reference_quantizer.plan import Plan
+from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan
 from reference_quantizer.progress import Progress
 from reference_quantizer.quantize import Target, check_device, quantize, resume_key
-from reference_quantizer.rotation import hadamard_factors, make_rotation, seed_signs
 from reference_quantizer.source import Source, file_sha256
 from tqformat.load_quantized import (
     MANIFEST,
@@ -50,20 +48,18 @@ from tqformat.load_quantized import (
     open_repo,
     parse_json,
     read_manifest,
-    torch_dtype,
 )
-from tqformat.writer import RepoWriter, pack, publish
+from tqformat.writer import RepoWriter, publish
 
 SAVE_SECONDS = 120.0
 HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
 LOGITS = 2**24  # that are in memory at once: 64 MiB for each float32 work array
 JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it is no part of it [TQ-REPO-5]
-FINE_BITS = 8  # from which a weight that nearest levels encode is trained element by element
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to tune; the learning rate is relative to the size of what is trained."""
+    """How to tune; the learning rate is relative to the size of what is trained, and to the root of the divergence before."""
 
     steps: int = 200
     batch: int = 4  # sequences in a step
@@ -80,7 +76,7 @@ class Settings:
 
 
 class Scaled(nn.Module):
-    """s ⊙ (W x) + b for a linear layer, s[i] W[i] for an embedding; trains s, which begins as ones."""
+    """s ⊙ (W x) + b for a linear layer; trains s, which begins as ones."""
 
     weight: Tensor
     bias: nn.Parameter | None
@@ -95,90 +91,28 @@ class Scaled(nn.Module):
         y = functional.linear(x.to(self.weight.dtype), self.weight) * self.factor
         return y if self.bias is None else y + self.bias
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """The embeddings of token ids."""
-        return functional.embedding(ids, self.weight) * self.factor[ids][..., None]
 
+def replace_layers(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> dict[str, Scaled]:
+    """Puts a Scaled in the place of each linear layer whose weight is quantized: weight name -> it.
 
-class Fine(nn.Module):
-    """W x + b for a linear layer, W[i] for an embedding; trains each element of W."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder  # what W is encoded with once more
-        self.factor = nn.Parameter(weight)  # W itself, float32 [rows, cols]
-        self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x, self.factor)
-        return y if self.bias is None else y + self.bias
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The embeddings of token ids."""
-        return functional.embedding(ids, self.factor)
-
-
-def replace_layers(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> dict[str, Scaled | Fine]:
-    """Puts a Scaled or a Fine in the place of each linear layer whose weight is quantized: weight name -> it.
-
-    A tied embedding and output layer share one. Everything else stays as it is, frozen.
+    Everything else stays as it is, frozen; so do the output layer and what is tied to it.
     """
     model.requires_grad_(False)
     by_parameter: dict[int, str] = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
     output = model.get_output_embeddings()
-    found: dict[str, Scaled | Fine] = {}
+    found: dict[str, Scaled] = {}
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if not isinstance(module, nn.Linear) or (output is not None and module.weight is output.weight):
             continue
-        name, weight = by_parameter[id(module.weight)], module.weight.detach()
+        name = by_parameter[id(module.weight)]
         if not (entry := repo.manifest.tensors.get(name)) or not entry.stages or len(entry.shape) != 2:
             continue
         if name not in found:
-            edge = module is output or isinstance(module, nn.Embedding)
-            encoder = nearest_encoder(repo, name, weight.device) if edge else None
-            found[name] = Fine(weight, encoder) if encoder else Scaled(weight.to(dtype))
-        if isinstance(module, nn.Linear):
-            owner, _, last = path.rpartition(".")
-            found[name].bias = module.bias
-            setattr(model.get_submodule(owner), last, found[name])
-        else:
-            _embed_with(module, found[name])
+            found[name] = Scaled(module.weight.detach().to(dtype))
+        owner, _, last = path.rpartition(".")
+        found[name].bias = module.bias
+        setattr(model.get_submodule(owner), last, found[name])
     return found
-
-
-def _embed_with(module: nn.Embedding, part: Scaled | Fine) -> None:
-    """Lets an embedding layer take its rows from `part`; what its class multiplies them with stays in force."""
-    factor = getattr(module, "embed_scale", None)  # of Gemma's embeddings
-
-    def forward(ids: Tensor) -> Tensor:
-        rows = part.rows(ids)
-        return rows if factor is None else rows * factor.to(rows.dtype)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-
-def nearest_encoder(repo: Repo, name: str, device: torch.device) -> Encoder | None:
-    """What encodes a weight in its own layout once more; None unless that is nearest levels of FINE_BITS in one stage."""
-    entry = repo.manifest.tensors[name]
-    stage, cols = (entry.stages or ())[0], entry.shape[-1]
-    book, transform = repo.manifest.codebooks[stage.codebook], repo.manifest.transforms[stage.transform]
-    plain = len(entry.stages or ()) == 1 and entry.column_scale is None
-    plain = plain and (stage.bits, *stage.layout(cols)) == (FINE_BITS, FINE_BITS, stage.vector_length or cols, 1, cols)
-    seed, size = transform.seed or 0, transform.size
-    known = transform.kind in ("identity", "dense") or (
-        (transform.signs, transform.factors) == (seed_signs(seed, size).hex(), hadamard_factors(size))
-    )
-    if not plain or not known or book.dimension > 1 or book.rows is not None:
-        return None
-    levels = repo._levels(book)[:, 0].to(device)
-    if not bool((levels.diff() > 0).all()):
-        return None
-    matrix = repo._read(transform.matrix).numpy() if transform.matrix is not None else None
-    rotation = make_rotation(transform.kind, size, seed, matrix, str(device))
-    scale_dtype = torch_dtype(repo.spans[stage.scales].dtype)
-    return Encoder(stage.vector_length or cols, rotation, levels, scale_dtype, torch_dtype(entry.dtype))
 
 
 def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
@@ -344,7 +278,7 @@ def tune(
         digest = file_sha256(repo_dir / MANIFEST)
         job = json.dumps([__version__, asdict(settings), calibration.sha256, digest, source.identity, device])
         state = State(out.with_name(f".{out.name}.tuning"), job)
-        optimizer = make_optimizer(parts, small, settings.learning_rate)
+        optimizer = make_optimizer(parts, small)
         kept = state.restore(optimizer)
         targets = Targets(halves, ids, state.path / "targets", kept.get("done"))
         before, after = _train(targets, held_out, model, optimizer, settings, state, kept, quiet)
@@ -394,7 +328,8 @@ def quantize_tuned(
 
 
 def _tell_frozen(repo: Repo, parts: dict[str, Any]) -> None:
-    frozen = [name for name, entry in repo.manifest.tensors.items() if entry.stages and name not in parts]
+    quantized = [name for name, entry in repo.manifest.tensors.items() if entry.stages]
+    frozen = [name for name in quantized if name not in parts and not name.endswith(EMBEDDINGS + HEADS)]
     if frozen:
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
         print(f"note: as they are, for they are no linear layers: {frozen[0]}{more}", file=sys.stderr)
@@ -438,15 +373,13 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def make_optimizer(
-    parts: dict[str, Scaled | Fine], small: dict[str, nn.Parameter], rate: float
-) -> torch.optim.Optimizer:
+def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     """Adam for all that is trained, with steps relative to each tensor's root mean square."""
     groups = []
     for parameter in [*(part.factor for part in parts.values()), *small.values()]:
         size = max(1e-3, float(parameter.detach().square().mean().sqrt()))
         groups.append({"params": [parameter.requires_grad_(True)], "size": size})
-    return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
 
 def _train(
@@ -466,10 +399,11 @@ def _train(
     order = _epochs(len(targets.ids) - held_out, torch.Generator().manual_seed(settings.seed))
     order = itertools.islice(order, first * settings.batch, None)
     warm, saved = max(1, settings.steps // 20), time.monotonic()
+    rate = settings.learning_rate * math.sqrt(before)  # about as large as the errors that are to be made up for
     for step in range(first, settings.steps):
         share = min(1.0, (step + 1) / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * share * group["size"]
+            group["lr"] = rate * share * group["size"]
         for _ in range(settings.batch):
             divergence(targets, held_out + next(order), model, 1 / settings.batch)
         optimizer.step()
@@ -494,14 +428,14 @@ def write_tuned(
     repo: Repo,
     repo_dir: Path,
     out: Path,
-    parts: dict[str, Scaled | Fine],
+    parts: dict[str, Scaled],
     small: dict[str, nn.Parameter],
     record: dict[str, Any],
     calibration: Calibration,
     overwrite: bool = False,
     **head: Any,
 ) -> None:
-    """The repository with the trained scales, vectors and fine weights; all other codes, tables and files are copied."""
+    """The repository with the trained scales and vectors; codes, tables and other files are copied."""
     data = parse_json((repo_dir / MANIFEST).read_bytes(), MANIFEST)
     method = dict(data["quantization"])
     method["extra"] = method.get("extra", {}) | {"tuning": record}
@@ -533,11 +467,7 @@ def write_tuned(
                 tensor = small[name].detach().to("cpu", kept.dtype).reshape(kept.shape) if name in small else kept
                 writer.add_passthrough(name, tensor)
                 continue
-            part = parts.get(name)
-            if isinstance(part, Fine):
-                stages = [entry["stages"][0] | encode_fine(part)]
-            else:
-                stages = [stage | _scaled(repo, stage, part) for stage in entry["stages"]]
+            stages = [stage | _scaled(repo, stage, parts.get(name)) for stage in entry["stages"]]
             columns = repo._read(entry["column_scale"]) if entry.get("column_scale") else None
             facts = {k: v for k, v in entry.get("extra", {}).items() if k in ("protected", "sensitivity")}
             writer.add_quantized(name, entry["shape"], entry["dtype"], stages, columns, extra=facts)
@@ -548,14 +478,6 @@ def write_tuned(
             if file["role"] != "payload" and not stale:
                 writer.add_file(repo_dir / name, file["role"])
         writer.finish()
-
-
-def encode_fine(part: Fine) -> dict[str, Tensor]:
-    """The codes and scales of the levels nearest to a trained weight."""
-    weight, encoder = part.factor.detach(), part.encoder
-    chunks = [encode(rows, encoder) for rows in weight.split(max(1, 2**22 // weight.shape[1]))]
-    codes = torch.cat([pack(chunk.symbols, FINE_BITS).cpu() for chunk in chunks])
-    return {"codes": codes, "scales": torch.cat([chunk.scales.cpu() for chunk in chunks])}
 
 
 def _scaled(repo: Repo, stage: dict[str, Any], part: Scaled | None) -> dict[str, Tensor]:

@@ -43,7 +43,8 @@ def run(lab: Path, out: Path, *options: str) -> int:
         str(lab / "text.txt"),
         "--quiet",
     ]
-    return main([*command, "--calibration-tokens", "8192", "--steps", "12", "--batch", "2", *options])
+    command += ["--calibration-tokens", "8192", "--steps", "12", "--batch", "2", "--learning-rate", "0.05"]
+    return main([*command, *options])
 
 
 def test_replaced_layers_compute_the_same(lab: Path) -> None:
@@ -52,8 +53,7 @@ def test_replaced_layers_compute_the_same(lab: Path) -> None:
         wanted = model(input_ids=IDS).logits
     with open_repo(lab / "repo") as repo:
         parts = tune.replace_layers(model, repo)
-    kinds = [type(part) for part in parts.values()]
-    assert kinds.count(tune.Fine) == 2 and kinds.count(tune.Scaled) == 14  # embedding and head; 2 blocks of 7
+    assert len(parts) == 14 and all(".layers." in name for name in parts)  # 2 blocks of 7, neither embedding nor head
     with torch.inference_mode():
         found = model(input_ids=IDS).logits
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
@@ -67,17 +67,16 @@ def test_tuning_lowers_the_divergence_and_keeps_codes_and_size(lab: Path, tmp_pa
     assert record["held_out_kl"][1] < 0.97 * record["held_out_kl"][0]
     assert record["tokens"] == 12 * 2 * 512
     assert after["features"] == before["features"] and after["accounting"] == before["accounting"]
-    changed, fine = 0, []
+    changed = 0
     with open_repo(lab / "repo") as old, open_repo(tmp_path / "out") as new:
         for name, entry in after["tensors"].items():
             if entry["kind"] == "passthrough":
                 changed += not torch.equal(old.dequantize(name), new.dequantize(name))
                 continue
             (stage,) = entry["stages"]
-            if not torch.equal(old._read(stage["codes"]), new._read(stage["codes"])):
-                fine.append(name)
+            assert torch.equal(old._read(stage["codes"]), new._read(stage["codes"]))
             changed += not torch.equal(old._read(stage["scales"]), new._read(stage["scales"]))
-    assert changed > 15 and sorted(fine) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert changed > 15
     command = [sys.executable, "-m", "conformance", "check", str(tmp_path / "out")]
     judged = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     assert "PASS L3" in judged.stdout, judged.stdout
@@ -103,7 +102,7 @@ def test_what_is_written_computes_what_was_trained(lab: Path, tmp_path: Path, mo
 def test_nothing_is_written_unless_it_gets_better(
     lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(lab, tmp_path / "out", "--learning-rate", "3") == 1
+    assert run(lab, tmp_path / "out", "--learning-rate", "30") == 1
     assert "lower --learning-rate" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -153,9 +152,22 @@ def test_a_state_of_another_job_is_not_used(lab: Path, tmp_path: Path, monkeypat
 
 
 def test_a_tuned_repository_can_be_tuned_again(lab: Path, tmp_path: Path) -> None:
-    assert run(lab, tmp_path / "once") == 0
-    command = ["tune", str(lab / "base"), str(tmp_path / "once"), str(tmp_path / "twice"), "--quiet", "--steps", "4"]
-    assert main([*command, "--calibration", str(lab / "text.txt"), "--calibration-tokens", "8192"]) == 0
+    assert run(lab, tmp_path / "once", "--steps", "2") == 0
+    command = ["tune", str(lab / "base"), str(tmp_path / "once"), str(tmp_path / "twice"), "--quiet", "--steps", "12"]
+    assert (
+        main(
+            [
+                *command,
+                "--learning-rate",
+                "0.05",
+                "--calibration",
+                str(lab / "text.txt"),
+                "--calibration-tokens",
+                "8192",
+            ]
+        )
+        == 0
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the divergence
@@ -269,17 +281,6 @@ def test_stages_and_groups_of_scales_take_the_factor_of_their_row(lab: Path, tmp
             for a, b in zip(old.manifest.tensors[name].stages, new.manifest.tensors[name].stages, strict=True)
         ]
         assert torch.allclose(ratios[0], ratios[1].expand(-1, 4), rtol=0.002) and ratios[1].std() > 1e-4
-
-
-def test_fine_weights_are_encoded_as_they_were(lab: Path) -> None:
-    with open_repo(lab / "repo") as repo:
-        model = load(lab / "repo", dtype=torch.float32)
-        part = tune.replace_layers(model, repo)["lm_head.weight"]
-        assert isinstance(part, tune.Fine)
-        again, (stage,) = tune.encode_fine(part), repo.manifest.tensors["lm_head.weight"].stages
-        wanted = repo._read(stage.codes)
-        assert again["codes"].shape == wanted.shape and (again["codes"] == wanted).float().mean() > 0.9
-        assert torch.allclose(again["scales"].float(), repo._read(stage.scales).float(), rtol=0.002)
 
 
 # ------------------------------------------------------------------------------------------------ as the end of a preset
