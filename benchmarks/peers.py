@@ -351,7 +351,7 @@ def compare_all(
     runners = {name: Runner(shared, model, none, tokens, windows, bos, settings) for name, model in models.items()}
     results: dict[str, list[Result]] = {name: [] for name in models}
     errors: dict[str, dict[str, Any] | str] = {}
-    progress = Progress(len(windows))
+    progress = Progress(len(windows), action="evaluating", unit="window")
     for group in batches(windows, settings.batch or 1):
         for name in [name for name in models if name not in errors]:
             try:

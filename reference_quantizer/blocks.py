@@ -59,16 +59,6 @@ class Moments(NamedTuple):
     drift: Tensor | None = None  # d xᵗ [rows, cols]; None: unknown, or the layer's output goes elsewhere
 
 
-class Place(NamedTuple):
-    """Where a layer's output is added to the stream: the stream is what `stream` is given before the layer is called.
-
-    What is added is the output itself, or what `norm` makes of it.
-    """
-
-    stream: nn.Module
-    norm: nn.Module | None
-
-
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of blocks with the most parameters, the outer one of nested ones; SCHEMA.VALUE where there is none."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
@@ -101,11 +91,10 @@ class Blocks:
         self.hidden = self._entrance()  # [sequences, length, width] float32, on the CPU
         self._check()
         self.base = self._room("base", self.hidden.shape).copy_(self.hidden) if paired else None  # of the base model
-        # of the current block: what modules are given in the base model, and the input over the output of norms in front
-        # of the stream, both [sequences, length, n]; and where linear layers add to the stream
+        # of the current block: what modules are given in the base model [sequences, length, n]; and for linear layers whose
+        # output is added to the stream, a module that is given the stream as it was before
         self._kept: dict[nn.Module, Tensor] = {}
-        self._gains: dict[nn.Module, Tensor] = {}
-        self._places: dict[nn.Module, Place] = {}
+        self._places: dict[nn.Module, nn.Module] = {}
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The blocks that are left, each in float32 on the device; changed weights take effect in what follows."""
@@ -157,7 +146,7 @@ class Blocks:
             raise _Reached
 
         hooks = [layer.register_forward_pre_hook(keep)]
-        for module in {place.stream for place in places.values()}:
+        for module in set(places.values()):
             hooks.append(module.register_forward_pre_hook(lambda m, args: streams.update({m: args[0].float()})))
         square = torch.zeros(layer.in_features, layer.in_features, device=self.device)
         shift = torch.zeros_like(square) if layer in self._kept else None
@@ -171,10 +160,8 @@ class Blocks:
                 if shift is not None:
                     before = self._kept[layer][k : k + BATCH].to(self.device).reshape(x.shape)
                     shift.addmm_((before.float() - x.to(before.dtype).float()).T, x)  # both rounded, if at all
-                for name, (module, norm) in places.items():
+                for name, module in places.items():
                     lack = self._kept[module][k : k + BATCH].to(self.device) - streams[module]
-                    if norm is not None:
-                        lack *= self._gains[norm][k : k + BATCH].to(self.device)
                     drifts[name].addmm_(lack.reshape(len(x), -1).T, x)
         _remove(hooks)
         mean = square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -189,56 +176,50 @@ class Blocks:
         assert self.base is not None
         shape, low = self.hidden.shape[:2], torch.bfloat16 if self.bfloat16 else torch.float32
         self._places = self._find_places(block)
-        self._kept, self._gains, k = {}, {}, 0
+        self._kept, k = {}, 0
 
-        def keep(store: dict[nn.Module, Tensor], module: nn.Module, value: Tensor, dtype: torch.dtype) -> None:
+        def keep(module: nn.Module, value: Tensor, dtype: torch.dtype) -> None:
             if value.dim() != 3 or value.shape[1] != shape[1]:
                 return
-            if module not in store:
-                store[module] = self._room(f"{len(self._kept)}-{len(self._gains)}", (*shape, value.shape[2]), dtype)
-            store[module][k : k + BATCH] = value.cpu()
+            if module not in self._kept:
+                self._kept[module] = self._room(f"{len(self._kept)}", (*shape, value.shape[2]), dtype)
+            self._kept[module][k : k + BATCH] = value.cpu()
 
-        def keep_gain(norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            y, z = args[0].float(), out.float()
-            keep(self._gains, norm, torch.where(z == 0, 0.0, y / z), torch.float32)
-
-        hooks = [m.register_forward_pre_hook(lambda m, args: keep(self._kept, m, args[0], low)) for m in layers]
-        for module in {place.stream for place in self._places.values()}:
-            hook = module.register_forward_pre_hook(lambda m, args: keep(self._kept, m, args[0], torch.float32))
-            hooks.append(hook)
-        hooks += [place.norm.register_forward_hook(keep_gain) for place in self._places.values() if place.norm]
+        hooks = [m.register_forward_pre_hook(lambda m, args: keep(m, args[0], low)) for m in layers]
+        for module in set(self._places.values()):
+            hooks.append(module.register_forward_pre_hook(lambda m, args: keep(m, args[0], torch.float32)))
         for k in range(0, len(self.base), BATCH):
             self.base[k : k + BATCH] = self._forward(block, self.base[k : k + BATCH]).float().cpu()
         _remove(hooks)
 
-    def _find_places(self, block: nn.Module) -> dict[nn.Module, Place]:
-        """Where the linear layers of the block add their outputs to the stream, found by looking at the sums."""
+    def _find_places(self, block: nn.Module) -> dict[nn.Module, nn.Module]:
+        """The linear layers of the block whose outputs are added to the stream, found by looking at the sums; see _places.
+
+        Not those with a norm between them and the stream, as Gemma has it: what they lack there is no matter of least squares.
+        """
         hidden = self.hidden[:1]
         entered: list[tuple[nn.Module, Tensor]] = []
-        left: list[tuple[nn.Module, Tensor, Tensor, int]] = []  # with the number of modules entered before
+        left: list[tuple[nn.Module, Tensor, int]] = []  # linear layers, with the number of modules entered before
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
                 entered.append((module, args[0]))
 
-        def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor) and out.shape == hidden.shape:
-                left.append((module, args[0], out, len(entered)))
+        def leave(layer: nn.Module, _: tuple[Any, ...], out: Tensor) -> None:
+            if out.shape == hidden.shape:
+                left.append((layer, out, len(entered)))
 
         modules = [m for m in block.modules() if m is not block]
         hooks = [m.register_forward_pre_hook(enter) for m in modules]
-        hooks += [m.register_forward_hook(leave) for m in modules]
+        hooks += [m.register_forward_hook(leave) for m in modules if isinstance(m, nn.Linear)]
         end = self._call(block, hidden, self.device)
         _remove(hooks)
-        places: dict[nn.Module, Place] = {}
-        for layer, _, out, count in left:
-            if not isinstance(layer, nn.Linear):
-                continue
-            added = [(None, out)] + [(m, z) for m, x, z, _ in left if x is out]
+        places: dict[nn.Module, nn.Module] = {}
+        for layer, out, count in left:
             sums = [t for _, t in entered[count:]] + [end]
-            for (norm, z), (module, s), t in itertools.product(added, entered[:count], sums):
-                if (t - s - z).norm() <= 1e-4 * z.norm():
-                    places.setdefault(layer, Place(module, norm))
+            for (module, s), t in itertools.product(entered[:count], sums):
+                if (t - s - out).norm() <= 1e-4 * out.norm():
+                    places.setdefault(layer, module)
         return places
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
