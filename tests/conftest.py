@@ -1,5 +1,6 @@
 """Shared helpers: repositories with random codes for every setting, and repositories made from model checkpoints."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -181,3 +182,15 @@ def settings_repo(tmp_path: Path) -> Path:
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test talks to the Hub; the stand-in Hub of test_hub.py runs against a subprocess."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def interrupted(function: Any, call: int) -> Any:
+    """`function`, but the call of this number is a Ctrl-C."""
+    calls = itertools.count(1)
+
+    def interrupt(*args: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return interrupt

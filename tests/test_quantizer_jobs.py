@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import interrupted
 from safetensors.torch import save_file
 
 import tqformat
@@ -582,18 +583,9 @@ def test_errors_are_one_line(make: Make, tmp_path: Path, capsys: pytest.CaptureF
 def test_ctrl_c_says_how_to_go_on(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, calls = make(sample_tensors()), 0
-    original = encode_stages
-
-    def interrupt(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KeyboardInterrupt
-        return original(*args)
-
+    path = make(sample_tensors())
     with monkeypatch.context() as patch:
-        patch.setattr("reference_quantizer.quantize.encode_stages", interrupt)
+        patch.setattr("reference_quantizer.quantize.encode_stages", interrupted(encode_stages, 5))
         assert run(path, tmp_path / "out") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

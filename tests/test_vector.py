@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import interrupted, run_python
 from test_evaluate import make_checkpoint, make_text
 from test_feedback import correlated, gaussian
 from test_quantizer_jobs import Make, files_of, make, manifest_of, sample_tensors  # noqa: F401  (make is a fixture)
@@ -343,18 +343,10 @@ def test_an_interrupted_job_of_stages_continues_with_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path, calls = make(sample_tensors()), 0
-
-    def stop(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KeyboardInterrupt
-        return encode_stages(*args)
-
+    path = make(sample_tensors())
     options = ["--stages", "2,1", "--dimension", "2", "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "encode_stages", stop)
+        patch.setattr(quantize, "encode_stages", interrupted(encode_stages, 5))
         assert main(["quantize", str(path), str(tmp_path / "out"), *options]) == 130
     assert main(["quantize", str(path), str(tmp_path / "out"), *options]) == 0
     assert main(["quantize", str(path), str(tmp_path / "straight"), *options]) == 0
