@@ -165,7 +165,7 @@ def make_allocation(
         message = "a target is met by measuring the model, and here are headers alone; give a checkpoint directory"
         raise TQFormatError("BIND.MISSING_FILE", source.path.name, message)
     from reference_quantizer.evaluate import default_cache  # torch takes seconds to import
-    from reference_quantizer.sensitivity import measure_sensitivities
+    from reference_quantizer.sensitivity import TOKENS, measure_gains, measure_sensitivities
 
     candidates = sorted(set(request.candidates))
     plans = [make_plan(source, replace(settings, bits=bits)) for bits in candidates]
@@ -177,14 +177,17 @@ def make_allocation(
     fixed = int(plans[0].accounting()["stored_bytes"] - sizes[:, 0].sum())
     room = budget - fixed + sum(book.nbytes for book in plans[0].codebooks.values()) - sum(tables.values())
 
-    measured = measure_sensitivities(
-        *(source, loader_kind, names, request.allocator, request.texts, request.tokens),
-        *(cache or default_cache(), device, quiet),
-    )
+    tokens, where = request.tokens or TOKENS[request.allocator], (cache or default_cache(), device, quiet)
+    if settings.preset != "fast":  # the number is then that of feedback, which needs more
+        tokens = min(tokens, TOKENS[request.allocator])
+    measured = measure_sensitivities(source, loader_kind, names, request.allocator, request.texts, tokens, *where)
     notes: list[str] = []
     scalars = {t.info.name: t.info.scalars for t in free[0]}
     sensitivities = fill_in(measured.values, scalars, notes)
     errors = relative_errors(source, plans, names, device)
+    if settings.preset != "fast":
+        gains = measure_gains(source, loader_kind, measured.calibration, *where)
+        errors *= np.array([gains.get(name, 1.0) for name in names])[:, None]
     costs = np.array([sensitivities[name] * errors[k] for k, name in enumerate(names)])  # [weights, candidates]
     uniform_bytes = [int(plan.accounting()["stored_bytes"]) for plan in plans]
     uniform = max(k for k in range(len(candidates)) if uniform_bytes[k] <= budget)

@@ -543,7 +543,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = "encode columns of more power first, as GPTQ's option of this name does (default: yes)"
     group.add_argument("--activation-order", action=argparse.BooleanOptionalAction, default=True, help=help_)
     group.add_argument("--spill", action="store_true", help="keep hidden states in files beside OUT, not in memory")
-    help_ = f"tokens of it (default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation)"
+    help_ = f"tokens of it (default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation; with feedback these two take no more)"
     group.add_argument("--calibration-tokens", metavar="N", type=integer(1, 2**40), help=help_)
 
 

@@ -109,6 +109,16 @@ def damped(h: Tensor, damping: float = DAMPING) -> Tensor:
     return h + damping * mean * unit if mean > 0 else unit
 
 
+def gain(hessian: Tensor) -> float:
+    """What error feedback leaves of the output error that rounding alone would make, at the same bits.
+
+    With errors of equal power in all columns, rounding makes an error proportional to tr H, feedback one to tr D, where H = U^t D U,
+    U unit triangular (QuIP, arXiv:2307.13304, section 3). `hessian` is in the basis in which columns are encoded.
+    """
+    pivots = inverse_factor(hessian).diagonal().double() ** -2
+    return float(pivots.mean() / damped(hessian.double()).diagonal().mean())
+
+
 def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper triangular U with UᵗU = (H + damping * mean(diag H) I)⁻¹, float32 [cols, cols].
 

@@ -16,7 +16,7 @@ EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight"),
     *("tok_embeddings.weight", "token_embedding.weight"),
 )
-WINDOWED_BITS = 4  # up to which a trellis is used: above it, scalar codes lose next to nothing
+WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window spans less than two weights
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
 PRESETS = {  # name -> method recorded, and window of its codes (None: no wider than their bits)
     "fast": ("turboquant_mse", None),

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference_quantizer import feedback
+from reference_quantizer.blocks import Blocks
 from reference_quantizer.calibration import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
 from reference_quantizer.evaluate import (
     KINDS,
-    Progress,
     Settings,
     compare,
     libraries,
@@ -26,6 +27,8 @@ from reference_quantizer.evaluate import (
     locked,
     running_models,
 )
+from reference_quantizer.progress import Progress
+from reference_quantizer.rotation import make_rotation, rotate, rotation_size
 from reference_quantizer.source import Source, weights_sha256
 from tqformat.load_quantized import TQFormatError
 
@@ -93,6 +96,35 @@ def measure_sensitivities(
             if missing:
                 known |= _measure(model(), source, missing, method, found.ids, path, quiet)
     return Sensitivities({name: value for name in names if (value := known[name]) is not None}, found)
+
+
+def measure_gains(
+    source: Source, loader_kind: str, tokens: Calibration, cache: Path, device: str = "cpu", quiet: bool = False
+) -> dict[str, float]:
+    """What error feedback leaves of the output error of each linear layer in the model's blocks (see `feedback.gain`).
+
+    For the inputs that `tokens` give the layers of the original model; kept in `cache`, as sensitivities are.
+    """
+    content = [VERSION, weights_sha256(source), loader_kind, "gains", tokens.sha256, device, libraries()]
+    path = cache / f"sensitivity-{_digest(content)}.jsonl"
+    with locked(path.with_suffix(".lock")), running_models():
+        if not path.is_file():
+            blocks = Blocks(load_base(source, loader_kind, Settings(dtype="float32")), tokens.ids, device)
+            progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
+            found = {}
+            for block in blocks:
+                for group in blocks.groups(block):
+                    hessian = next(iter(blocks.moments(block, group).values())).hessian
+                    size = rotation_size("hadamard", len(hessian))
+                    rotation = make_rotation("hadamard", size, SEED, None, device)
+                    hessian = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
+                    found |= dict.fromkeys(group.layers, feedback.gain(hessian))
+                progress.advance(1)
+            progress.close()
+            new = path.with_suffix(".new")
+            new.write_text("".join(json.dumps(entry) + "\n" for entry in found.items()), encoding="utf-8")
+            new.replace(path)
+        return {name: value for name, value in _read(path).items() if value is not None}
 
 
 def _measure(

@@ -268,6 +268,21 @@ def test_a_trellis_counts_with_its_smaller_error(tmp_path: Path) -> None:
     assert np.allclose(errors[:, 1] / errors[:, 0], module.trellis_gain(2, 8))
 
 
+def test_what_feedback_gains_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose errors feedback takes away is given fewer bits than without it; the others have them."""
+    source, cache = open_source(str(make_checkpoint(tmp_path / "base"))), tmp_path / "cache"
+    chosen, found = Settings(preset="balanced", exclude=("*embed*", "lm_head*")), {}
+    for gain in (1.0, 1e-6):
+        monkeypatch.setattr(sensitivity, "measure_gains", lambda *_, gain=gain: {LAYER: gain})
+        found[gain] = make_allocation(source, chosen, request(target_bits=10.0), "text-generation", cache, quiet=True)[
+            1
+        ]
+    assert found[1e-6].bits[LAYER] == 2 < found[1.0].bits[LAYER]
+    assert sum(found[1e-6].bits.values()) > sum(found[1.0].bits.values()) - found[1.0].bits[LAYER] + 2
+    assert found[1e-6].sensitivities == found[1.0].sensitivities
+    assert found[1e-6].record["extra"]["objective"] < found[1.0].record["extra"]["objective"]
+
+
 def test_the_tables_of_a_mixture_of_trellises_are_within_the_target(tmp_path: Path) -> None:
     source, cache = open_source(str(make_checkpoint(tmp_path / "base"))), tmp_path / "cache"
     plain = Settings(window=8, preset="best")

@@ -22,7 +22,7 @@ from reference_quantizer.codebook import lloyd_max_levels
 from reference_quantizer.encode import Encoder
 from reference_quantizer.encode import encode as encode_nearest
 from reference_quantizer.feedback import encode, fit_scales, inverse_factor
-from reference_quantizer.rotation import make_rotation
+from reference_quantizer.rotation import make_rotation, rotate
 from reference_quantizer.trellis import trellis_levels
 from tqformat import open_repo
 from tqformat.load_quantized import MANIFEST, TQFormatError
@@ -101,6 +101,17 @@ def test_feedback_lowers_the_output_error(bits: int, window: int) -> None:
     d = found.decoded - w
     assert found.output_error == pytest.approx(float(((d @ h) * d).sum() / ((w @ h) * w).sum()), rel=1e-3)
     assert found.relative_error == pytest.approx(float(d.square().sum() / w.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0, 4.0])
+def test_the_gain_is_what_feedback_then_has(decay: float) -> None:
+    x = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, decay, 128).neg().exp()
+    w, h, encoder = gaussian(256, 128), x.T @ x / len(x), make_encoder(128, 4)
+    expected = feedback.gain(rotate(rotate(h, encoder.rotation).T.contiguous(), encoder.rotation))
+    assert (expected > 0.95) == (decay == 0)
+    with_, without = (encode(w, m, encoder, 4, 4, 0, False).decoded - w for m in (h, torch.eye(128)))
+    found = float(((with_ @ h) * with_).sum() / ((without @ h) * without).sum())
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_a_trellis_beats_scalar_codes_of_the_same_bits() -> None:
@@ -460,7 +471,7 @@ def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "options",
-    [["--preset", "fast"], ["--preset", "best", "--bits", "6"], ["--preset", "best", "--bits", "4", "--window", "4"]],
+    [["--preset", "fast"], ["--preset", "best", "--bits", "7"], ["--preset", "best", "--bits", "4", "--window", "4"]],
 )
 def test_options_that_would_be_ignored_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]

@@ -10,7 +10,7 @@ from test_evaluate import WORDS, make_checkpoint, make_text
 from reference_quantizer import sensitivity
 from reference_quantizer.calibration import calibration_tokens, cut, draw, load_tokenizer
 from reference_quantizer.evaluate import Progress, Settings, load_base
-from reference_quantizer.sensitivity import measure_sensitivities
+from reference_quantizer.sensitivity import measure_gains, measure_sensitivities
 from reference_quantizer.source import Source, open_source
 from tqformat.load_quantized import TQFormatError
 
@@ -137,6 +137,17 @@ def test_an_interrupted_measurement_continues(source: Source, tmp_path: Path, mo
     monkeypatch.setattr(Progress, "advance", lambda self, units: done.append(units))
     assert measure_sensitivities(*job, tmp_path / "cut", quiet=True).values == whole.values
     assert len(done) == len(names) - 3
+
+
+def test_the_gains_of_feedback(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = measure_sensitivities(source, KIND, [], "fisher", ("self",), 512, tmp_path, quiet=True).calibration
+    gains = measure_gains(source, KIND, tokens, tmp_path, quiet=True)
+    layers = [name for name in matrices(source) if ".layers." in name]
+    assert set(gains) == set(layers) and all(0 < gain < 0.99 for gain in gains.values())
+    q, k, down = (next(name for name in layers if part in name) for part in ("q_proj", "k_proj", "down_proj"))
+    assert gains[q] == gains[k] != gains[down]
+    monkeypatch.setattr(sensitivity, "load_base", None)  # cannot be called
+    assert measure_gains(source, KIND, tokens, tmp_path, quiet=True) == gains
 
 
 def test_what_the_model_does_not_have_is_left_out(source: Source, tmp_path: Path) -> None:
