@@ -39,7 +39,7 @@ def main() -> None:
     levels = torch.from_numpy(initial_levels(args.bits, args.window, np.random.default_rng(0)))
     levels = levels if args.window > args.bits else levels.sort().values
     settings = (args.bits, args.window, args.tile_rows)
-    given = (y, scales, upper, levels)
+    given = (y, scales, torch.ones(args.rows), upper, levels)
     there = tuple(part.to(args.device) for part in given)
     candidates: dict[str, Callable[[], Tensor]] = {
         f"numba, cpu, {torch.get_num_threads()} threads": lambda: feedback._search(*given, *settings),

@@ -367,7 +367,7 @@ def _commands(raw: dict[str, Any], summary: dict[str, Any] | None) -> list[str]:
 def _more_options(quantization: dict[str, Any]) -> list[str]:
     """The keys whose values came from options that `_commands` does not know."""
     calibration = quantization["calibration"]
-    known = {"preset", "window", "dimension", "stages", "inputs", "activation_order"}
+    known = {"preset", "window", "dimension", "stages", "inputs", "activation_order", "output_feedback"}
     given = {key for key, value in quantization["extra"].items() if value is not None}
     if tuning := quantization["extra"].get("tuning"):
         from reference_quantizer.tune import Settings  # torch takes seconds to import
@@ -399,6 +399,8 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
     extra = quantization.get("extra", {})
     arguments += ["--calibration-inputs", extra["inputs"]] if extra.get("inputs", "paired") != "paired" else []
     arguments += [] if extra.get("activation_order", True) else ["--no-activation-order"]
+    if "output_feedback" in extra and extra["output_feedback"] != (extra.get("preset") == "best"):
+        arguments += ["--output-feedback" if extra["output_feedback"] else "--no-output-feedback"]
     if extra.get("preset") == "best" or extra.get("tuning"):
         arguments += ["--tune-steps", str((extra.get("tuning") or {"steps": 0})["steps"])]
     names = calibration.get("extra", {}).get("names", [])

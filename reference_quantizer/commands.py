@@ -234,10 +234,15 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
 def find_plan(args: argparse.Namespace, source: Source) -> Plan:
     """The plan that the options ask for; with a target, the bits are chosen by measuring the model."""
     request, chosen = allocate.request_of(args), settings(args)
+    kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
+    if chosen.output_feedback and kind not in support.KINDS:
+        if args.output_feedback:
+            advice = f"expected a model that predicts the next token ({', '.join(support.KINDS)}), found {kind}"
+            raise TQFormatError("SCHEMA.VALUE", "--output-feedback", advice)
+        chosen = replace(chosen, output_feedback=False)
     if request is None:
         return make_plan(source, with_wide_embeddings(chosen, source))
     job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
-    kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
     return make_plan(source, *allocate.make_allocation(source, chosen, request, kind, cache, **job))
 
 
@@ -278,9 +283,7 @@ def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -
     if chosen.preset == "fast":
         advice = "the preset fast uses no text, and tuning needs some; use --preset balanced or best"
         raise TQFormatError("SCHEMA.VALUE", "--tune-steps", advice)
-    from reference_quantizer.evaluate import KINDS
-
-    if loader_kind not in KINDS:
+    if loader_kind not in support.KINDS:
         print(f"note: not tuned: a model for {loader_kind} does not predict the next token", file=sys.stderr)
         return 0
     return steps
@@ -324,6 +327,10 @@ def settings(args: argparse.Namespace) -> Settings:
     if preset == "fast" and not sized and (args.calibration or args.calibration_tokens):
         advice = "the preset fast uses no text; use --preset balanced or best, or a target"
         raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
+    if preset == "fast" and args.output_feedback:
+        raise TQFormatError(
+            "SCHEMA.VALUE", "--output-feedback", "the preset fast has no feedback; use balanced or best"
+        )
     if preset == "best" and not sized and args.bits > WINDOWED_BITS:
         advice = f"trellis codes have at most {WINDOWED_BITS} bits; use --preset balanced"
         raise TQFormatError("SCHEMA.VALUE", f"--preset best --bits {args.bits}", advice)
@@ -370,6 +377,7 @@ def settings(args: argparse.Namespace) -> Settings:
         protected_bits=args.protected_bits,
         inputs=args.calibration_inputs,
         ordered=args.activation_order,
+        output_feedback=preset == "best" if args.output_feedback is None else args.output_feedback,
     )
 
 
@@ -542,6 +550,9 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration-inputs", choices=INPUTS, default="paired", help=help_)
     help_ = "encode columns of more power first, as GPTQ's option of this name does (default: yes)"
     group.add_argument("--activation-order", action=argparse.BooleanOptionalAction, default=True, help=help_)
+    help_ = "let the rows of a weight make up for each other's errors, too, as the gradients of the model's prediction tell how; takes a "
+    help_ += "backward pass over the tokens (default: yes for the preset best)"
+    group.add_argument("--output-feedback", action=argparse.BooleanOptionalAction, help=help_)
     group.add_argument("--spill", action="store_true", help="keep hidden states in files beside OUT, not in memory")
     help_ = f"tokens of it (default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation; with feedback these two take no more)"
     group.add_argument("--calibration-tokens", metavar="N", type=integer(1, 2**40), help=help_)

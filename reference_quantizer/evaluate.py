@@ -29,6 +29,7 @@ from reference_quantizer.calibration import find_bos
 from reference_quantizer.progress import Progress
 from reference_quantizer.quantize import check_device
 from reference_quantizer.source import Source, file_sha256, open_source, weights_sha256
+from reference_quantizer.support import KINDS
 from reference_quantizer.windows import Window, batches, read_corpus, same_data, sliding_windows
 from tqformat.load_quantized import (
     LOADER_KINDS,
@@ -45,7 +46,6 @@ from tqformat.writer import add_files
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
 ROLE = "sanity-test"  # of the data set: a small text that tells a sound model from a broken one, no benchmark
-KINDS = ("text-generation", "image-text-to-text")  # these predict the next token
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 2**23  # logits that are turned into probabilities at once: 32 MiB for each float32 work array
 

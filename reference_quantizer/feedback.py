@@ -23,6 +23,7 @@ DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 STRENGTH = (
     0.5  # of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much
 )
+OUTPUT_DAMPING = 0.03  # the same for the Hessian of the outputs, of which fewer tokens are known
 RIDGE = 0.1  # the damping of that
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
@@ -63,8 +64,12 @@ def encode(
     window: int,
     tile_rows: int,
     ordered: bool = True,
+    output_hessian: Tensor | None = None,
 ) -> Encoded:
     """Encode `weight` [rows, cols] float32 for inputs with `hessian` [cols, cols] float32.
+
+    With `output_hessian` [rows, rows] float32, G of `curvature`, there is feedback between blocks of rows as well: what the
+    rows encoded so far miss is made up for in those that follow, so that tr(G D H D^t) gets small (YAQA, arXiv:2505.22988).
 
     With window > bits, tiles are [tile_rows, 1] and `tile_rows` divides rows; with window = bits it is of no account.
     The scale of a vector is its root mean square while the codes are chosen, and is then fitted by least squares in the
@@ -75,22 +80,37 @@ def encode(
     y = rotate(weight, rotation)
     h = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
     scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
+    p = encoder.dimension
+    order = torch.arange(cols // p, device=y.device)  # of symbols
     if ordered:
-        p = encoder.dimension
-        order = h.diagonal().reshape(-1, p).sum(1).argsort(descending=True, stable=True)  # of symbols
-        columns = torch.arange(cols, device=y.device).reshape(-1, p)[order].flatten()
+        order = h.diagonal().reshape(-1, p).sum(1).argsort(descending=True, stable=True)
+    columns = torch.arange(cols, device=y.device).reshape(-1, p)[order].flatten()
+    upper, back, smooth = inverse_factor(h[columns][:, columns]), order.argsort(), damped(h)
+
+    def encode_rows(y: Tensor, scales: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Symbols, scales and decoded values of rows that share tiles alone, each with the `importance` [rows] of its errors."""
         each = scales.repeat_interleave(g // p, 1)[:, order] if g < cols else scales
-        upper = inverse_factor(h[columns][:, columns])
-        symbols = _search(y[:, columns], each, upper, encoder.levels, bits, window, tile_rows)[:, order.argsort()]
+        search = each, importance, upper, encoder.levels, bits, window, tile_rows
+        symbols = _search(y[:, columns], *search)[:, back]
+        chosen = encoder.levels[symbols].reshape(y.shape)
+        fitted = fit_scales(y, chosen, smooth, scales)
+        fitted = fitted.clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
+        flat = fitted.reshape(-1)
+        fit_dtype(flat, chosen.reshape(-1, g), encoder)
+        fitted = flat.reshape(scales.shape)
+        return symbols, fitted, chosen * fitted.float().repeat_interleave(g, 1)
+
+    if output_hessian is None:
+        symbols, fitted, rotated = encode_rows(y, scales, torch.ones_like(y[:, 0]))
     else:
-        symbols = _search(y, scales, inverse_factor(h), encoder.levels, bits, window, tile_rows)
-    chosen = encoder.levels[symbols].reshape(y.shape)
-    fitted = fit_scales(y, chosen, damped(h), scales)
-    fitted = fitted.clamp_max(torch.finfo(encoder.scale_dtype).max).to(encoder.scale_dtype)
-    flat = fitted.reshape(-1)
-    fit_dtype(flat, chosen.reshape(-1, g), encoder)
-    fitted = flat.reshape(rows, -1)
-    rotated = chosen * fitted.float().repeat_interleave(g, 1)
+        outer, targets, parts = inverse_factor(output_hessian, OUTPUT_DAMPING), y.clone(), []
+        step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
+        for a in range(0, rows, step):
+            b = min(a + step, rows)
+            parts.append(encode_rows(targets[a:b], scales[a:b], 1 / outer.diagonal()[a:b]))
+            missed = torch.linalg.solve_triangular(outer[a:b, a:b].T, targets[a:b] - parts[-1][2], upper=False)
+            targets[b:] -= outer[a:b, b:].T @ missed
+        symbols, fitted, rotated = (torch.cat(found) for found in zip(*parts, strict=True))
     d = rotated - y
     ratio = [_share(d.square().sum(), y.square().sum()), _share(((d @ h) * d).sum(), ((y @ h) * y).sum())]
     return Encoded(symbols, fitted, unrotate(rotated, rotation), *ratio)
@@ -170,12 +190,21 @@ def _fit_rows(y: Tensor, chosen: Tensor, scales: Tensor, h: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ search
 
 
-def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int, window: int, tile_rows: int) -> Tensor:
+def _search(
+    y: Tensor,
+    scales: Tensor,
+    importance: Tensor,
+    upper: Tensor,
+    levels: Tensor,
+    bits: int,
+    window: int,
+    tile_rows: int,
+) -> Tensor:
     """The symbols int32 [rows, cols / p]: on a GPU by `search_torch`, else by the loops of `ldlq`, one thread for each row tile."""
     if levels.dim() == 2:
         return vector.search(y, scales, upper, levels)
     if y.device.type != "cpu":
-        return search_torch.search(y, scales, upper, levels, bits, window, tile_rows)
+        return search_torch.search(y, scales, importance, upper, levels, bits, window, tile_rows)
     try:
         from reference_quantizer import ldlq
     except ImportError:
@@ -187,7 +216,7 @@ def _search(y: Tensor, scales: Tensor, upper: Tensor, levels: Tensor, bits: int,
     borders = (book[1:] + book[:-1]) / 2
     if window > bits:
         table, branches = trellis.arrange(book, bits, 1), tuple(range(1 << bits))
-        roots = search_torch.root_weights(scales.T.contiguous(), tile_rows).numpy()  # [groups, tiles, tile_rows]
+        roots = search_torch.root_weights(scales.T * importance, tile_rows).numpy()  # [groups, tiles, tile_rows]
     symbols = np.empty((rows, cols), np.uint16)
 
     def encode_tile(first: int) -> None:

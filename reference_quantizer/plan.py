@@ -18,6 +18,7 @@ EMBEDDINGS = (
 )
 WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window spans less than two weights
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
+SHORT_TILE_ROWS = 128  # the same where there is feedback from tile to tile
 PRESETS = {  # name -> method recorded, and window of its codes (None: no wider than their bits)
     "fast": ("turboquant_mse", None),
     "balanced": ("feedback", None),
@@ -50,10 +51,14 @@ class Settings:
     protected_bits: int | None = None  # None: passthrough
     inputs: str = "paired"  # of calibrated layers: original, quantized, paired
     ordered: bool = True  # feedback from the columns of more power to those of less
+    output_feedback: bool = False  # feedback between blocks of rows, too, by what the end loss minds
 
     def to_quantization(self) -> dict[str, Any]:
         """The manifest's `quantization` object [TQ-MAN-5]."""
-        calibrated = {} if self.preset == "fast" else {"inputs": self.inputs, "activation_order": self.ordered}
+        calibrated: dict[str, Any] = {}
+        if self.preset != "fast":
+            calibrated = {"inputs": self.inputs, "activation_order": self.ordered}
+            calibrated |= {"output_feedback": self.output_feedback}
         return {
             "method": self.method,
             "bits": self.bits,
@@ -259,7 +264,7 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     if SIGN in settings.stages and size == 1:
         tell(f"vectors of {g}: not rotated, so inner products with them are not unbiased")
     kind = "identity" if size == 1 else kind
-    tile_rows = choose_tile_rows(info, bits, settings.window)
+    tile_rows = choose_tile_rows(info, bits, settings.window, settings.output_feedback)
     p = 1 if protected else choose_dimension(g, settings.dimension)
     if not protected and p < settings.dimension:
         tell(f"vectors of {g}: {p} weight{'s' * (p > 1)} a symbol, since {settings.dimension} do not divide them")
@@ -306,14 +311,18 @@ def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
     return settings.bits, "", False
 
 
-def choose_tile_rows(info: Info, bits: int, window: int | None) -> int:
-    """How many rows of a column one trellis covers; 0 where codes are scalar: embeddings, many bits, odd shapes."""
+def choose_tile_rows(info: Info, bits: int, window: int | None, output_feedback: bool = False) -> int:
+    """How many rows of a column one trellis covers; 0 where codes are scalar: embeddings, many bits, odd shapes.
+
+    With output feedback, which goes from tile to tile, they are short.
+    """
     if window is None or not bits < window or bits > WINDOWED_BITS or info.name.endswith(EMBEDDINGS + HEADS):
         return 0
-    fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= TILE_ROWS and d * info.cols <= 2**22]
+    most = SHORT_TILE_ROWS if output_feedback else TILE_ROWS
+    fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= most and d * info.cols <= 2**22]
     whole = [d for d in fitting if d * bits % 8 == 0] or fitting  # without unused bits
-    even = [d for d in whole if info.rows // d % 2 == 0] or whole  # tiles are encoded side by side
-    return next(iter(even), 0)
+    even = [d for d in whole if info.rows // d % 2 == 0]  # tiles are encoded side by side
+    return next(iter(even if even and not output_feedback else whole), 0)
 
 
 def choose_vector_length(cols: int, wanted: int | None) -> int:

@@ -11,6 +11,7 @@ class Progress:
         self, total: int, quiet: bool = False, every: float = 10.0, action: str = "quantizing", unit: str = "weight"
     ) -> None:
         self.total, self.done, self.every, self.action, self.unit = total, 0, every, action, unit
+        self.quiet = quiet
         self._lines = not quiet and not sys.stderr.isatty()
         self._last = time.monotonic()
         self._bar = None

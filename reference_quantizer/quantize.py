@@ -19,6 +19,7 @@ from torch import Tensor
 from reference_quantizer import __version__, codebook, feedback, support, trellis, vector
 from reference_quantizer.blocks import Blocks, Moments
 from reference_quantizer.calibration import Calibration
+from reference_quantizer.curvature import measure_output_hessians
 from reference_quantizer.encode import SIGN_LEVELS, Encoded, Encoder, encode_stages, normalise
 from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
 from reference_quantizer.progress import Progress
@@ -209,6 +210,10 @@ def _add_calibrated(
     if state.is_file():
         blocks.restore(state)
     seen = {name for name in items if name in writer.done}
+    gradients: dict[str, Tensor] = {}
+    if plan.settings.output_feedback:
+        quiet = progress.quiet
+        gradients = measure_output_hessians(model, items, calibration.ids, writer.scratch, target.device, quiet)
     for block in blocks:
         writer.commit()
         blocks.save(state)
@@ -220,7 +225,7 @@ def _add_calibrated(
             for name, layer in chosen.items():
                 item, known = items[name], name in writer.done
                 encoder, weight = make_encoder(item), layer.weight.data
-                job = item, encoder, weight, moments[name], plan.settings, True
+                job = item, encoder, weight, moments[name], plan.settings, True, gradients.get(name)
                 decoded = _add_encoded(None if known else writer, *job)
                 if inputs != "original":
                     weight.copy_(decoded)
@@ -245,12 +250,13 @@ def _add_encoded(
     moments: Moments,
     settings: Settings,
     calibrated: bool,
+    output_hessian: Tensor | None = None,
 ) -> Tensor:
     """Encode `weight` [rows, cols] for inputs with `moments`, add it unless `writer` is None; returns the decoded weight."""
     info, bits, rows = item.info, item.bits or 0, item.tile_rows
     window = (settings.window or 0) if rows else bits
     target = feedback.wanted(weight, moments)
-    found = feedback.encode(target, moments.hessian, encoder, bits, window, rows, settings.ordered)
+    found = feedback.encode(target, moments.hessian, encoder, bits, window, rows, settings.ordered, output_hessian)
     decoded = found.decoded.to(torch_dtype(info.dtype)).float()
     if writer is None:
         return decoded

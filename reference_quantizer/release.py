@@ -134,12 +134,9 @@ def _check_target(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace, job: str) -> None:
     source = commands.prepare_source(args)
-    if not args.skip_evaluation:
-        from reference_quantizer.evaluate import KINDS
-
-        if (kind := commands.find_loader_kind(args, source)) not in KINDS:
-            advice = f"a model for {kind} does not predict the next token; pass --skip-evaluation"
-            raise TQFormatError("SCHEMA.VALUE", "loader_kind", advice)
+    if not args.skip_evaluation and (kind := commands.find_loader_kind(args, source)) not in support.KINDS:
+        advice = f"a model for {kind} does not predict the next token; pass --skip-evaluation"
+        raise TQFormatError("SCHEMA.VALUE", "loader_kind", advice)
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
     commands.write_repository(args, source, {"release": recorded})
 

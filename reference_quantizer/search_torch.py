@@ -18,6 +18,7 @@ FAR = 1e37  # the cost of a state where no path may start
 def search(
     y: Tensor,
     scales: Tensor,
+    importance: Tensor,
     upper: Tensor,
     levels: Tensor,
     bits: int,
@@ -25,7 +26,7 @@ def search(
     tile_rows: int,
     memory: int = MEMORY,
 ) -> Tensor:
-    """The symbols int32 [rows, cols] of `y` [rows, cols] with `scales` [rows, cols / G], all on one device.
+    """The symbols int32 [rows, cols] of `y` [rows, cols] with `scales` [rows, cols / G] and `importance` [rows], all on one device.
 
     `upper` [cols, cols] is that of feedback.inverse_factor, `levels` are [2^window]. With window > bits, `tile_rows`
     divides rows; with window = bits it is of no account, and `levels` ascend.
@@ -38,7 +39,7 @@ def search(
     reciprocals = 1 / upper.diagonal()
     borders = (levels[1:] + levels[:-1]) / 2
     if window > bits:
-        roots, overlap = root_weights(scales, tile_rows), overlap_length(bits, window)
+        roots, overlap = root_weights(scales * importance, tile_rows), overlap_length(bits, window)
     symbols = torch.empty(cols, rows, dtype=torch.int32, device=y.device)
     errors = torch.empty(min(BLOCK, cols), rows, dtype=y.dtype, device=y.device)
     for begin in range(0, cols, BLOCK):
@@ -58,11 +59,11 @@ def search(
 
 
 def root_weights(scales: Tensor, tile_rows: int) -> Tensor:
-    """What a row's error in units of its scale counts in its tile: [groups, tiles, tile_rows], from scales [groups, rows].
+    """What a row's error in units of its scale counts in its tile: [groups, tiles, tile_rows], from its scales times its importance.
 
     The most in a tile is 1. A row without a scale hardly counts, but a path needs a cost for it.
     """
-    roots = scales.view(len(scales), -1, tile_rows)
+    roots = scales.reshape(len(scales), -1, tile_rows)
     return (roots / roots.amax(-1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-6)
 
 

@@ -19,7 +19,6 @@ from reference_quantizer import feedback
 from reference_quantizer.blocks import Blocks
 from reference_quantizer.calibration import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
 from reference_quantizer.evaluate import (
-    KINDS,
     Settings,
     compare,
     libraries,
@@ -30,6 +29,7 @@ from reference_quantizer.evaluate import (
 from reference_quantizer.progress import Progress
 from reference_quantizer.rotation import make_rotation, rotate, rotation_size
 from reference_quantizer.source import Source, weights_sha256
+from reference_quantizer.support import KINDS
 from tqformat.load_quantized import TQFormatError
 
 VERSION = 1  # of the arithmetic here: another one measures again

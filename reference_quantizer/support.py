@@ -22,6 +22,7 @@ NEVER += ["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "eval_summary.json",
 FRONT_LICENSE = r"^license:[ \t]*\n?[ \t]*(?:-[ \t]*)?[\"']?([\w.+-]+)"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # [TQ-REPO-2]
 
+KINDS = ("text-generation", "image-text-to-text")  # loader kinds that predict the next token
 ARCHITECTURES = {  # ending of a class name -> loader kind
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",

@@ -28,7 +28,6 @@ from reference_quantizer.blocks import has_bfloat16
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.evaluate import (
     DTYPES,
-    KINDS,
     SAMPLES,
     SUMMARY,
     check_same_model,
@@ -40,6 +39,7 @@ from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan
 from reference_quantizer.progress import Progress
 from reference_quantizer.quantize import Target, check_device, quantize, resume_key
 from reference_quantizer.source import Source, file_sha256
+from reference_quantizer.support import KINDS
 from tqformat.load_quantized import (
     MANIFEST,
     Repo,

@@ -80,7 +80,7 @@ def plain_gptq(targets: np.ndarray, scales: np.ndarray, upper: np.ndarray, level
 def test_scalar_codes_are_those_of_plain_gptq() -> None:
     encoder, y, upper = make_encoder(32, 3), gaussian(70, 32), inverse_factor(correlated(32))
     scales = y.square().mean(1, keepdim=True).sqrt()
-    found = feedback._search(y, scales, upper, encoder.levels, 3, 3, 0)
+    found = feedback._search(y, scales, torch.ones(70), upper, encoder.levels, 3, 3, 0)
     wanted = plain_gptq(y.numpy(), scales.numpy(), upper.numpy(), encoder.levels.numpy())
     assert (found.numpy() == wanted).mean() > 0.999  # float32 and float64 may differ where two levels are as near
 
@@ -112,6 +112,35 @@ def test_the_gain_is_what_feedback_then_has(decay: float) -> None:
     with_, without = (encode(w, m, encoder, 4, 4, 0, False).decoded - w for m in (h, torch.eye(128)))
     found = float(((with_ @ h) * with_).sum() / ((without @ h) * without).sum())
     assert found == pytest.approx(expected, rel=0.1)
+
+
+def loss(outer: Tensor, d: Tensor, h: Tensor) -> float:
+    return float(((outer @ d) * (d @ h)).sum())
+
+
+@pytest.mark.parametrize(("bits", "window"), [(3, 3), (2, 8), (3, 8)])
+def test_feedback_between_rows_lowers_the_loss(bits: int, window: int) -> None:
+    """Where errors of rows add up in what follows, and where some rows count more than others."""
+    w, h, outer = gaussian(256, 96), correlated(96), correlated(256, seed=3)
+    encoder = make_encoder(96, bits, window=None if window == bits else window)
+    plain, rows = (encode(w, h, encoder, bits, window, 32, True, g) for g in (None, outer))
+    scales = rows.scales.float()
+    assert torch.allclose(encoder.levels[rows.symbols] * scales, rotate(rows.decoded, encoder.rotation), atol=1e-5)
+    assert loss(outer, rows.decoded - w, h) < 0.7 * loss(outer, plain.decoded - w, h)
+    assert rows.output_error > plain.output_error  # which leaves the following layers out of account
+
+    power = torch.linspace(-3, 3, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(0))].exp()
+    rows = encode(w, h, encoder, bits, window, 32, True, power.diag())
+    share = loss(power.diag(), rows.decoded - w, h) / loss(power.diag(), plain.decoded - w, h)
+    assert (
+        share < 0.5 if window > bits else share == pytest.approx(1, rel=1e-4)
+    )  # only a trellis can choose whom to serve
+
+
+def test_rows_that_nothing_depends_on_are_encoded_as_without_feedback_between_rows() -> None:
+    w, h, encoder = gaussian(64, 48), correlated(48), make_encoder(48, 2, window=8)
+    plain, rows = (encode(w, h, encoder, 2, 8, 32, True, g) for g in (None, torch.zeros(64, 64)))
+    assert torch.equal(plain.symbols, rows.symbols) and torch.equal(plain.scales, rows.scales)
 
 
 def test_a_trellis_beats_scalar_codes_of_the_same_bits() -> None:
@@ -375,15 +404,17 @@ def job(tmp_path: Path, out: Path, *options: str) -> list[str]:
     return [*command, "--tune-steps", "0", *options]
 
 
-@pytest.mark.parametrize("options", [[], ["--preset", "best", "--window", "6"]])
+@pytest.mark.parametrize("options", [[], ["--output-feedback"], ["--preset", "best", "--window", "6"]])
 def test_a_calibrated_repository_conforms(tmp_path: Path, options: list[str]) -> None:
     assert main(job(tmp_path, tmp_path / "out", *options)) == 0
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     errors = {n: t["extra"].get("output_error") for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
     assert all((error is not None) == (".layers." in name) for name, error in errors.items())
     assert manifest["quantization"]["calibration"]["tokens"] > 0
-    assert manifest["quantization"]["method"] == ("feedback_trellis" if options else "feedback")
-    assert set(manifest["features"]) == ({"trellis", "tiles"} if options else set())
+    trellis = "best" in options
+    assert manifest["quantization"]["method"] == ("feedback_trellis" if trellis else "feedback")
+    assert manifest["quantization"]["extra"]["output_feedback"] == bool(options)
+    assert set(manifest["features"]) == ({"trellis", "tiles"} if trellis else set())
     run = subprocess.run(
         [sys.executable, "-m", "conformance", "check", str(tmp_path / "out")], cwd=ROOT, text=True, stdout=-1
     )
@@ -471,7 +502,12 @@ def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "options",
-    [["--preset", "fast"], ["--preset", "best", "--bits", "7"], ["--preset", "best", "--bits", "4", "--window", "4"]],
+    [
+        ["--preset", "fast"],
+        ["--preset", "fast", "--output-feedback"],
+        ["--preset", "best", "--bits", "7"],
+        ["--preset", "best", "--bits", "4", "--window", "4"],
+    ],
 )
 def test_options_that_would_be_ignored_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]

@@ -89,31 +89,35 @@ def test_weights_get_the_symbols_of_the_numba_loops(device: str, bits: int, wind
         240, 144, groups, window
     )  # two blocks of columns and a part; the last tile is zeros
     levels = levels if window > bits else levels.sort().values
-    wanted = feedback._search(y, scales, upper, levels, bits, window, 80)
-    parts = [part.to(device) for part in (y, scales, upper, levels)]
+    importance = torch.rand(240, generator=torch.Generator().manual_seed(9)) + 0.1
+    given = y, scales, importance, upper, levels
+    wanted = feedback._search(*given, bits, window, 80)
+    parts = [part.to(device) for part in given]
     found = search(*parts, bits, window, 80).cpu()
     errors = [output_error(symbols, y, scales, h, levels) for symbols in (found, wanted)]
     kept = torch.arange(240) != 3  # next to rows that count, zeros hardly say which of their symbols is the nearer
     assert found.dtype == torch.int32 and same(found[kept], wanted[kept]) > 0.99
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
-    assert all(torch.equal(part.cpu(), old) for part, old in zip(parts, (y, scales, upper, levels), strict=True))
+    assert all(torch.equal(part.cpu(), old) for part, old in zip(parts, given, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_little_memory_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y, scales, _, upper, levels = (part.to(device) for part in make_weight(80, 12, 1, 8))
-    whole, plain, tiles = search(y, scales, upper, levels, 2, 8, 16), search_torch._viterbi, set()
+    given = y, scales, torch.ones_like(y[:, 0]), upper, levels, 2, 8, 16
+    whole, plain, tiles = search(*given), search_torch._viterbi, set()
 
     def count(x: Tensor, *rest: object) -> Tensor:
         tiles.add(len(x))
         return plain(x, *rest)
 
     monkeypatch.setattr(search_torch, "_viterbi", count)
-    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=1), whole) and tiles == {1}
-    assert torch.equal(search(y, scales, upper, levels, 2, 8, 16, memory=14_000), whole) and tiles == {1, 2}
+    assert torch.equal(search(*given, memory=1), whole) and tiles == {1}
+    assert torch.equal(search(*given, memory=14_000), whole) and tiles == {1, 2}
 
 
 def test_a_weight_that_is_not_on_the_cpu_is_searched_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     y, scales, _, upper, levels = (part.to("meta") for part in make_weight(32, 16, 1, 8))
     monkeypatch.setattr(search_torch, "search", lambda *args: args)
-    assert feedback._search(y, scales, upper, levels, 2, 8, 32) == (y, scales, upper, levels, 2, 8, 32)
+    given = y, scales, torch.ones_like(y[:, 0]), upper, levels, 2, 8, 32
+    assert feedback._search(*given) == given
