@@ -115,7 +115,8 @@ def quantize(
                 unit = torch.eye(item.info.cols, device=target.device)
                 encoder = make_encoder(item)
                 with workers.waiting():
-                    _add_encoded(writer, item, encoder, weight, Moments(unit), settings, False)
+                    found = _encode(item, encoder, weight, Moments(unit), settings)
+                    _add_encoded(writer, item, encoder, weight, found, False)
                 progress.advance(item.info.scalars)
             else:
                 _add_quantized(writer, reader, workers, item, make_encoders(item), progress)
@@ -222,11 +223,21 @@ def _add_calibrated(
             if not chosen:
                 continue
             moments = blocks.moments(block, group)
+            encoders = {name: make_encoder(items[name]) for name in chosen}
+            with ThreadPoolExecutor(torch.get_num_threads() if target.device == "cpu" else 1) as pool:
+                jobs = {
+                    name: pool.submit(
+                        _encode,
+                        *(items[name], encoders[name], layer.weight.data, moments[name], plan.settings),
+                        gradients.get(name),
+                    )
+                    for name, layer in chosen.items()
+                }
             for name, layer in chosen.items():
-                item, known = items[name], name in writer.done
-                encoder, weight = make_encoder(item), layer.weight.data
-                job = item, encoder, weight, moments[name], plan.settings, True, gradients.get(name)
-                decoded = _add_encoded(None if known else writer, *job)
+                item, known, weight = items[name], name in writer.done, layer.weight.data
+                decoded = _add_encoded(
+                    None if known else writer, item, encoders[name], weight, jobs[name].result(), True
+                )
                 if inputs != "original":
                     weight.copy_(decoded)
                 if name not in seen:
@@ -242,21 +253,37 @@ def _add_calibrated(
         )
 
 
-def _add_encoded(
-    writer: RepoWriter | None,
+def _encode(
     item: TensorPlan,
     encoder: Encoder,
     weight: Tensor,
     moments: Moments,
     settings: Settings,
-    calibrated: bool,
     output_hessian: Tensor | None = None,
+) -> feedback.Encoded:
+    """Codes for `weight` [rows, cols], whose inputs have `moments`."""
+    window = (settings.window or 0) if item.tile_rows else item.bits or 0
+    if output_hessian is not None:
+        output_hessian = output_hessian.to(weight.device)
+    return feedback.encode(
+        feedback.wanted(weight, moments),
+        moments.hessian,
+        encoder,
+        *(item.bits or 0, window, item.tile_rows, settings.ordered),
+        output_hessian,
+    )
+
+
+def _add_encoded(
+    writer: RepoWriter | None,
+    item: TensorPlan,
+    encoder: Encoder,
+    weight: Tensor,
+    found: feedback.Encoded,
+    calibrated: bool,
 ) -> Tensor:
-    """Encode `weight` [rows, cols] for inputs with `moments`, add it unless `writer` is None; returns the decoded weight."""
+    """Add what was `found` for `weight` [rows, cols], unless `writer` is None; returns the decoded weight."""
     info, bits, rows = item.info, item.bits or 0, item.tile_rows
-    window = (settings.window or 0) if rows else bits
-    target = feedback.wanted(weight, moments)
-    found = feedback.encode(target, moments.hessian, encoder, bits, window, rows, settings.ordered, output_hessian)
     decoded = found.decoded.to(torch_dtype(info.dtype)).float()
     if writer is None:
         return decoded
@@ -270,8 +297,9 @@ def _add_encoded(
     g = encoder.vector_length
     width = bits * item.dimension  # of a symbol
     stage = {"bits": width, "codebook": item.stages[0].codebook, "transform": item.stages[0].transform}
+    window = len(encoder.levels).bit_length() - 1 if rows else None
     stage |= {"window": window, "tile": [rows, 1]} if rows else {}
-    stage |= {"codes": pack(symbols, width, window if rows else None), "scales": found.scales.cpu()}
+    stage |= {"codes": pack(symbols, width, window), "scales": found.scales.cpu()}
     stage |= {"vector_length": None if g == info.cols else g}
     writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra | _facts(item))
     return decoded
