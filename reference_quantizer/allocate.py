@@ -186,7 +186,7 @@ def make_allocation(
     sensitivities = fill_in(measured.values, scalars, notes)
     errors = relative_errors(source, plans, names, device)
     if settings.preset != "fast":
-        gains = measure_gains(source, loader_kind, measured.calibration, *where)
+        gains = measure_gains(source, loader_kind, measured.calibration, settings.output_feedback, *where)
         errors *= np.array([gains.get(name, 1.0) for name in names])[:, None]
     costs = np.array([sensitivities[name] * errors[k] for k, name in enumerate(names)])  # [weights, candidates]
     uniform_bytes = [int(plan.accounting()["stored_bytes"]) for plan in plans]

@@ -139,6 +139,22 @@ def gain(hessian: Tensor) -> float:
     return float(pivots.mean() / damped(hessian.double()).diagonal().mean())
 
 
+def output_gain(output_hessian: Tensor, power: Tensor, step: int) -> float:
+    """The same for feedback between blocks of `step` rows, whose scales have the squares `power` [rows].
+
+    Within a block a trellis serves the rows in proportion to what they count, so that the product of their weighted errors is what it
+    would be with equal weights: the geometric mean of the weights takes the place of the mean.
+    """
+    outer, total = inverse_factor(output_hessian, OUTPUT_DAMPING).double(), 0.0
+    for part in torch.arange(len(outer)).split(step):
+        a, b = int(part[0]), int(part[-1]) + 1
+        unit = torch.eye(b - a, dtype=outer.dtype, device=outer.device)
+        inverse = torch.linalg.solve_triangular(outer[a:b, a:b], unit, upper=True)
+        total += (b - a) * float((inverse.square().sum(1) * power[a:b]).clamp_min(1e-30).log().mean().exp())
+    before = float((damped(output_hessian, OUTPUT_DAMPING).diagonal() * power).sum())
+    return min(1.0, total / before) if before > 0 else 1.0
+
+
 def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper triangular U with UᵗU = (H + damping * mean(diag H) I)⁻¹, float32 [cols, cols].
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from reference_quantizer import feedback
 from reference_quantizer.blocks import Blocks
 from reference_quantizer.calibration import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
+from reference_quantizer.curvature import measure_output_hessians
 from reference_quantizer.evaluate import (
     Settings,
     compare,
@@ -26,6 +28,7 @@ from reference_quantizer.evaluate import (
     locked,
     running_models,
 )
+from reference_quantizer.plan import SHORT_TILE_ROWS
 from reference_quantizer.progress import Progress
 from reference_quantizer.rotation import make_rotation, rotate, rotation_size
 from reference_quantizer.source import Source, weights_sha256
@@ -99,26 +102,49 @@ def measure_sensitivities(
 
 
 def measure_gains(
-    source: Source, loader_kind: str, tokens: Calibration, cache: Path, device: str = "cpu", quiet: bool = False
+    source: Source,
+    loader_kind: str,
+    tokens: Calibration,
+    output_feedback: bool,
+    cache: Path,
+    device: str = "cpu",
+    quiet: bool = False,
 ) -> dict[str, float]:
-    """What error feedback leaves of the output error of each linear layer in the model's blocks (see `feedback.gain`).
+    """What error feedback leaves of the loss that rounding each linear layer of the model's blocks would cause.
 
-    For the inputs that `tokens` give the layers of the original model; kept in `cache`, as sensitivities are.
+    See `feedback.gain` and, with `output_feedback`, `feedback.output_gain`; for the inputs that `tokens` give the layers of the
+    original model. Kept in `cache`, as sensitivities are.
     """
-    content = [VERSION, weights_sha256(source), loader_kind, "gains", tokens.sha256, device, libraries()]
+    content = [
+        VERSION,
+        weights_sha256(source),
+        loader_kind,
+        "gains",
+        output_feedback,
+        tokens.sha256,
+        device,
+        libraries(),
+    ]
     path = cache / f"sensitivity-{_digest(content)}.jsonl"
-    with locked(path.with_suffix(".lock")), running_models():
+    with locked(path.with_suffix(".lock")), running_models(), TemporaryDirectory(dir=cache) as folder:
         if not path.is_file():
-            blocks = Blocks(load_base(source, loader_kind, Settings(dtype="float32")), tokens.ids, device)
+            model = load_base(source, loader_kind, Settings(dtype="float32"))
+            blocks = Blocks(model, tokens.ids, device)
+            outputs: dict[str, Tensor] = {}
+            if output_feedback:
+                outputs = measure_output_hessians(model, source.tensors, tokens.ids, Path(folder), device, quiet)
             progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
             found = {}
             for block in blocks:
                 for group in blocks.groups(block):
                     hessian = next(iter(blocks.moments(block, group).values())).hessian
-                    size = rotation_size("hadamard", len(hessian))
-                    rotation = make_rotation("hadamard", size, SEED, None, device)
-                    hessian = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
-                    found |= dict.fromkeys(group.layers, feedback.gain(hessian))
+                    rotation = make_rotation("hadamard", rotation_size("hadamard", len(hessian)), SEED, None, device)
+                    gain = feedback.gain(rotate(rotate(hessian, rotation).T.contiguous(), rotation))
+                    for name, layer in group.layers.items():
+                        found[name] = gain
+                        if name in outputs:
+                            power = layer.weight.square().mean(1)
+                            found[name] *= feedback.output_gain(outputs[name].to(device), power, SHORT_TILE_ROWS)
                 progress.advance(1)
             progress.close()
             new = path.with_suffix(".new")

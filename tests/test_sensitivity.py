@@ -141,13 +141,15 @@ def test_an_interrupted_measurement_continues(source: Source, tmp_path: Path, mo
 
 def test_the_gains_of_feedback(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = measure_sensitivities(source, KIND, [], "fisher", ("self",), 512, tmp_path, quiet=True).calibration
-    gains = measure_gains(source, KIND, tokens, tmp_path, quiet=True)
+    gains = measure_gains(source, KIND, tokens, False, tmp_path, quiet=True)
     layers = [name for name in matrices(source) if ".layers." in name]
     assert set(gains) == set(layers) and all(0 < gain < 0.99 for gain in gains.values())
     q, k, down = (next(name for name in layers if part in name) for part in ("q_proj", "k_proj", "down_proj"))
     assert gains[q] == gains[k] != gains[down]
+    both = measure_gains(source, KIND, tokens, True, tmp_path, quiet=True)
+    assert both.keys() == gains.keys() and all(both[name] < 0.99 * gains[name] for name in gains)
     monkeypatch.setattr(sensitivity, "load_base", None)  # cannot be called
-    assert measure_gains(source, KIND, tokens, tmp_path, quiet=True) == gains
+    assert measure_gains(source, KIND, tokens, False, tmp_path, quiet=True) == gains
 
 
 def test_what_the_model_does_not_have_is_left_out(source: Source, tmp_path: Path) -> None:
