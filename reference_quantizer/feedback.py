@@ -19,11 +19,12 @@ from reference_quantizer.encode import Encoder, fit_dtype
 from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+DAMPING = 0.05  # of the Hessian's mean diagonal, added to it: for some 10,000 tokens, better than less on text that is not theirs
 STRENGTH = (
     0.5  # of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much
 )
-OUTPUT_DAMPING = 0.03  # the same for the Hessian of the outputs, of which fewer tokens are known
+OUTPUT_DAMPING = 0.03  # the same for the Hessian of the outputs
+SHRINKAGE = 0.5  # what is taken off its other elements: they are less certain, for a few tokens have most of the gradients' power
 RIDGE = 0.1  # the damping of that
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
@@ -103,7 +104,7 @@ def encode(
     if output_hessian is None:
         symbols, fitted, rotated = encode_rows(y, scales, torch.ones_like(y[:, 0]))
     else:
-        outer, targets, parts = inverse_factor(output_hessian, OUTPUT_DAMPING), y.clone(), []
+        outer, targets, parts = inverse_factor(shrunk(output_hessian), OUTPUT_DAMPING), y.clone(), []
         step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
         for a in range(0, rows, step):
             b = min(a + step, rows)
@@ -145,7 +146,7 @@ def output_gain(output_hessian: Tensor, power: Tensor, step: int) -> float:
     Within a block a trellis serves the rows in proportion to what they count, so that the product of their weighted errors is what it
     would be with equal weights: the geometric mean of the weights takes the place of the mean.
     """
-    outer, total = inverse_factor(output_hessian, OUTPUT_DAMPING).double(), 0.0
+    outer, total = inverse_factor(shrunk(output_hessian), OUTPUT_DAMPING).double(), 0.0
     for part in torch.arange(len(outer)).split(step):
         a, b = int(part[0]), int(part[-1]) + 1
         unit = torch.eye(b - a, dtype=outer.dtype, device=outer.device)
@@ -153,6 +154,11 @@ def output_gain(output_hessian: Tensor, power: Tensor, step: int) -> float:
         total += (b - a) * float((inverse.square().sum(1) * power[a:b]).clamp_min(1e-30).log().mean().exp())
     before = float((damped(output_hessian, OUTPUT_DAMPING).diagonal() * power).sum())
     return min(1.0, total / before) if before > 0 else 1.0
+
+
+def shrunk(output_hessian: Tensor) -> Tensor:
+    """The matrix with its other elements nearer to 0 by SHRINKAGE, which is better for tokens that it was not measured on."""
+    return (1 - SHRINKAGE) * output_hessian + SHRINKAGE * output_hessian.diagonal().diag()
 
 
 def inverse_factor(h: Tensor, damping: float = DAMPING) -> Tensor:
