@@ -170,6 +170,7 @@ def make(case: str, path: Path) -> Path:
     elif case == "mixed, collapsed":
         calibration = {"source": "self", "texts": 4, "tokens": 8192, "extra": {"names": ["self"], "length": 512}}
         extra = {"preset": "balanced", "window": None, "inputs": "quantized", "activation_order": False}
+        extra |= {"output_feedback": True}
         knobs = {"method": "feedback", "extra": extra}
         evaluation(layered(path, (3, 2, 4), allocation=ALLOCATION, calibration=calibration, **knobs), 8.5)
     else:  # another writer, no evaluation, no licence, several shards, every feature
@@ -749,8 +750,14 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     assert "trained for 7 steps" in text and "went from 0.512 to 0.41." in text
     assert "--preset best --window 12 --tune-steps 7 " in text and "arXiv:2504.02692" in text
     assert "Not repeated in these commands" not in text
+    assert "gradients" not in text and "--no-output-feedback" not in text  # it is not known
     extra |= {"inputs": "original", "activation_order": False, "tuning": tuning | {"learning_rate": 0.1}}
+    extra |= {"output_feedback": True}
     text = (card.write_card(layered(tmp_path / "b", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
     assert "--calibration-inputs original --no-activation-order --tune-steps 7 " in text
     assert "makes up for" not in text and "2504.02692" not in text
+    assert "moments of the gradients" in text and "2505.22988" in text and "output-feedback" not in text
+    extra |= {"output_feedback": False}
+    text = (card.write_card(layered(tmp_path / "c", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text

@@ -21,7 +21,7 @@ from reference_quantizer.blocks import Blocks, Moments, find_blocks
 from reference_quantizer.codebook import lloyd_max_levels
 from reference_quantizer.encode import Encoder
 from reference_quantizer.encode import encode as encode_nearest
-from reference_quantizer.feedback import encode, fit_scales, inverse_factor
+from reference_quantizer.feedback import encode, fit_scales, inverse_factor, shrunk
 from reference_quantizer.rotation import make_rotation, rotate
 from reference_quantizer.trellis import trellis_levels
 from tqformat import open_repo
@@ -136,6 +136,12 @@ def test_feedback_between_rows_lowers_the_loss(bits: int, window: int) -> None:
     assert (
         share < 0.5 if window > bits else share == pytest.approx(1, rel=1e-4)
     )  # only a trellis can choose whom to serve
+
+
+def test_the_diagonal_is_not_shrunk() -> None:
+    g = correlated(8)
+    assert torch.equal(shrunk(g).diagonal(), g.diagonal())
+    assert torch.allclose(shrunk(g) - g.diagonal().diag(), (g - g.diagonal().diag()) * (1 - feedback.SHRINKAGE))
 
 
 def test_rows_that_nothing_depends_on_are_encoded_as_without_feedback_between_rows() -> None:
