@@ -32,7 +32,7 @@ from tqformat.writer import add_files
 
 SIZES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 CONSTANTS = re.compile(
-    r"ar[Xx]iv(?::|\.org/abs/)(?:2504\.19874|2210\.17323|2307\.13304|2406\.11235)|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99th|T\^-1|output\[0, |shape\[1\] :\]"
+    r"ar[Xx]iv(?::|\.org/abs/)(?:2504\.19874|2210\.17323|2307\.13304|2505\.22988|2406\.11235)|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99th|T\^-1|output\[0, |shape\[1\] :\]"
 )
 ALLOCATION = {
     "allocator": "fisher",
