@@ -16,13 +16,15 @@ from test_evaluate import make_checkpoint, make_text
 from torch import Tensor
 
 from reference_quantizer import feedback, quantize
-from reference_quantizer.__main__ import main
+from reference_quantizer.__main__ import _parser, main
 from reference_quantizer.blocks import Blocks, Moments, find_blocks
 from reference_quantizer.codebook import lloyd_max_levels
+from reference_quantizer.commands import find_plan
 from reference_quantizer.encode import Encoder
 from reference_quantizer.encode import encode as encode_nearest
 from reference_quantizer.feedback import encode, fit_scales, inverse_factor, shrunk
 from reference_quantizer.rotation import make_rotation, rotate
+from reference_quantizer.source import open_source
 from reference_quantizer.trellis import trellis_levels
 from tqformat import open_repo
 from tqformat.load_quantized import MANIFEST, TQFormatError
@@ -521,6 +523,24 @@ def test_options_that_would_be_ignored_are_refused(
 ) -> None:
     assert main(job(tmp_path, tmp_path / "out", *options)) == 1
     assert "SCHEMA.VALUE" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_without_predictions_has_no_feedback_between_rows(tmp_path: Path) -> None:
+    source = open_source(str(make_checkpoint(tmp_path / "base")))
+    found = {}
+    for kind in ("text-generation", "fill-mask"):
+        for options in ([], ["--output-feedback"], ["--no-output-feedback"]):
+            command = ["quantize", "a", "b", "--preset", "best", "--loader-kind", kind, *options]
+            args = _parser().parse_args(command)
+            if kind == "fill-mask" and options == ["--output-feedback"]:
+                with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE\] --output-feedback.*next token.*fill-mask"):
+                    find_plan(args, source)
+            else:
+                found[(kind, *options)] = find_plan(args, source).settings.output_feedback
+    assert [key for key, value in found.items() if value] == [
+        ("text-generation",),
+        ("text-generation", "--output-feedback"),
+    ]
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
