@@ -234,8 +234,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
 def find_plan(args: argparse.Namespace, source: Source) -> Plan:
     """The plan that the options ask for; with a target, the bits are chosen by measuring the model."""
     request, chosen = allocate.request_of(args), settings(args)
-    kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
-    if chosen.output_feedback and kind not in support.KINDS:
+    if chosen.output_feedback and (kind := find_loader_kind(args, source)) not in support.KINDS:
         if args.output_feedback:
             advice = f"expected a model that predicts the next token ({', '.join(support.KINDS)}), found {kind}"
             raise TQFormatError("SCHEMA.VALUE", "--output-feedback", advice)
@@ -243,6 +242,7 @@ def find_plan(args: argparse.Namespace, source: Source) -> Plan:
     if request is None:
         return make_plan(source, with_wide_embeddings(chosen, source))
     job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
+    kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
     return make_plan(source, *allocate.make_allocation(source, chosen, request, kind, cache, **job))
 
 

@@ -19,13 +19,17 @@ from reference_quantizer.encode import Encoder, fit_dtype
 from reference_quantizer.rotation import rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
-DAMPING = 0.05  # of the Hessian's mean diagonal, added to it: for some 10,000 tokens, better than less on text that is not theirs
+DAMPING = (
+    0.05  # of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less
+)
 STRENGTH = (
     0.5  # of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much
 )
-OUTPUT_DAMPING = 0.03  # the same for the Hessian of the outputs
-SHRINKAGE = 0.5  # what is taken off its other elements: they are less certain, for a few tokens have most of the gradients' power
 RIDGE = 0.1  # the damping of that
+OUTPUT_DAMPING = 0.03  # the damping of the outputs' Hessian,
+SHRINKAGE = (
+    0.5  # and what is taken off its elements beside the diagonal: a few tokens have most of the gradients' power
+)
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
 
