@@ -1,6 +1,7 @@
 """Mixed precision under a size: bits for each weight, so that the predicted loss is the least that the size allows.
 
-The prediction is linear (see `sensitivity`): sum over weights of a * t^2(bits), with measured a and measured t^2.
+The prediction is linear (see `sensitivity`): sum over weights of a * t^2(bits), with measured a and measured t^2, times what error
+feedback leaves where codes are chosen with it.
 """
 
 import argparse

@@ -48,13 +48,8 @@ KNOBS = ("rotation", "vector_length", "seed", "grid_size", "iterations", "scale_
 OPTIONAL: dict[str, Any] = dict.fromkeys(
     ("seed", "rotation", "vector_length", "grid_size", "iterations", "scale_dtype")
 )
-TOLD = (
-    "dimension",
-    "stages",
-    "inputs",
-    "output_feedback",
-    "tuning",
-)  # of what the reference quantizer puts into `extra`
+# Of what the reference quantizer puts into `extra`.
+TOLD = ("dimension", "stages", "inputs", "output_feedback", "tuning")
 OPTIONAL |= {"include": [], "exclude": [], "calibration": None, "allocation": None, "extra": {}}
 ALLOCATION = {  # keys of allocation.extra in words
     "target_bytes": "Target, bytes",

@@ -16,20 +16,17 @@ from torch import Tensor
 from reference_quantizer import search_torch, trellis, vector
 from reference_quantizer.blocks import Moments
 from reference_quantizer.encode import Encoder, fit_dtype
-from reference_quantizer.rotation import rotate, unrotate
+from reference_quantizer.rotation import Rotation, rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
-DAMPING = (
-    0.05  # of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less
-)
-STRENGTH = (
-    0.5  # of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much
-)
+# Of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less.
+DAMPING = 0.05
+# Of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much.
+STRENGTH = 0.5
 RIDGE = 0.1  # the damping of that
-OUTPUT_DAMPING = 0.03  # the damping of the outputs' Hessian,
-SHRINKAGE = (
-    0.5  # and what is taken off its elements beside the diagonal: a few tokens have most of the gradients' power
-)
+OUTPUT_DAMPING = 0.03  # the damping of the outputs' Hessian
+# What is taken off its elements beside the diagonal: a few tokens have most of the gradients' power.
+SHRINKAGE = 0.5
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
 
@@ -83,7 +80,7 @@ def encode(
     g, rotation = encoder.vector_length, encoder.rotation
     rows, cols = weight.shape
     y = rotate(weight, rotation)
-    h = rotate(rotate(hessian, rotation).T.contiguous(), rotation)
+    h = rotate_hessian(hessian, rotation)
     scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
     p = encoder.dimension
     order = torch.arange(cols // p, device=y.device)  # of symbols
@@ -109,7 +106,7 @@ def encode(
         symbols, fitted, rotated = encode_rows(y, scales, torch.ones_like(y[:, 0]))
     else:
         outer, targets, parts = inverse_factor(shrunk(output_hessian), OUTPUT_DAMPING), y.clone(), []
-        step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
+        step = block_rows(rows, bits, window, tile_rows)
         for a in range(0, rows, step):
             b = min(a + step, rows)
             parts.append(encode_rows(targets[a:b], scales[a:b], 1 / outer.diagonal()[a:b]))
@@ -119,6 +116,16 @@ def encode(
     d = rotated - y
     ratio = [_share(d.square().sum(), y.square().sum()), _share(((d @ h) * d).sum(), ((y @ h) * y).sum())]
     return Encoded(symbols, fitted, unrotate(rotated, rotation), *ratio)
+
+
+def rotate_hessian(hessian: Tensor, rotation: Rotation) -> Tensor:
+    """H' = T H Tᵗ, the Hessian [cols, cols] of rotated rows."""
+    return rotate(rotate(hessian, rotation).T.contiguous(), rotation)
+
+
+def block_rows(rows: int, bits: int, window: int, tile_rows: int) -> int:
+    """How many rows are encoded together: those of a tile, or with scalar and vector codes SCALAR_ROWS."""
+    return tile_rows if window > bits else min(rows, SCALAR_ROWS)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
@@ -237,7 +244,7 @@ def _search(
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "feedback", advice) from None
     rows, cols = y.shape
-    step = tile_rows if window > bits else min(rows, SCALAR_ROWS)
+    step = block_rows(rows, bits, window, tile_rows)
     u, book = upper.numpy(), levels.numpy()
     borders = (book[1:] + book[:-1]) / 2
     if window > bits:

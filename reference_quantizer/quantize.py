@@ -213,8 +213,8 @@ def _add_calibrated(
     seen = {name for name in items if name in writer.done}
     gradients: dict[str, Tensor] = {}
     if plan.settings.output_feedback:
-        quiet = progress.quiet
-        gradients = measure_output_hessians(model, items, calibration.ids, writer.scratch, target.device, quiet)
+        where = writer.scratch, target.device, progress.quiet
+        gradients = measure_output_hessians(model, items, calibration.ids, *where)
     for block in blocks:
         writer.commit()
         blocks.save(state)

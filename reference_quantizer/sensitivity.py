@@ -30,7 +30,7 @@ from reference_quantizer.evaluate import (
 )
 from reference_quantizer.plan import SHORT_TILE_ROWS
 from reference_quantizer.progress import Progress
-from reference_quantizer.rotation import make_rotation, rotate, rotation_size
+from reference_quantizer.rotation import make_rotation, rotation_size
 from reference_quantizer.source import Source, weights_sha256
 from reference_quantizer.support import KINDS
 from tqformat.load_quantized import TQFormatError
@@ -121,6 +121,7 @@ def measure_gains(
         loader_kind,
         "gains",
         output_feedback,
+        [feedback.DAMPING, feedback.OUTPUT_DAMPING, feedback.SHRINKAGE, SHORT_TILE_ROWS],
         tokens.sha256,
         device,
         libraries(),
@@ -139,7 +140,7 @@ def measure_gains(
                 for group in blocks.groups(block):
                     hessian = next(iter(blocks.moments(block, group).values())).hessian
                     rotation = make_rotation("hadamard", rotation_size("hadamard", len(hessian)), SEED, None, device)
-                    gain = feedback.gain(rotate(rotate(hessian, rotation).T.contiguous(), rotation))
+                    gain = feedback.gain(feedback.rotate_hessian(hessian, rotation))
                     for name, layer in group.layers.items():
                         found[name] = gain
                         if name in outputs:

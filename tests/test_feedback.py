@@ -109,7 +109,7 @@ def test_feedback_lowers_the_output_error(bits: int, window: int) -> None:
 def test_the_gain_is_what_feedback_then_has(decay: float) -> None:
     x = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, decay, 128).neg().exp()
     w, h, encoder = gaussian(256, 128), x.T @ x / len(x), make_encoder(128, 4)
-    expected = feedback.gain(rotate(rotate(h, encoder.rotation).T.contiguous(), encoder.rotation))
+    expected = feedback.gain(feedback.rotate_hessian(h, encoder.rotation))
     assert (expected > 0.95) == (decay == 0)
     with_, without = (encode(w, m, encoder, 4, 4, 0, False).decoded - w for m in (h, torch.eye(128)))
     found = float(((with_ @ h) * with_).sum() / ((without @ h) * without).sum())
