@@ -341,8 +341,11 @@ def settings(args: argparse.Namespace) -> Settings:
         raise TQFormatError("SCHEMA.VALUE", "--window", f"the preset {preset} has no trellis codes; use --preset best")
     stages = args.stages or ()
     bits = sum(1 if word == SIGN else word for word in stages) or args.bits
-    if stages and preset != "fast":
-        advice = f"error feedback has one stage; use --preset fast, or --bits {bits}"
+    if stages and preset == "best":
+        advice = f"trellis codes have one stage; use --preset balanced or fast, or --bits {bits}"
+        raise TQFormatError("SCHEMA.VALUE", "--stages with --preset best", advice)
+    if SIGN in stages and preset != "fast":
+        advice = f"error feedback leaves no product unbiased; use --preset fast, or --bits {bits}"
         raise TQFormatError("SCHEMA.VALUE", f"--stages with --preset {preset}", advice)
     if SIGN in stages and args.rotation == "none":
         raise TQFormatError(
@@ -496,7 +499,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     help_ = "bits per weight, 1 to 8 (default: %(default)s)"
     size.add_argument("--bits", type=integer(1, 8), default="2", help=help_)
     help_ = "residual quantization: bits of each stage, of which each but the first encodes what is left, such as 2,2; "
-    help_ += "sign for the last one makes inner products unbiased (TurboQuant-prod), such as 3,sign (preset fast)"
+    help_ += "sign for the last one makes inner products unbiased (TurboQuant-prod), such as 3,sign (preset fast; without sign also balanced)"
     size.add_argument("--stages", metavar="N,N,...", type=_stages, help=help_)
     allocate.add_target_arguments(size)
     help_ = "weights per symbol, whose codebook is then trained for so many; bits per symbol are at most 16 "

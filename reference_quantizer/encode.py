@@ -98,15 +98,20 @@ def encode_stages(x: Tensor, encoders: list[Encoder]) -> list[Encoded]:
     for before, encoder in pairwise(encoders):
         total += decode(found[-1].symbols, found[-1].scales, before)
         result = encode(x - total, encoder)
-        limit = torch.finfo(encoder.dtype).max * (1 - 2.0**-16)
-        peak = (total + decode(result.symbols, result.scales, encoder)).abs()
-        far = (peak > limit).reshape(*result.scales.shape, encoder.vector_length).any(-1)
-        if bool(far.any()):  # the sum would leave the weight's dtype [TQ-NUM-6]: this stage adds nothing there
-            result.scales[far] = 0
-            error = (x - total - decode(result.symbols, result.scales, encoder)).double().square().sum().item()
-            result = result._replace(squared_error=error)
+        added = decode(result.symbols, result.scales, encoder)
+        if leave_out(total, added, result.scales, encoder):
+            result = result._replace(squared_error=(x - total - added).double().square().sum().item())
         found.append(result._replace(squared_norm=found[0].squared_norm))
     return found
+
+
+def leave_out(total: Tensor, added: Tensor, scales: Tensor, encoder: Encoder) -> bool:
+    """Whether vectors of `total` + `added` [rows, cols] leave the weight's dtype [TQ-NUM-6]: there, `added` and `scales` become 0."""
+    limit = torch.finfo(encoder.dtype).max * (1 - 2.0**-16)
+    far = ((total + added).abs() > limit).reshape(*scales.shape, encoder.vector_length).any(-1)
+    scales[far] = 0
+    added.view(*scales.shape, encoder.vector_length)[far] = 0
+    return bool(far.any())
 
 
 def _best_scales(y: Tensor, c: Tensor, rms: Tensor, encoder: Encoder) -> Tensor:

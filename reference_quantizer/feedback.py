@@ -7,7 +7,7 @@ feedback has the grain of single columns for trellis codes, too (QTIP, arXiv:240
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from reference_quantizer import search_torch, trellis, vector
 from reference_quantizer.blocks import Moments
-from reference_quantizer.encode import Encoder, fit_dtype
+from reference_quantizer.encode import Encoded as Nearest
+from reference_quantizer.encode import Encoder, fit_dtype, leave_out
+from reference_quantizer.encode import decode as decode_nearest
+from reference_quantizer.encode import encode_stages as encode_nearest
 from reference_quantizer.rotation import Rotation, rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
@@ -116,6 +119,28 @@ def encode(
     d = rotated - y
     ratio = [_share(d.square().sum(), y.square().sum()), _share(((d @ h) * d).sum(), ((y @ h) * y).sum())]
     return Encoded(symbols, fitted, unrotate(rotated, rotation), *ratio)
+
+
+def encode_stages(
+    weight: Tensor, hessian: Tensor, encoders: list[Encoder], *options: Any, **named: Any
+) -> tuple[list[Nearest], Encoded]:
+    """Encode `weight` in stages: those before the last, and the last, whose `decoded` and errors are those of the sum.
+
+    The last stage has feedback, with the `options` of `encode`: it alone decides what error is left. The others take the nearest
+    entries, so that little is left for it.
+    """
+    if len(encoders) == 1:
+        return [], encode(weight, hessian, encoders[0], *options, **named)
+    earlier = encode_nearest(weight, encoders[:-1])
+    total = torch.zeros_like(weight)
+    for stage, encoder in zip(earlier, encoders, strict=False):
+        total += decode_nearest(stage.symbols, stage.scales, encoder)
+    last = encode(weight - total, hessian, encoders[-1], *options, **named)
+    leave_out(total, last.decoded, last.scales, encoders[-1])
+    decoded = total + last.decoded
+    d = decoded - weight
+    ratio = [_share(d.square().sum(), weight.square().sum()), _share(*(((e @ hessian) * e).sum() for e in (d, weight)))]
+    return earlier, Encoded(last.symbols, last.scales, decoded, *ratio)
 
 
 def rotate_hessian(hessian: Tensor, rotation: Rotation) -> Tensor:

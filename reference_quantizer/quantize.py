@@ -95,13 +95,10 @@ def quantize(
                 for s in item.stages
             ]
 
-        def make_encoder(item: TensorPlan) -> Encoder:
-            return make_encoders(item)[0]
-
         done = writer.done
         if calibration is not None:
             with workers.waiting():
-                _add_calibrated(writer, source, plan, target, calibration, make_encoder, progress)
+                _add_calibrated(writer, source, plan, target, calibration, make_encoders, progress)
         for item in plan.tensors:
             if item.info.name in writer.done:
                 progress.advance(item.info.scalars if item.info.name in done else 0)
@@ -113,10 +110,10 @@ def quantize(
                     [rows.to(target.device, torch.float32, copy=True) for rows in reader.row_chunks(item.info)]
                 )
                 unit = torch.eye(item.info.cols, device=target.device)
-                encoder = make_encoder(item)
+                encoders = make_encoders(item)
                 with workers.waiting():
-                    found = _encode(item, encoder, weight, Moments(unit), settings)
-                    _add_encoded(writer, item, encoder, weight, found, False)
+                    found = _encode(item, encoders, weight, Moments(unit), settings)
+                    _add_encoded(writer, item, encoders, weight, *found, False)
                 progress.advance(item.info.scalars)
             else:
                 _add_quantized(writer, reader, workers, item, make_encoders(item), progress)
@@ -185,7 +182,7 @@ def _add_calibrated(
     plan: Plan,
     target: Target,
     calibration: Calibration,
-    make_encoder: Callable[[TensorPlan], Encoder],
+    make_encoders: Callable[[TensorPlan], list[Encoder]],
     progress: Progress,
 ) -> None:
     """Encode the linear layers of the model's blocks with error feedback, each with the inputs that it will get.
@@ -223,7 +220,7 @@ def _add_calibrated(
             if not chosen:
                 continue
             moments = blocks.moments(block, group)
-            encoders = {name: make_encoder(items[name]) for name in chosen}
+            encoders = {name: make_encoders(items[name]) for name in chosen}
             with ThreadPoolExecutor(torch.get_num_threads() if target.device == "cpu" else 1) as pool:
                 jobs = {
                     name: pool.submit(
@@ -236,7 +233,7 @@ def _add_calibrated(
             for name, layer in chosen.items():
                 item, known, weight = items[name], name in writer.done, layer.weight.data
                 decoded = _add_encoded(
-                    None if known else writer, item, encoders[name], weight, jobs[name].result(), True
+                    None if known else writer, item, encoders[name], weight, *jobs[name].result(), True
                 )
                 if inputs != "original":
                     weight.copy_(decoded)
@@ -255,21 +252,22 @@ def _add_calibrated(
 
 def _encode(
     item: TensorPlan,
-    encoder: Encoder,
+    encoders: list[Encoder],
     weight: Tensor,
     moments: Moments,
     settings: Settings,
     output_hessian: Tensor | None = None,
-) -> feedback.Encoded:
-    """Codes for `weight` [rows, cols], whose inputs have `moments`."""
-    window = (settings.window or 0) if item.tile_rows else item.bits or 0
+) -> tuple[list[Encoded], feedback.Encoded]:
+    """Codes for `weight` [rows, cols], whose inputs have `moments`: of the stages before the last, and of the last."""
+    bits = item.stages[-1].bits
+    window = (settings.window or 0) if item.tile_rows else bits
     if output_hessian is not None:
         output_hessian = output_hessian.to(weight.device)
-    return feedback.encode(
+    return feedback.encode_stages(
         feedback.wanted(weight, moments),
         moments.hessian,
-        encoder,
-        *(item.bits or 0, window, item.tile_rows, settings.ordered),
+        encoders,
+        *(bits, window, item.tile_rows, settings.ordered),
         output_hessian,
     )
 
@@ -277,31 +275,32 @@ def _encode(
 def _add_encoded(
     writer: RepoWriter | None,
     item: TensorPlan,
-    encoder: Encoder,
+    encoders: list[Encoder],
     weight: Tensor,
+    earlier: list[Encoded],
     found: feedback.Encoded,
     calibrated: bool,
 ) -> Tensor:
     """Add what was `found` for `weight` [rows, cols], unless `writer` is None; returns the decoded weight."""
-    info, bits, rows = item.info, item.bits or 0, item.tile_rows
+    info, rows = item.info, item.tile_rows
     decoded = found.decoded.to(torch_dtype(info.dtype)).float()
     if writer is None:
         return decoded
-    symbols = found.symbols.cpu()
-    if rows:  # [TQ-CODE-3]: tiles of one column, row-major over the grid
-        symbols = symbols.reshape(-1, rows, info.cols).transpose(1, 2).reshape(-1, rows)
     norm = float(weight.square().sum())
     error = float((found.decoded - weight).square().sum())  # from what is wanted, it is found.relative_error
     extra: dict[str, Any] = {"relative_error": _rounded(error / norm if norm else 0.0)}
     extra |= {"output_error": _rounded(found.output_error)} if calibrated else {}
-    g = encoder.vector_length
-    width = bits * item.dimension  # of a symbol
-    stage = {"bits": width, "codebook": item.stages[0].codebook, "transform": item.stages[0].transform}
-    window = len(encoder.levels).bit_length() - 1 if rows else None
-    stage |= {"window": window, "tile": [rows, 1]} if rows else {}
-    stage |= {"codes": pack(symbols, width, window), "scales": found.scales.cpu()}
-    stage |= {"vector_length": None if g == info.cols else g}
-    writer.add_quantized(info.name, info.shape, info.dtype, [stage], extra=extra | _facts(item))
+    g, stages = encoders[0].vector_length, []
+    for plan, encoder, codes in zip(item.stages, encoders, [*earlier, found], strict=True):
+        symbols, width = codes.symbols.cpu(), plan.bits * encoder.dimension  # of a symbol
+        if rows:  # [TQ-CODE-3]: tiles of one column, row-major over the grid
+            symbols = symbols.reshape(-1, rows, info.cols).transpose(1, 2).reshape(-1, rows)
+        window = len(encoder.levels).bit_length() - 1 if rows else None
+        stage: dict[str, Any] = {"bits": width, "codebook": plan.codebook, "transform": plan.transform}
+        stage |= {"window": window, "tile": [rows, 1]} if rows else {}
+        stage |= {"codes": pack(symbols, width, window), "scales": codes.scales.cpu()}
+        stages.append(stage | {"vector_length": None if g == info.cols else g})
+    writer.add_quantized(info.name, info.shape, info.dtype, stages, extra=extra | _facts(item))
     return decoded
 
 

@@ -1,6 +1,7 @@
 """Vector codebooks and stages: books, exact search, block feedback, residuals, unbiased signs, and whole jobs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from reference_quantizer.codebook import lloyd_max_levels
 from reference_quantizer.commands import settings
 from reference_quantizer.encode import SIGN_LEVELS, Encoder, decode, encode, encode_stages
 from reference_quantizer.feedback import encode as encode_feedback
+from reference_quantizer.feedback import encode_stages as encode_stages_with_feedback
 from reference_quantizer.feedback import inverse_factor
 from reference_quantizer.rotation import haar_matrix, make_rotation
 from reference_quantizer.source import Reader, open_source
@@ -217,6 +219,33 @@ def test_a_sum_beyond_the_dtype_leaves_the_last_stage_out() -> None:
     assert over[1].scales.flatten().tolist()[0] == 0 and over[1].scales.flatten().tolist()[1] >= 0
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_feedback_of_the_last_stage_lowers_the_output_error(books: dict[tuple[int, int], Tensor], kind: str) -> None:
+    levels, bits = scalar_encoder(256, 2).levels if kind == "scalar" else books[2, 4], 2
+    x, encoders = gaussian(64, 256), [vector_encoder(256, levels, seed=seed) for seed in (42, 43)]
+    h = correlated(256)
+    earlier, last = encode_stages_with_feedback(x, h, encoders, bits, bits, 0)
+    total = sum(decode(f.symbols, f.scales, e) for f, e in zip([*earlier, last], encoders, strict=True))
+    assert torch.allclose(last.decoded, total, atol=1e-4)
+    whole, d = float(((x @ h) * x).sum()), last.decoded - x
+    assert last.output_error == pytest.approx(float(((d @ h) * d).sum()) / whole, rel=1e-3)
+    assert last.relative_error == pytest.approx(float(d.square().sum() / x.square().sum()), rel=1e-3)
+    found = encode_stages(x, encoders)
+    d = sum(decode(f.symbols, f.scales, e) for f, e in zip(found, encoders, strict=True)) - x
+    assert last.output_error < 0.6 * float(((d @ h) * d).sum()) / whole
+
+
+def test_feedback_leaves_a_last_stage_beyond_the_dtype_out() -> None:
+    x = torch.full((2, 64), 65504.0)
+    x[1] *= torch.linspace(0.1, 0.5, 64)
+    plain = Encoder(64, make_rotation("identity", 1, 0), torch.tensor([-0.99, 0.99]), torch.float32, torch.float16)
+    above = replace(plain, levels=torch.tensor([-3.0, 3.0]))
+    earlier, last = encode_stages_with_feedback(x + 20 * (x == 65504), torch.eye(64), [plain, above], 1, 1, 0)
+    total = decode(earlier[0].symbols, earlier[0].scales, plain) + decode(last.symbols, last.scales, above)
+    assert torch.isfinite(total.half()).all() and torch.allclose(total, last.decoded)
+    assert last.scales.flatten().tolist()[0] == 0 and last.scales.flatten().tolist()[1] > 0
+
+
 def prod_encoders(kind: str, size: int, seed: int) -> list[Encoder]:
     def rotation(seed: int) -> Any:
         return make_rotation(kind, size, seed, haar_matrix(seed, size) if kind == "dense" else None)
@@ -313,8 +342,19 @@ def keeping(said: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 @pytest.mark.usefixtures("quick_books")
-@pytest.mark.parametrize("dimension", ["2", "4", "8"])
-def test_a_calibrated_repository_conforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dimension: str) -> None:
+@pytest.mark.parametrize(
+    "options, bits, method, features",
+    [
+        (["--bits", "2", "--dimension", "2"], 2, "feedback_vector", ["vector_codebook"]),
+        (["--bits", "2", "--dimension", "4"], 2, "feedback_vector", ["vector_codebook"]),
+        (["--bits", "2", "--dimension", "8"], 2, "feedback_vector", ["vector_codebook"]),
+        (["--stages", "2,1,1"], 4, "feedback_stages", ["stages"]),
+        (["--stages", "2,1", "--dimension", "8"], 3, "feedback_vector_stages", ["stages", "vector_codebook"]),
+    ],
+)
+def test_a_calibrated_repository_conforms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], bits: int, method: str, features: list[str]
+) -> None:
     base, out = make_checkpoint(tmp_path / "base"), tmp_path / "out"
     text, kept = make_text(tmp_path / "text.txt", 3000), {}
     plain = quantize._add_encoded
@@ -324,12 +364,11 @@ def test_a_calibrated_repository_conforms(tmp_path: Path, monkeypatch: pytest.Mo
         return kept[item.info.name]
 
     monkeypatch.setattr(quantize, "_add_encoded", keep)
-    options = ["--bits", "2", "--dimension", dimension, "--calibration", str(text), "--quiet"]
-    assert main(["quantize", str(base), str(out), *options]) == 0
+    assert main(["quantize", str(base), str(out), *options, "--calibration", str(text), "--quiet"]) == 0
     manifest = manifest_of(out)
-    assert manifest["quantization"]["method"] == "feedback_vector" and manifest["features"] == ["vector_codebook"]
-    bits = {n: t["effective_bits"] for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
-    assert all(b == (2 if ".layers." in name else 8) for name, b in bits.items()) and len(kept) == 14
+    assert manifest["quantization"]["method"] == method and sorted(manifest["features"]) == features
+    found = {n: t["effective_bits"] for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
+    assert all(b == (bits if ".layers." in name else 8) for name, b in found.items()) and len(kept) == 14
     with open_repo(out) as repo:
         for name, decoded in kept.items():
             assert torch.allclose(repo.dequantize(name).float(), decoded, rtol=2**-7, atol=1e-6)
@@ -389,7 +428,8 @@ def test_a_sign_without_rotation_is_told(make: Make, capsys: pytest.CaptureFixtu
         (["--stages", "2,3", "--dimension", "8"], "16 bits per symbol"),
         (["--preset", "best", "--bits", "2", "--dimension", "2"], "one weight per symbol"),
         (["--target-bpw", "3", "--dimension", "2"], "use --bits"),
-        (["--preset", "balanced", "--stages", "2,2"], "one stage"),
+        (["--preset", "best", "--stages", "2,2"], "one stage"),
+        (["--preset", "balanced", "--stages", "2,sign"], "unbiased"),
         (["--stages", "3,sign", "--rotation", "none"], "after a rotation"),
     ],
 )
