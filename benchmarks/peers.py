@@ -62,6 +62,7 @@ from reference_quantizer.source import weights_sha256
 from reference_quantizer.windows import batches, read_corpus, sliding_windows
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
 
+VERSION = 2  # of the entries in the JSON file
 CALIBRATION_TOKENS = 24576
 GROUP = 64  # weights that share a scale, in HQQ and NF4
 BLOCK = 256  # weights in a block of the K and IQ types
@@ -381,11 +382,27 @@ def repo_bytes(repo: Path) -> int:
     return sum(f.size for f in files if f.role == "payload") + (repo / MANIFEST).stat().st_size
 
 
-def entry(name: str, kind: str, made_from: Any, size: int, weights: int, summary: dict[str, Any]) -> dict[str, Any]:
+def find_series(repo: Path) -> str:
+    """What a repository's point in the figure is joined with: those of the same preset, tuned or not."""
+    quantization = read_manifest(repo).quantization or {}
+    extra = quantization.get("extra", {})
+    words = [
+        "tqformat",
+        extra.get("preset", ""),
+        "mixed" * ("allocation" in quantization),
+        "tuned" * ("tuning" in extra),
+    ]
+    return " ".join(filter(None, words))
+
+
+def entry(
+    name: str, kind: str, series: str, made_from: Any, size: int, weights: int, summary: dict[str, Any]
+) -> dict[str, Any]:
     """A candidate as it stands in the JSON file."""
     return {
         "name": name,
         "kind": kind,
+        "series": series,
         "made_from": made_from,
         "bytes": size,
         "bits_per_weight": 8 * size / weights,
@@ -445,10 +462,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
-            for kind, marker in (("peer", "o"), ("tqformat", "D")):
-                chosen = sorted((c for c in report["candidates"] if c["kind"] == kind), key=lambda c: c["bytes"])
+            series = {c["series"]: c["kind"] for c in report["candidates"]}
+            for name in sorted(series):
+                chosen = sorted((c for c in report["candidates"] if c["series"] == name), key=lambda c: c["bytes"])
                 x, y = ([c[k] for c in chosen] for k in ("bits_per_weight", key))
-                axes.plot(x, y, marker, linestyle="-" if kind == "tqformat" else "none", label=kind)
+                marker, line = ("D", "-") if series[name] == "tqformat" else ("o", "none")
+                axes.plot(x, y, marker, linestyle=line, label=name)
                 for c in chosen:
                     place = (c["bits_per_weight"], c[key])
                     axes.annotate(c["name"], place, (4, 3), textcoords="offset points", fontsize=6.5)
@@ -507,6 +526,7 @@ def run_comparison(
         check_length(base_model, settings.max_length + (bos is not None))
         checkpoint = open_checkpoint(base_model, None if sample is None else sample.ids)
         run = {
+            "version": VERSION,
             "base_weights_sha256": weights_sha256(source),
             "dataset": corpus.to_dict() | {"tokens": len(tokens)},
             "settings": asdict(settings) | {"bos_token_id": bos},
@@ -539,14 +559,16 @@ def run_comparison(
                 except TQFormatError as error:
                     report["not_made"][name] = str(error)
                     continue
-                group.append((name, kind, made_from))
+                series = find_series(places[name]) if kind == "tqformat" else name.split("-")[0]
+                group.append((name, kind, series, made_from))
             found = compare_all(base_model, models, tokens, bos, settings)
-            for name, kind, made_from in group:
+            for name, kind, series, made_from in group:
                 summary = found[name]
                 if isinstance(summary, str):
                     report["not_made"][name] = summary
                     continue
-                report["candidates"].append(entry(name, kind, made_from, sizes[name], checkpoint.weights, summary))
+                facts = name, kind, series, made_from, sizes[name]
+                report["candidates"].append(entry(*facts, checkpoint.weights, summary))
             if report["candidates"]:
                 write(report, out)
     if not report["candidates"]:

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -238,6 +239,7 @@ def test_all_candidates_go_through_the_same_evaluation(base: Path, tmp_path: Pat
     assert {c["base_perplexity"] for c in found.values()} == {expected["base"]["perplexity"]}
     weights = sum(p.numel() for p in load_base(base).parameters())
     assert found["noisy"]["bits_per_weight"] == 8 * 500 / weights
+    assert [found[name]["series"] for name in ("repo", "noisy")] == ["tqformat", "noisy"]
     files = json.loads((repo / MANIFEST).read_text("utf-8"))["files"].values()
     payload = sum(file["size"] for file in files if file["role"] == "payload")
     assert found["repo"]["bytes"] == payload + (repo / MANIFEST).stat().st_size
@@ -263,6 +265,20 @@ def test_all_candidates_go_through_the_same_evaluation(base: Path, tmp_path: Pat
     other = make_text(tmp_path / "other.txt", 300, seed=1)
     fresh = peers.run_comparison(str(base), str(other), [], {"noisy": chosen["noisy"]}, out, SETTINGS)
     assert [c["name"] for c in fresh["candidates"]] == ["noisy"]
+
+
+@pytest.mark.parametrize(
+    "quantization, series",
+    [
+        ({"extra": {"preset": "balanced"}}, "tqformat balanced"),
+        ({"extra": {"preset": "best", "tuning": {"steps": 3}}, "allocation": {}}, "tqformat best mixed tuned"),
+    ],
+)
+def test_repositories_of_one_preset_are_a_series(
+    monkeypatch: pytest.MonkeyPatch, quantization: dict[str, Any], series: str
+) -> None:
+    monkeypatch.setattr(peers, "read_manifest", lambda _: SimpleNamespace(quantization=quantization))
+    assert peers.find_series(Path()) == series
 
 
 def test_no_candidate_is_an_error_that_says_why(base: Path, tmp_path: Path) -> None:
