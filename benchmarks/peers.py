@@ -245,7 +245,10 @@ def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
         if done.returncode:
             last = " ".join(done.stdout.splitlines()[-1:])[:200]
             raise TQFormatError("UNSUPPORTED.LIBRARY", f"llama-quantize {mix}", f"it failed: {last}")
-        reader = gguf.GGUFReader(mixed)
+        try:
+            reader = gguf.GGUFReader(mixed)
+        except ValueError as error:  # a type of ik_llama.cpp's own, which it takes where rows are no multiple of 256
+            raise TQFormatError("UNSUPPORTED.LIBRARY", f"gguf {mix}", f"cannot read the file: {error}") from None
         decoded = {
             names[t.name]: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors
         }

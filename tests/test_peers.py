@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
 import struct
 import sys
 from pathlib import Path
@@ -184,14 +185,31 @@ def test_llama_quantize_needs_whole_blocks(base: Path) -> None:
         peers.PEERS["gguf-Q4_K_M"].make(peers.open_checkpoint(load_base(base)))
 
 
-@needs("ik-llama-cpp-python")
-def test_llama_quantize_makes_a_mix() -> None:
+def whole_blocks() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
-    checkpoint = peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
+    return peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
+
+
+def test_a_type_that_gguf_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+
+    def unknown(_: Path) -> None:
+        raise ValueError("133 is not a valid GGMLQuantizationType")
+
+    monkeypatch.setattr(gguf, "GGUFReader", unknown)
+    monkeypatch.setattr(peers, "packaged_file", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.LIBRARY.*Q4_K_M.*133"):
+        peers.PEERS["gguf-Q4_K_M"].make(whole_blocks())
+
+
+@needs("ik-llama-cpp-python")
+def test_llama_quantize_makes_a_mix() -> None:
+    checkpoint = whole_blocks()
     decoded, size = peers.PEERS["gguf-Q4_K_M"].make(checkpoint)
     weights = checkpoint.linear | checkpoint.embedding | checkpoint.rest
     assert decoded.keys() == weights.keys() and checkpoint.weights / 2 < size < 2 * checkpoint.weights
