@@ -3,8 +3,8 @@
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
