@@ -1,7 +1,8 @@
 """A model, one block of layers after another: what reaches its linear layers when it reads the calibration tokens.
 
 Only the hidden states at the entrance of the current block are kept, in memory or in a file, and only that block is on the
-device in float32. The layers in front of the first block and behind the last one are run by the model itself.
+device in float32; with `load_in_blocks`, only its weights are in memory. The layers in front of the first block and behind the last
+one are run by the model itself.
 
 What reaches a layer behind encoded ones is not what reached it in the base model. With `paired` the walk has both: the
 base model's hidden states go through each block before its weights are changed, and what its layers are given then is
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tqformat.load_quantized import TQFormatError
+from reference_quantizer.source import Source
+from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 
 BATCH = 4  # sequences that go through a block together
 
@@ -68,6 +70,41 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
 
 
+def load_in_blocks(source: Source, loader_kind: str) -> Any:
+    """The checkpoint's model in float32, but the weights of its blocks stay in the checkpoint's files.
+
+    A layer of a block reads its weights whenever it runs, and has none in between, until `Blocks` comes to the block. Errors as those of
+    `find_blocks` and `load_base`.
+    """
+    import transformers
+
+    from reference_quantizer.evaluate import Settings, load_base, translated
+
+    with translated(source.path.name), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)
+        model = getattr(transformers, LOADER_KINDS[loader_kind]).from_config(config)
+    stack, blocks = find_blocks(model)
+    places = {f"{stack}.{k}": "disk" for k in range(len(blocks))}
+    for name, _ in itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
+        if not name.startswith(f"{stack}."):
+            owner = name.rpartition(".")[0]
+            places[name if f"{stack}.".startswith(f"{owner}." if owner else "") else owner] = "cpu"
+    return load_base(source, loader_kind, Settings(dtype="float32"), places).requires_grad_(False)
+
+
+def _read_weights(block: nn.Module) -> bool:
+    """Bring what `load_in_blocks` left in files into memory, for good; whether there was anything."""
+    if not any(p.is_meta for p in block.parameters()):
+        return False
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in block.modules():
+        if hook := getattr(module, "_hf_hook", None):
+            hook.pre_forward(module)
+            remove_hook_from_module(module)
+    return True
+
+
 class Blocks:
     """Walks through the blocks of `model` with the tokens `ids` [sequences, length]; see the module's docstring.
 
@@ -100,12 +137,12 @@ class Blocks:
         """The blocks that are left, each in float32 on the device; changed weights take effect in what follows."""
         while self.position < len(self.blocks):
             block = self.blocks[self.position]
-            dtype = next(block.parameters()).dtype
+            dtype, read = next(block.parameters()).dtype, _read_weights(block)
             block.to(self.device, torch.float32)
             yield block
             for k in range(0, len(self.hidden), BATCH):  # in place: one copy of the hidden states is enough
                 self.hidden[k : k + BATCH] = self._forward(block, self.hidden[k : k + BATCH]).float().cpu()
-            block.to("cpu", dtype)
+            block.to("meta" if read else "cpu", dtype)
             self.position += 1
 
     def groups(self, block: nn.Module) -> list[Group]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reference_quantizer import __version__, codebook, feedback, support, trellis, vector
-from reference_quantizer.blocks import Blocks, Moments
+from reference_quantizer.blocks import Blocks, Moments, load_in_blocks
 from reference_quantizer.calibration import Calibration
 from reference_quantizer.curvature import measure_output_hessians
 from reference_quantizer.encode import SIGN_LEVELS, Encoded, Encoder, encode_stages, normalise
@@ -196,10 +196,9 @@ def _add_calibrated(
     items = {
         t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
     }
-    model = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
     inputs, state = plan.settings.inputs, writer.scratch / "hidden.npz"
     blocks = Blocks(
-        model,
+        load_in_blocks(source, target.loader_kind),
         calibration.ids,
         target.device,
         paired=inputs == "paired",
@@ -210,8 +209,10 @@ def _add_calibrated(
     seen = {name for name in items if name in writer.done}
     gradients: dict[str, Tensor] = {}
     if plan.settings.output_feedback:
+        whole = load_base(source, target.loader_kind, Arithmetic(dtype="float32"))
         where = writer.scratch, target.device, progress.quiet
-        gradients = measure_output_hessians(model, items, calibration.ids, *where)
+        gradients = measure_output_hessians(whole, items, calibration.ids, *where)
+        del whole
     for block in blocks:
         writer.commit()
         blocks.save(state)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reference_quantizer import feedback
-from reference_quantizer.blocks import Blocks
+from reference_quantizer.blocks import Blocks, load_in_blocks
 from reference_quantizer.calibration import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
 from reference_quantizer.curvature import measure_output_hessians
 from reference_quantizer.evaluate import (
@@ -129,11 +129,12 @@ def measure_gains(
     path = cache / f"sensitivity-{_digest(content)}.jsonl"
     with locked(path.with_suffix(".lock")), running_models(), TemporaryDirectory(dir=cache) as folder:
         if not path.is_file():
-            model = load_base(source, loader_kind, Settings(dtype="float32"))
-            blocks = Blocks(model, tokens.ids, device)
+            blocks = Blocks(load_in_blocks(source, loader_kind), tokens.ids, device)
             outputs: dict[str, Tensor] = {}
             if output_feedback:
-                outputs = measure_output_hessians(model, source.tensors, tokens.ids, Path(folder), device, quiet)
+                whole = load_base(source, loader_kind, Settings(dtype="float32"))
+                outputs = measure_output_hessians(whole, source.tensors, tokens.ids, Path(folder), device, quiet)
+                del whole
             progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
             found = {}
             for block in blocks:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reference_quantizer import feedback, quantize
 from reference_quantizer.__main__ import _parser, main
-from reference_quantizer.blocks import Blocks, Moments, find_blocks
+from reference_quantizer.blocks import Blocks, Moments, find_blocks, load_in_blocks
 from reference_quantizer.codebook import lloyd_max_levels
 from reference_quantizer.commands import find_plan
 from reference_quantizer.encode import Encoder
@@ -264,6 +264,27 @@ def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = model.model(input_ids=ids).last_hidden_state
         assert torch.allclose(model.model.norm(blocks.hidden), wanted, atol=1e-5)
+
+
+def test_weights_are_read_block_by_block(tmp_path: Path) -> None:
+    """The walk is that of a model in memory, changed weights included, but no block has weights before or after its turn."""
+    whole, ids = load_tiny(tmp_path), torch.arange(36).reshape(6, 6) % 20
+    model = load_in_blocks(open_source(str(tmp_path / "base")), "text-generation")
+    walks = [Blocks(m, ids, bfloat16=False, paired=True) for m in (whole, model)]
+    for first, block in zip(*walks, strict=True):
+        present = [b for b in find_blocks(model)[1] if not all(p.is_meta for p in b.parameters())]
+        assert present == [block]
+        groups = zip(walks[0].groups(first), walks[1].groups(block), strict=True)
+        for group, other in groups:
+            moments, same = walks[0].moments(first, group), walks[1].moments(block, other)
+            assert moments.keys() == same.keys()
+            for name, layer in group.layers.items():
+                assert torch.equal(layer.weight, other.layers[name].weight)
+                assert all(torch.equal(a, b) for a, b in zip(moments[name], same[name], strict=True) if a is not None)
+                layer.weight.data *= 0.9
+                other.layers[name].weight.data *= 0.9
+    assert torch.equal(walks[0].hidden, walks[1].hidden) and torch.equal(walks[0].base, walks[1].base)
+    assert all(p.is_meta for b in find_blocks(model)[1] for p in b.parameters())
 
 
 def test_pairs_with_the_base_model(tmp_path: Path) -> None:
