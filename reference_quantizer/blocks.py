@@ -10,6 +10,7 @@ kept until the block is done. From the pairs follow the weights that a layer sho
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def load_in_blocks(source: Source, loader_kind: str) -> Any:
         if not name.startswith(f"{stack}."):
             owner = name.rpartition(".")[0]
             places[name if f"{stack}.".startswith(f"{owner}." if owner else "") else owner] = "cpu"
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
     return load_base(source, loader_kind, Settings(dtype="float32"), places).requires_grad_(False)
 
 

@@ -9,7 +9,9 @@ same two runs without it.
 
 import functools
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from reference_quantizer.codebook import kept_levels
 from tqformat.load_quantized import TQFormatError, require
 
 METHOD = "trellis-gaussian-1"  # names the training; another one needs another name
+SHIPPED = Path(__file__).with_name("codebooks.npz")  # name -> the first half of its levels, float16
 
 
 def encode_tiles(
@@ -114,13 +117,25 @@ def arrange(levels: np.ndarray, bits: int, lanes: int) -> np.ndarray:
 
 @functools.cache
 def trellis_levels(bits: int, window: int) -> np.ndarray:
-    """The trained codebook for normally distributed values of variance 1: float32 [2^window], read-only.
+    """The trained codebook for normally distributed values of variance 1: float32 [2^window], read-only, float16 numbers.
 
-    Its values are float16 numbers. It is trained at the first use (seconds up to window 10, a minute at 12, several at 14 and 16) and
-    kept in the user's cache.
+    Those of window 12 and 1 to 6 bits come with the package (benchmarks/codebooks.py makes them). Others are trained at the first use
+    (seconds up to window 10, a minute or more at 12, several at 14 and 16) and kept in the user's cache.
     """
-    name = f"trellis/{METHOD}-b{bits}-w{window}"
-    return kept_levels(name, (1 << window,), lambda: train_codebook(bits, window))
+    name = f"{METHOD}-b{bits}-w{window}"
+    with np.load(SHIPPED) as shipped:
+        if name not in shipped:
+            return kept_levels(f"trellis/{name}", (1 << window,), lambda: _train(bits, window))
+        half = shipped[name].astype(np.float32)  # the mirrored stream has the mirrored levels
+    levels = np.concatenate([half, -half[::-1]])
+    levels.flags.writeable = False
+    return levels
+
+
+def _train(bits: int, window: int) -> np.ndarray:
+    if window > 10:
+        print(f"note: training the codebook of {bits} bits and window {window}, once; minutes", file=sys.stderr)
+    return train_codebook(bits, window)
 
 
 def train_codebook(

@@ -104,6 +104,15 @@ def test_trained_codebooks(bits: int, window: int, bound: float) -> None:
     assert (train_codebook(bits, window, iterations=3) == train_codebook(bits, window, iterations=3, threads=1)).all()
 
 
+@pytest.mark.parametrize("bits, bound", [(1, 0.285), (2, 0.0735), (3, 0.0196), (4, 0.0050), (5, 0.00127), (6, 0.00037)])
+def test_codebooks_of_the_package(bits: int, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reference_quantizer.trellis.train_codebook", lambda *_: pytest.fail("trained"))
+    levels, x = trellis_levels(bits, 12), gaussian(15, 64, 256)
+    error = errors(x, levels, encode_tiles(x, levels, bits, 12)).sum() / (x.astype(np.float64) ** 2).sum()
+    assert error < bound, error
+    assert (levels == -levels[::-1]).all() and not levels.flags.writeable
+
+
 def test_codebooks_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     trellis_levels.cache_clear()
