@@ -72,11 +72,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
 
 
-def load_in_blocks(source: Source, loader_kind: str) -> Any:
+def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
     """The checkpoint's model in float32, but the weights of its blocks stay in the checkpoint's files.
 
-    A layer of a block reads its weights whenever it runs, and has none in between, until `Blocks` comes to the block. Errors as those of
-    `find_blocks` and `load_base`.
+    A layer of a block reads its weights whenever it runs, and has none in between, until `Blocks` comes to the block. Weights that the
+    model class arranges in another way than the checkpoint, such as experts, are written to `folder`. Errors as those of `find_blocks`
+    and `load_base`.
     """
     import transformers
 
@@ -92,7 +93,8 @@ def load_in_blocks(source: Source, loader_kind: str) -> Any:
             owner = name.rpartition(".")[0]
             places[name if f"{stack}.".startswith(f"{owner}." if owner else "") else owner] = "cpu"
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
-    return load_base(source, loader_kind, Settings(dtype="float32"), places).requires_grad_(False)
+    placement = {"device_map": places, "offload_folder": str(folder)}
+    return load_base(source, loader_kind, Settings(dtype="float32"), **placement).requires_grad_(False)
 
 
 def _read_weights(block: nn.Module) -> bool:

@@ -413,22 +413,22 @@ def find_base(base: str, revision: str | None, cache: Path) -> Source:
         return gguf_source.cached(base, cache)
 
 
-def load_base(source: Source, loader_kind: str, settings: Settings, device_map: dict[str, str] | None = None) -> Any:
-    """The checkpoint's model, in eval mode; every weight must be there. `device_map`: module -> where, instead of the settings' device."""
+def load_base(source: Source, loader_kind: str, settings: Settings, **placement: Any) -> Any:
+    """The checkpoint's model, in eval mode; every weight must be there. `placement`, for transformers, takes the place of the settings' device."""
     import transformers
 
     with translated(source.path.name):
         model, info = getattr(transformers, LOADER_KINDS[loader_kind]).from_pretrained(
             source.path,
             dtype=DTYPES[settings.dtype or ""],
-            device_map=device_map,
             local_files_only=True,
             output_loading_info=True,
+            **placement,
         )
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise TQFormatError("BIND.MODEL", source.path.name, f"the checkpoint lacks weights: {', '.join(wrong)[:200]}")
-    return (model if device_map else model.to(settings.device)).eval()
+    return (model if placement else model.to(settings.device)).eval()
 
 
 def check_same_model(source: Source, manifest: Any) -> None:

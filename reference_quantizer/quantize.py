@@ -198,7 +198,7 @@ def _add_calibrated(
     }
     inputs, state = plan.settings.inputs, writer.scratch / "hidden.npz"
     blocks = Blocks(
-        load_in_blocks(source, target.loader_kind),
+        load_in_blocks(source, target.loader_kind, writer.scratch),
         calibration.ids,
         target.device,
         paired=inputs == "paired",

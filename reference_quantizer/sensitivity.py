@@ -129,7 +129,7 @@ def measure_gains(
     path = cache / f"sensitivity-{_digest(content)}.jsonl"
     with locked(path.with_suffix(".lock")), running_models(), TemporaryDirectory(dir=cache) as folder:
         if not path.is_file():
-            blocks = Blocks(load_in_blocks(source, loader_kind), tokens.ids, device)
+            blocks = Blocks(load_in_blocks(source, loader_kind, Path(folder)), tokens.ids, device)
             outputs: dict[str, Tensor] = {}
             if output_feedback:
                 whole = load_base(source, loader_kind, Settings(dtype="float32"))
