@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_evaluate import make_checkpoint, make_text
+from test_models import MODELS
 from torch import Tensor
 
 from reference_quantizer import feedback, quantize
@@ -266,13 +267,17 @@ def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
         assert torch.allclose(model.model.norm(blocks.hidden), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_weights_are_read_block_by_block(tmp_path: Path, experts: bool) -> None:
+@pytest.mark.parametrize("kind", ["llama-tied", "mixtral", "qwen3.5-vl"])
+def test_weights_are_read_block_by_block(tmp_path: Path, kind: str) -> None:
     """The walk is that of a model in memory, changed weights included, but no block has weights before or after its turn."""
-    whole = make_mixture(tmp_path / "base") if experts else load_tiny(tmp_path)
-    ids = torch.arange(36).reshape(6, 6) % 20
-    model = load_in_blocks(open_source(str(tmp_path / "base")), "text-generation", tmp_path)
-    assert list(tmp_path.glob("*.safetensors")) if experts else not list(tmp_path.glob("*.safetensors"))
+    torch.manual_seed(0)
+    build, loader_kind, _ = MODELS[kind]
+    whole, ids = build().eval(), torch.arange(36).reshape(6, 6) % 20
+    whole.save_pretrained(tmp_path / "base")
+    model = load_in_blocks(open_source(str(tmp_path / "base")), loader_kind, tmp_path)
+    assert bool(list(tmp_path.glob("*.safetensors"))) == (
+        kind == "mixtral"
+    )  # experts, in another layout than the checkpoint's
     walks = [Blocks(m, ids, bfloat16=False, paired=True) for m in (whole, model)]
     for first, block in zip(*walks, strict=True):
         present = [b for b in find_blocks(model)[1] if not all(p.is_meta for p in b.parameters())]
@@ -290,18 +295,6 @@ def test_weights_are_read_block_by_block(tmp_path: Path, experts: bool) -> None:
                 other.layers[name].weight.data *= 0.9
     assert torch.equal(walks[0].hidden, walks[1].hidden) and torch.equal(walks[0].base, walks[1].base)
     assert all(p.is_meta for b in find_blocks(model)[1] for p in b.parameters())
-
-
-def make_mixture(path: Path) -> Any:
-    """A model with experts, whose class holds them in another layout than its checkpoint."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"num_key_value_heads": 1, "vocab_size": 20, "num_local_experts": 4}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **more)).eval()
-    model.save_pretrained(path)
-    return model
 
 
 def test_pairs_with_the_base_model(tmp_path: Path) -> None:
