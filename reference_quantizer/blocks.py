@@ -304,12 +304,7 @@ class Blocks:
 
         They do not where a block needs something that differs from text to text, or state beside the hidden states.
         """
-        last: list[Any] = []
-        hook = self.blocks[-1].register_forward_hook(lambda _, args, out: last.append(out))
-        with torch.inference_mode():
-            self.model(input_ids=self.ids[:2], use_cache=False)
-        hook.remove()
-        wanted = (last[0][0] if isinstance(last[0], tuple) else last[0]).float()
+        wanted = self._run_blocks(self.ids[:2]).float()
         hidden = self.hidden[:2]
         try:
             for block in self.blocks:
@@ -329,11 +324,27 @@ class Blocks:
             options.append((args[1:], kept))
 
         hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
-        with torch.inference_mode():
-            self.model(input_ids=self.ids[:1], use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        self._run_blocks(self.ids[:1])
+        _remove(hooks)
         return options
+
+    def _run_blocks(self, ids: Tensor) -> Tensor:
+        """What the last block gives; the model is not run further, since logits would take more memory than a block."""
+        found: list[Any] = []
+
+        def leave(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            found.append(out[0] if isinstance(out, tuple) else out)
+            raise _Reached
+
+        hook = self.blocks[-1].register_forward_hook(leave)
+        try:
+            with torch.inference_mode():
+                self.model(input_ids=ids, use_cache=False)
+        except _Reached:
+            pass
+        hook.remove()
+        result: Tensor = found[0]
+        return result
 
     def _entrance(self) -> Tensor:
         hidden, k = torch.empty(0), 0
