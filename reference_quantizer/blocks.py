@@ -60,7 +60,6 @@ class Moments(NamedTuple):
     hessian: Tensor  # x xᵗ [cols, cols]
     shift: Tensor | None = None  # (x0 - x) xᵗ [cols, cols]; None: unknown
     drift: Tensor | None = None  # d xᵗ [rows, cols]; None: unknown, or the layer's output goes elsewhere
-    tokens: int = 0  # how many these are means over
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -208,8 +207,7 @@ class Blocks:
         _remove(hooks)
         mean = square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         shared = square / mean, None if shift is None else shift / mean
-        lacks = {n: drifts[n] / mean if n in drifts else None for n in group.layers}
-        return {n: Moments(*shared, lacks[n], self.ids.numel()) for n in group.layers}
+        return {n: Moments(*shared, drifts[n] / mean if n in drifts else None) for n in group.layers}
 
     def _read_base(self, block: nn.Module, layers: set[nn.Linear]) -> None:
         """Let the base model's hidden states through the block, and keep what they give `layers`.

@@ -24,8 +24,8 @@ from tqformat.load_quantized import TQFormatError
 
 # Of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less.
 DAMPING = 0.05
-# What fits n tokens best is too much of a change: n / (n + PRIOR_TOKENS) of it is made.
-PRIOR_TOKENS = 16384
+# Of what inputs that differ from the base model's do to a weight: what fits these tokens best is too much.
+STRENGTH = 0.5
 RIDGE = 0.1  # the damping of that
 OUTPUT_DAMPING = 0.03  # the damping of the outputs' Hessian
 # What is taken off its elements beside the diagonal: a few tokens have most of the gradients' power.
@@ -44,15 +44,12 @@ class Encoded(NamedTuple):
     output_error: float  # tr(D H D^t) / tr(W H W^t)
 
 
-def wanted(weight: Tensor, moments: Moments, strength: float | None = None, damping: float = RIDGE) -> Tensor:
+def wanted(weight: Tensor, moments: Moments, strength: float = STRENGTH, damping: float = RIDGE) -> Tensor:
     """What `weight` [rows, cols] should rather be for the inputs that the layer now gets, float32.
 
     W + strength * (V - W), where V are the least squares of V x against W x0 + d (see blocks.Moments), V - W damped. GPTAQ
-    (arXiv:2504.02692) aims at W x0; with d, the output also makes up for what the stream lost in front of the layer. Without a
-    `strength` it is n / (n + PRIOR_TOKENS) for moments of n tokens: the fewer, the less V is to be believed.
+    (arXiv:2504.02692) aims at W x0; with d, the output also makes up for what the stream lost in front of the layer.
     """
-    if strength is None:
-        strength = moments.tokens / (moments.tokens + PRIOR_TOKENS)
     lack = torch.zeros_like(weight) if moments.drift is None else moments.drift.clone()
     if moments.shift is not None:
         lack += weight @ moments.shift
