@@ -10,7 +10,6 @@ kept until the block is done. From the pairs follow the weights that a layer sho
 """
 
 import itertools
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,12 +85,13 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)
         model = getattr(transformers, LOADER_KINDS[loader_kind]).from_config(config)
     stack, blocks = find_blocks(model)
+    parts = stack.split(".")
+    around = {".".join(parts[:k]) for k in range(len(parts))}  # the modules that hold the stack, among other things
     places = {f"{stack}.{k}": "disk" for k in range(len(blocks))}
     for name, _ in itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
         if not name.startswith(f"{stack}."):
             owner = name.rpartition(".")[0]
-            places[name if f"{stack}.".startswith(f"{owner}." if owner else "") else owner] = "cpu"
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
+            places[name if owner in around else owner] = "cpu"
     placement = {"device_map": places, "offload_folder": str(folder)}
     return load_base(source, loader_kind, Settings(dtype="float32"), **placement).requires_grad_(False)
 

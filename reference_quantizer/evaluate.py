@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +451,7 @@ def check_length(model: Any, length: int) -> None:
 
 @contextmanager
 def running_models() -> Iterator[None]:
-    """How models are run here: subnormal numbers count as 0, and transformers shows no bars and gives no advice.
+    """How models are run here: subnormal numbers count as 0, and libraries show no bars and give no advice.
 
     A damaged model's activations are full of subnormal numbers, which change nothing, but make a processor ten times slower.
     Threads inherit the setting, so this comes before the first work that torch shares among them.
@@ -459,6 +460,9 @@ def running_models() -> Iterator[None]:
 
     torch.set_flush_denormal(True)
 
+    advice = getLogger("accelerate")  # that weights were left in files, where that is wanted
+    level = advice.level
+    advice.setLevel(ERROR)
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -468,6 +472,7 @@ def running_models() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         logging.set_verbosity(verbosity)
+        advice.setLevel(level)
         if bars:
             logging.enable_progress_bar()
 

@@ -134,7 +134,9 @@ def trellis_levels(bits: int, window: int) -> np.ndarray:
 
 def _train(bits: int, window: int) -> np.ndarray:
     if window > 10:
-        print(f"note: training the codebook of {bits} bits and window {window}, once; minutes", file=sys.stderr)
+        print(
+            f"note: training the codebook of {bits} bits and window {window}, once; this takes minutes", file=sys.stderr
+        )
     return train_codebook(bits, window)
 
 
