@@ -283,6 +283,13 @@ def test_stages_and_groups_of_scales_take_the_factor_of_their_row(lab: Path, tmp
         assert torch.allclose(ratios[0], ratios[1].expand(-1, 4), rtol=0.002) and ratios[1].std() > 1e-4
 
 
+@pytest.mark.parametrize("option", ["--spill", "--output-feedback", "--calibration-inputs=paired"])
+def test_options_of_feedback_are_none_of_tuning(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "base", "repo", "out", option])
+    assert option in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ as the end of a preset
 
 
@@ -298,7 +305,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_tokens")
 def test_the_preset_best_ends_with_tuning(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(commands.TUNING_STEPS, "best", 6)
+    monkeypatch.setattr(commands, "TUNING_STEPS", 6)
     assert best(lab, tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     plain, tuned = (json.loads((path / MANIFEST).read_text()) for path in (lab / "repo", tmp_path / "out"))
@@ -345,7 +352,7 @@ def test_a_target_still_holds_after_tuning(lab: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_tuned_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    for steps, preset, wanted in ((None, "best", 200), (0, "best", 0), (None, "balanced", 0), (5, "balanced", 5)):
+    for steps, preset, wanted in ((None, "best", 100), (0, "best", 0), (None, "balanced", 0), (5, "balanced", 5)):
         chosen = commands.Settings(preset=preset)
         assert commands.tuning_steps(argparse.Namespace(tune_steps=steps), chosen, "text-generation") == wanted
     args = argparse.Namespace(tune_steps=5)
