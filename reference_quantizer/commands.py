@@ -278,9 +278,8 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
 
 def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -> int:
     """How many steps of tuning follow on quantizing; none for models that cannot be tuned, which a line then says."""
-    steps: int = args.tune_steps
-    if steps is None:
-        steps = TUNING_STEPS if chosen.preset == "best" else 0
+    usual = TUNING_STEPS if chosen.preset == "best" else 0
+    steps = usual if args.tune_steps is None else int(args.tune_steps)
     if not steps:
         return 0
     if chosen.preset == "fast":

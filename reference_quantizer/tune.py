@@ -61,7 +61,7 @@ JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it 
 class Settings:
     """How to tune; the learning rate is relative to the size of what is trained, and to the root of the divergence before."""
 
-    steps: int = 100
+    steps: int
     batch: int = 4  # sequences in a step
     learning_rate: float = 0.003
     seed: int = 0
