@@ -53,13 +53,14 @@ from tqformat.writer import RepoWriter, publish
 
 SAVE_SECONDS = 120.0
 HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
-LOGITS = 2**24  # that are in memory at once: 64 MiB for each float32 work array
+LEAST_SIZE = 0.01  # of what is trained: smaller gains make the steps of this one
+LOGITS = 2**25  # that are in memory at once: 128 MiB for each float32 work array
 JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it is no part of it [TQ-REPO-5]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to tune; the learning rate is relative to the size of what is trained, and to the root of the divergence before."""
+    """How to tune; the learning rate is relative to what is trained, and to the root of the divergence before."""
 
     steps: int
     batch: int = 4  # sequences in a step
@@ -373,13 +374,34 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam for all that is trained, with steps relative to each tensor's root mean square."""
-    groups = []
-    for parameter in [*(part.factor for part in parts.values()), *small.values()]:
-        size = max(1e-3, float(parameter.detach().square().mean().sqrt()))
-        groups.append({"params": [parameter.requires_grad_(True)], "size": size})
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+class Optimizer(torch.optim.Adam):
+    """Adam with the steps of each element times its group's `size`, one for all or one for each element."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of all parameters."""
+        before = [p.clone() for p in _parameters(self)]
+        for parameter in _parameters(self):
+            parameter.zero_()  # so that it becomes the step, unrounded
+        loss = super().step(closure)
+        sizes = [group["size"] for group in self.param_groups for _ in group["params"]]
+        for parameter, old, size in zip(_parameters(self), before, sizes, strict=True):
+            parameter.copy_(old + size * parameter)
+        return loss
+
+
+def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> Optimizer:
+    """Adam for all that is trained, with relative steps: of each factor and gain, and of a bias's root mean square.
+
+    The gains of one norm may be orders of magnitude apart. Some norms multiply by 1 + p (Gemma's), so the smaller one of
+    |p| and |1 + p| counts.
+    """
+    groups = [{"params": [part.factor], "size": torch.ones_like(part.factor)} for part in parts.values()]
+    for name, parameter in small.items():
+        p = parameter.detach()
+        size = p.square().mean().sqrt() if name.endswith("bias") else torch.minimum(p.abs(), (1 + p).abs())
+        groups.append({"params": [parameter.requires_grad_(True)], "size": size.clamp_min(LEAST_SIZE)})
+    return Optimizer(groups, betas=(0.9, 0.95))
 
 
 def _train(
@@ -403,7 +425,7 @@ def _train(
     for step in range(first, settings.steps):
         share = min(1.0, (step + 1) / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate * share * group["size"]
+            group["lr"] = rate * share
         for _ in range(settings.batch):
             divergence(targets, held_out + next(order), model, 1 / settings.batch)
         optimizer.step()

@@ -170,6 +170,23 @@ def test_a_tuned_repository_can_be_tuned_again(lab: Path, tmp_path: Path) -> Non
     )
 
 
+def test_steps_are_relative_to_what_is_trained() -> None:
+    gains = torch.tensor([0.0, 0.5, -0.93, -1.0, 300.0])  # with 1 + p the third one is 0.07, the fourth nothing at all
+    bias = torch.tensor([3.0, -3.0, 3.0])
+    small = {"norm.weight": torch.nn.Parameter(gains.clone()), "proj.bias": torch.nn.Parameter(bias.clone())}
+    part = tune.Scaled(torch.ones(2, 3))
+    optimizer = tune.make_optimizer({"proj.weight": part}, small)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.001
+        group["params"][0].grad = torch.logspace(-3, 3, len(group["params"][0]))  # Adam's first step is 1 for any
+    optimizer.step()
+    floor = tune.LEAST_SIZE
+    wanted = [(part.factor, torch.ones(2), torch.ones(2)), (small["proj.bias"], bias, torch.full((3,), 3.0))]
+    wanted += [(small["norm.weight"], gains, torch.tensor([floor, 0.5, 0.07, floor, 300.0]))]
+    for found, before, size in wanted:
+        assert torch.allclose(found.detach(), before - 0.001 * size, rtol=1e-6, atol=1e-7)
+
+
 # ------------------------------------------------------------------------------------------------ the divergence
 
 
