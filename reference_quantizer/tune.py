@@ -374,7 +374,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-class Optimizer(torch.optim.Adam):
+class RelativeAdam(torch.optim.Adam):
     """Adam with the steps of each element times its group's `size`, one for all or one for each element."""
 
     @torch.no_grad()
@@ -390,7 +390,7 @@ class Optimizer(torch.optim.Adam):
         return loss
 
 
-def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> Optimizer:
+def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> RelativeAdam:
     """Adam for all that is trained, with relative steps: of each factor and gain, and of a bias's root mean square.
 
     The gains of one norm may be orders of magnitude apart. Some norms multiply by 1 + p (Gemma's), so the smaller one of
@@ -401,7 +401,7 @@ def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> 
         p = parameter.detach()
         size = p.square().mean().sqrt() if name.endswith("bias") else torch.minimum(p.abs(), (1 + p).abs())
         groups.append({"params": [parameter.requires_grad_(True)], "size": size.clamp_min(LEAST_SIZE)})
-    return Optimizer(groups, betas=(0.9, 0.95))
+    return RelativeAdam(groups, betas=(0.9, 0.95))
 
 
 def _train(
