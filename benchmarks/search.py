@@ -1,4 +1,4 @@
-"""Time to find the codes of one weight with error feedback: the numba loops on the CPU, and torch on a device.
+"""Time to find the codes of one weight with error feedback: the numba loops on the CPU, torch on a device, and Triton on a GPU.
 
     python benchmarks/search.py [--device cuda] [--bits 2] [--window 12] [--rows 2048] [--cols 512] [--tile-rows 256] [--runs 3]
 
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,10 +42,17 @@ def main() -> None:
     settings = (args.bits, args.window, args.tile_rows)
     given = (y, scales, torch.ones(args.rows), upper, levels)
     there = tuple(part.to(args.device) for part in given)
+
+    def plain() -> Tensor:
+        with mock.patch.object(search_torch, "load_triton", lambda: None):
+            return search_torch.search(*there, *settings).cpu()  # .cpu() waits for the device
+
     candidates: dict[str, Callable[[], Tensor]] = {
         f"numba, cpu, {torch.get_num_threads()} threads": lambda: feedback._search(*given, *settings),
-        f"torch, {args.device}": lambda: search_torch.search(*there, *settings).cpu(),  # .cpu() waits for the device
+        f"torch, {args.device}": plain,
     }
+    if args.device.startswith("cuda") and search_torch.load_triton():
+        candidates[f"triton, {args.device}"] = lambda: search_torch.search(*there, *settings).cpu()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     found = {}
     for turn in range(args.runs + 1):
@@ -64,8 +72,9 @@ def main() -> None:
         median = statistics.median(times)
         span = f"{median:.3f} ({min(times):.3f} to {max(times):.3f})"
         print(f"| {candidate} | {span} | {median / y.numel() * 1e6:.3f} | {first / median:.2f} |")
-    one, other = found.values()
-    print(f"\nequal symbols: {float((one == other).float().mean()):.4%}")
+    one, *others = found.values()
+    shares = ", ".join(f"{float((one == other).float().mean()):.4%}" for other in others)
+    print(f"\nsymbols equal to those of the first: {shares}")
 
 
 if __name__ == "__main__":

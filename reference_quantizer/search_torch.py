@@ -1,9 +1,12 @@
-"""The search of `reference_quantizer.feedback` in plain torch, for weights that lie on a GPU; the twin of `ldlq` and `viterbi`.
+"""The search of `reference_quantizer.feedback` in torch, for weights that lie on a GPU; the twin of `ldlq` and `viterbi`.
 
 All row tiles of a weight are encoded at once, one column after the other. The only loops are over columns and over the steps
 of the trellis; a step is four kernels that write to buffers which are made once for a column, and nothing waits for the
-device. Here and in the numba loops costs are float32: where two paths are as near as that can tell, the symbols may differ.
+device. Where there is Triton, `search_triton` does many columns in one kernel. Everywhere costs are float32: where two paths
+are as near as that can tell, the symbols may differ.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,28 +37,46 @@ def search(
     rows, cols = y.shape
     targets = y.T.clone(memory_format=torch.contiguous_format)  # [cols, rows], changed below
     scales = scales.T.contiguous()  # [groups, rows]
-    group = cols // len(scales)
-    divisors = scales.masked_fill(scales == 0, torch.inf)  # so that targets without a scale become 0
-    reciprocals = 1 / upper.diagonal()
-    borders = (levels[1:] + levels[:-1]) / 2
-    if window > bits:
-        roots, overlap = root_weights(scales * importance, tile_rows), overlap_length(bits, window)
     symbols = torch.empty(cols, rows, dtype=torch.int32, device=y.device)
     errors = torch.empty(min(BLOCK, cols), rows, dtype=y.dtype, device=y.device)
+    if window > bits:
+        roots, overlap = root_weights(scales * importance, tile_rows), overlap_length(bits, window)
+    if window > bits and y.is_cuda and (triton := load_triton()):
+        encode_columns = triton.Trellis(scales, roots, upper, levels, bits, overlap).encode
+    else:
+        group = cols // len(scales)
+        divisors = scales.masked_fill(scales == 0, torch.inf)  # so that targets without a scale become 0
+        reciprocals = 1 / upper.diagonal()
+        borders = (levels[1:] + levels[:-1]) / 2
+
+        def encode_columns(targets: Tensor, begin: int, end: int, symbols: Tensor, errors: Tensor) -> None:
+            for i in range(begin, end):
+                x, error = targets[i] / divisors[i // group], errors[i - begin]
+                if window > bits:
+                    root = roots[i // group]  # [tiles, tile rows]
+                    symbols[i] = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory).reshape(
+                        -1
+                    )
+                else:
+                    symbols[i] = torch.bucketize(x, borders)
+                torch.addcmul(targets[i], levels[symbols[i]], scales[i // group], value=-1, out=error)
+                error *= reciprocals[i]
+                targets[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+
     for begin in range(0, cols, BLOCK):
         end = min(begin + BLOCK, cols)
-        for i in range(begin, end):
-            x, error = targets[i] / divisors[i // group], errors[i - begin]
-            if window > bits:
-                root = roots[i // group]  # [tiles, tile rows]
-                symbols[i] = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory).reshape(-1)
-            else:
-                symbols[i] = torch.bucketize(x, borders)
-            torch.addcmul(targets[i], levels[symbols[i]], scales[i // group], value=-1, out=error)
-            error *= reciprocals[i]
-            targets[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        encode_columns(targets, begin, end, symbols, errors)
         targets[end:].addmm_(upper[begin:end, end:].T, errors[: end - begin], alpha=-1)
     return symbols.T.contiguous()
+
+
+def load_triton() -> ModuleType | None:
+    """`search_triton`, or None where there is no Triton: it comes with torch for CUDA on Linux only."""
+    try:
+        from reference_quantizer import search_triton
+    except ImportError:
+        return None
+    return search_triton
 
 
 def root_weights(scales: Tensor, tile_rows: int) -> Tensor:

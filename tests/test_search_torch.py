@@ -97,7 +97,7 @@ def test_weights_get_the_symbols_of_the_numba_loops(device: str, bits: int, wind
     errors = [output_error(symbols, y, scales, h, levels) for symbols in (found, wanted)]
     kept = torch.arange(240) != 3  # next to rows that count, zeros hardly say which of their symbols is the nearer
     assert found.dtype == torch.int32 and same(found[kept], wanted[kept]) > 0.99
-    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)  # a symbol that differs makes later ones differ
     assert all(torch.equal(part.cpu(), old) for part, old in zip(parts, given, strict=True))
 
 
@@ -105,6 +105,7 @@ def test_weights_get_the_symbols_of_the_numba_loops(device: str, bits: int, wind
 def test_little_memory_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y, scales, _, upper, levels = (part.to(device) for part in make_weight(80, 12, 1, 8))
     given = y, scales, torch.ones_like(y[:, 0]), upper, levels, 2, 8, 16
+    monkeypatch.setattr(search_torch, "load_triton", lambda: None)
     whole, plain, tiles = search(*given), search_torch._viterbi, set()
 
     def count(x: Tensor, *rest: object) -> Tensor:
