@@ -54,9 +54,8 @@ def search(
                 x, error = targets[i] / divisors[i // group], errors[i - begin]
                 if window > bits:
                     root = roots[i // group]  # [tiles, tile rows]
-                    symbols[i] = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory).reshape(
-                        -1
-                    )
+                    paths = viterbi(x.view_as(root) * root, root, levels, bits, window, overlap, memory)
+                    symbols[i] = paths.reshape(-1)
                 else:
                     symbols[i] = torch.bucketize(x, borders)
                 torch.addcmul(targets[i], levels[symbols[i]], scales[i // group], value=-1, out=error)

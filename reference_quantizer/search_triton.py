@@ -132,23 +132,8 @@ class Trellis:
         """Fills columns begin ... end - 1 of `symbols` [cols, rows] int32 and the first rows of `errors`; changes `targets` [cols, rows]."""
         _, tiles, n = self.roots.shape
         chunk = min(self.states, CHUNK)
-        _encode[(tiles,)](
-            *(
-                targets,
-                self.scales,
-                self.roots,
-                self.upper,
-                self.levels,
-                symbols,
-                errors,
-                self.xs,
-                self.cost,
-                self.back,
-            ),
-            *(begin, end, *targets.shape, len(targets) // len(self.scales), n, self.overlap, self.steps),
-            N=triton.next_power_of_2(n),
-            S=self.states,
-            J=self.branches,
-            CHUNK=chunk,
-            num_warps=max(1, chunk // 32),
-        )
+        given = targets, self.scales, self.roots, self.upper, self.levels
+        kept = symbols, errors, self.xs, self.cost, self.back
+        sizes = *targets.shape, len(targets) // len(self.scales), n, self.overlap, self.steps
+        constants = {"N": triton.next_power_of_2(n), "S": self.states, "J": self.branches, "CHUNK": chunk}
+        _encode[(tiles,)](*given, *kept, begin, end, *sizes, **constants, num_warps=max(1, chunk // 32))
