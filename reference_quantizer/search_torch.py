@@ -70,7 +70,9 @@ def search(
 
 
 def load_triton() -> ModuleType | None:
-    """`search_triton`, or None where there is no Triton: it comes with torch for CUDA on Linux only."""
+    """`search_triton`, or None where there is no Triton, as on Windows, or torch is for GPUs of another make."""
+    if torch.version.cuda is None:
+        return None
     try:
         from reference_quantizer import search_triton
     except ImportError:
