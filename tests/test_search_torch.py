@@ -1,5 +1,7 @@
 """The search in torch against the loops in numba: trellis paths, whole weights, chunks, and when it is used."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import DEVICES
 from test_feedback import correlated, gaussian
 from torch import Tensor
 
+import reference_quantizer
 from reference_quantizer import feedback, search_torch
 from reference_quantizer.feedback import inverse_factor
 from reference_quantizer.search_torch import search, viterbi
@@ -122,3 +125,11 @@ def test_a_weight_that_is_not_on_the_cpu_is_searched_by_torch(monkeypatch: pytes
     monkeypatch.setattr(search_torch, "search", lambda *args: args)
     given = y, scales, torch.ones_like(y[:, 0]), upper, levels, 2, 8, 32
     assert feedback._search(*given) == given
+
+
+@pytest.mark.parametrize("version", ["13.0", None])
+def test_the_kernel_is_taken_only_where_torch_is_for_cuda(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = ModuleType("search_triton")
+    monkeypatch.setattr(reference_quantizer, "search_triton", kernel, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    assert search_torch.load_triton() is (kernel if version else None)
