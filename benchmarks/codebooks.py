@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 
-from reference_quantizer.trellis import METHOD, SHIPPED, encode_tiles, train_codebook, trellis_levels
+from reference_quantizer.codes.trellis import METHOD, SHIPPED, encode_tiles, train_codebook, trellis_levels
 
 BITS, WINDOW = range(1, 7), 12
 TILES, SEED = 1024, 1

@@ -3,7 +3,7 @@
     python benchmarks/peers.py BASE TEXT [--repo REPO ...] [--peer NAME ...] [--calibration TEXT ...] [--max-windows N]
 
 Each peer turns the checkpoint into weights as it would decode them, and the bytes that it stores. All then go through
-`reference_quantizer.evaluate`. OUT.json, OUT.md and OUT.svg are written after each group of candidates; what OUT.json holds of
+`reference_quantizer.evaluation.evaluate`. OUT.json, OUT.md and OUT.svg are written after each group of candidates; what OUT.json holds of
 the same base, text and settings is not computed again, so an interrupted run continues and later runs add candidates.
 
 Policy: decoder linear layers at the stated bits, embedding and output layer at 8 bit (one float16 scale per row), the rest
@@ -38,8 +38,9 @@ import torch
 from torch import Tensor, nn
 
 import tqformat
-from reference_quantizer.calibration import calibration_tokens, find_bos, load_tokenizer
-from reference_quantizer.evaluate import (
+from reference_quantizer.calibration.tokens import calibration_tokens, find_bos, load_tokenizer
+from reference_quantizer.checkpoint.source import weights_sha256
+from reference_quantizer.evaluation.evaluate import (
     DTYPES,
     Base,
     Progress,
@@ -58,8 +59,7 @@ from reference_quantizer.evaluate import (
     summarize,
     to_text,
 )
-from reference_quantizer.source import weights_sha256
-from reference_quantizer.windows import batches, read_corpus, sliding_windows
+from reference_quantizer.evaluation.windows import batches, read_corpus, sliding_windows
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
 
 VERSION = 2  # of the entries in the JSON file
@@ -459,7 +459,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from reference_quantizer.figures import STYLE
+    from reference_quantizer.release.figures import STYLE
 
     measures = {"perplexity_ratio": "perplexity ratio to the base", "kl_mean": "mean KL divergence (nats)"}
     with style.context(["default", STYLE]):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import feedback, search_torch
-from reference_quantizer.trellis import initial_levels
+from reference_quantizer.codes import feedback, search_torch
+from reference_quantizer.codes.trellis import initial_levels
 
 
 def main() -> None:

@@ -4,7 +4,11 @@ import argparse
 import os
 import sys
 
-from reference_quantizer import __version__, card, commands, gguf_source, push, release
+from reference_quantizer import __version__
+from reference_quantizer.checkpoint import gguf_source
+from reference_quantizer.commands import release
+from reference_quantizer.commands import steps as commands
+from reference_quantizer.release import card, push
 from tqformat.load_quantized import TQFormatError
 
 

@@ -15,11 +15,18 @@ from conftest import ROOT
 from test_evaluate import make_checkpoint, make_text
 
 from reference_quantizer import __main__ as command_line
-from reference_quantizer import allocate as module
-from reference_quantizer import sensitivity
-from reference_quantizer.allocate import Request, allocate, fill_in, make_allocation, relative_errors, sample_rows
-from reference_quantizer.plan import Settings, make_plan
-from reference_quantizer.source import Reader, open_source
+from reference_quantizer.calibration import sensitivity
+from reference_quantizer.checkpoint.source import Reader, open_source
+from reference_quantizer.planning import allocate as module
+from reference_quantizer.planning.allocate import (
+    Request,
+    allocate,
+    fill_in,
+    make_allocation,
+    relative_errors,
+    sample_rows,
+)
+from reference_quantizer.planning.plan import Settings, make_plan
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 LAYER = "model.layers.0.mlp.up_proj.weight"
@@ -239,7 +246,7 @@ def test_wrong_usage(checkpoint: Path, options: list[str], capsys: Any) -> None:
 
 
 def test_a_resumed_run_depends_on_the_allocation(checkpoint: Path, tmp_path: Path) -> None:
-    from reference_quantizer.quantize import Target, resume_key
+    from reference_quantizer.job.quantize import Target, resume_key
 
     source, target = open_source(str(checkpoint)), Target(tmp_path / "out", {"id": "a"}, "text-generation")
     keys = set()

@@ -25,7 +25,9 @@ from conftest import ROOT, every_setting, new_writer, random_stage, run_python
 
 from conformance import report
 from reference_quantizer import __main__ as command_line
-from reference_quantizer import card, commands, figures, samples
+from reference_quantizer.commands import steps as commands
+from reference_quantizer.evaluation import samples
+from reference_quantizer.release import card, figures
 from tqformat.embed import stamped_loader
 from tqformat.load_quantized import MANIFEST, TQFormatError
 from tqformat.writer import add_files

@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT  # noqa: F401  # puts the sources onto the path
 from test_evaluate import make_checkpoint
 
-from reference_quantizer import curvature
-from reference_quantizer.curvature import measure_output_hessians
-from reference_quantizer.evaluate import Settings, load_base
+from reference_quantizer.calibration import curvature
+from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.checkpoint.source import open_source
+from reference_quantizer.evaluation.evaluate import Settings, load_base
 from reference_quantizer.progress import Progress
-from reference_quantizer.source import open_source
 from tqformat.load_quantized import TQFormatError
 
 IDS = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(1))

@@ -24,8 +24,8 @@ from conformance.check import CHECKS, Judgement, judge
 from conformance.folder import Folder
 from conformance.subject import Subject
 from reference_quantizer import __main__ as command_line
-from reference_quantizer import evaluate, samples
-from reference_quantizer.windows import batches, join_rows, read_corpus, same_data, sliding_windows
+from reference_quantizer.evaluation import evaluate, samples
+from reference_quantizer.evaluation.windows import batches, join_rows, read_corpus, same_data, sliding_windows
 from tqformat.load_quantized import MANIFEST, TQFormatError
 from tqformat.writer import add_files
 

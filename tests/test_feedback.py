@@ -16,17 +16,18 @@ from test_evaluate import make_checkpoint, make_text
 from test_models import MODELS
 from torch import Tensor
 
-from reference_quantizer import feedback, quantize
 from reference_quantizer.__main__ import _parser, main
-from reference_quantizer.blocks import Blocks, Moments, find_blocks, load_in_blocks
-from reference_quantizer.codebook import lloyd_max_levels
-from reference_quantizer.commands import find_plan
-from reference_quantizer.encode import Encoder
-from reference_quantizer.encode import encode as encode_nearest
-from reference_quantizer.feedback import encode, fit_scales, inverse_factor, shrunk
-from reference_quantizer.rotation import make_rotation, rotate
-from reference_quantizer.source import open_source
-from reference_quantizer.trellis import trellis_levels
+from reference_quantizer.calibration.blocks import Blocks, Moments, find_blocks, load_in_blocks
+from reference_quantizer.checkpoint.source import open_source
+from reference_quantizer.codes import feedback
+from reference_quantizer.codes.codebook import lloyd_max_levels
+from reference_quantizer.codes.encode import Encoder
+from reference_quantizer.codes.encode import encode as encode_nearest
+from reference_quantizer.codes.feedback import encode, fit_scales, inverse_factor, shrunk
+from reference_quantizer.codes.rotation import make_rotation, rotate
+from reference_quantizer.codes.trellis import trellis_levels
+from reference_quantizer.commands.steps import find_plan
+from reference_quantizer.job import quantize
 from tqformat import open_repo
 from tqformat.load_quantized import MANIFEST, TQFormatError
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reference_quantizer import gguf_source
 from reference_quantizer.__main__ import main
-from reference_quantizer.source import PROVENANCE, open_source
+from reference_quantizer.checkpoint import gguf_source
+from reference_quantizer.checkpoint.source import PROVENANCE, open_source
 from tqformat import TQFormatError, load, open_repo
 
 gguf = pytest.importorskip("gguf")
@@ -140,7 +140,7 @@ def test_quantize(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From the file as from the checkpoint; interrupted, the import is not done again; and the manifest tells the source."""
-    from reference_quantizer import quantize as module
+    from reference_quantizer.job import quantize as module
 
     out, work = tmp_path / "out", tmp_path / ".out.gguf"
     command = ["quantize", str(small[0]), str(out), "--bits", "4", "--quiet"]
@@ -196,8 +196,9 @@ def test_evaluate_against_the_file(
 def test_a_release_keeps_the_import_until_it_is_evaluated(
     small: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reference_quantizer import card, release
-    from reference_quantizer import evaluate as module
+    from reference_quantizer.commands import release
+    from reference_quantizer.evaluation import evaluate as module
+    from reference_quantizer.release import card
 
     out, work, text = tmp_path / "out", tmp_path / ".out.gguf", tmp_path / "text.txt"
     text.write_text("ab " * 200)

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, repo_from_checkpoint
 from test_evaluate import make_checkpoint, make_text
 
-from reference_quantizer import evaluate
+from reference_quantizer.evaluation import evaluate
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")

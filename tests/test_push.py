@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import every_setting, new_writer
 
-from reference_quantizer.push import check_release
+from reference_quantizer.release.push import check_release
 from tqformat import TQFormatError
 from tqformat.embed import embed
 from tqformat.load_quantized import MANIFEST

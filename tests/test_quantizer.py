@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from reference_quantizer.codebook import lloyd_max_levels
-from reference_quantizer.encode import Encoder, decode, encode, fit_dtype, nearest, normalise
-from reference_quantizer.rotation import (
+from reference_quantizer.codes.codebook import lloyd_max_levels
+from reference_quantizer.codes.encode import Encoder, decode, encode, fit_dtype, nearest, normalise
+from reference_quantizer.codes.rotation import (
     MAX_PASS,
     Rotation,
     haar_matrix,

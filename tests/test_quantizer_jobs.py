@@ -18,12 +18,12 @@ from conftest import interrupted
 from safetensors.torch import save_file
 
 import tqformat
-from reference_quantizer import quantize as quantize_module
 from reference_quantizer.__main__ import main
-from reference_quantizer.encode import encode_stages
-from reference_quantizer.plan import Settings, make_plan
-from reference_quantizer.source import Reader, open_source
-from reference_quantizer.support import find_license, find_loader_kind
+from reference_quantizer.checkpoint.source import Reader, open_source
+from reference_quantizer.checkpoint.support import find_license, find_loader_kind
+from reference_quantizer.codes.encode import encode_stages
+from reference_quantizer.job import quantize as quantize_module
+from reference_quantizer.planning.plan import Settings, make_plan
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -585,7 +585,7 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     path = make(sample_tensors())
     with monkeypatch.context() as patch:
-        patch.setattr("reference_quantizer.quantize.encode_stages", interrupted(encode_stages, 5))
+        patch.setattr("reference_quantizer.job.quantize.encode_stages", interrupted(encode_stages, 5))
         assert run(path, tmp_path / "out") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -642,7 +642,7 @@ def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
         encoded += 1
         return original(*args)
 
-    monkeypatch.setattr("reference_quantizer.quantize.encode_stages", counting)
+    monkeypatch.setattr("reference_quantizer.job.quantize.encode_stages", counting)
     chunks = sum(t.bits is not None and t.info.rows > 0 for t in make_plan(open_source(str(path)), Settings()).tensors)
     points = [
         ("quantize", "encode_stages", "before", 1),

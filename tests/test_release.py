@@ -18,9 +18,11 @@ import pytest
 from conftest import ROOT, run_python
 from test_evaluate import make_checkpoint, make_text, timeless
 
-from reference_quantizer import card, release, report, support
 from reference_quantizer.__main__ import _parser, main
-from reference_quantizer.push import check_release
+from reference_quantizer.checkpoint import support
+from reference_quantizer.commands import release
+from reference_quantizer.release import card, report
+from reference_quantizer.release.push import check_release
 from tqformat import add_files, open_repo
 from tqformat.load_quantized import MANIFEST
 
@@ -339,10 +341,10 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
     lab, out = finished[0], tmp_path / "out"
     command = lab.command("--repo-id", "owner/name", "--cache-dir", str(tmp_path / "cache"), out=out)
     points = [
-        ("reference_quantizer.quantize.encode_stages", 3, lambda: not out.exists()),
-        ("reference_quantizer.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
-        ("reference_quantizer.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
-        ("reference_quantizer.card.write_card", 1, lambda: not (out / release.STATE).exists()),
+        ("reference_quantizer.job.quantize.encode_stages", 3, lambda: not out.exists()),
+        ("reference_quantizer.evaluation.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
+        ("reference_quantizer.evaluation.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
+        ("reference_quantizer.release.card.write_card", 1, lambda: not (out / release.STATE).exists()),
     ]
     for place, count, reached in points:
         arguments = [sys.executable, "-c", KILLED, place, str(count), *command]

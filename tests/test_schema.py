@@ -109,4 +109,6 @@ def test_the_wheel_holds_schemas_and_type_marker(tmp_path: Path) -> None:
         loader = archive.read("tqformat/load_quantized.py")
     assert shipped == SCHEMA and loader == (ROOT / "tqformat" / "load_quantized.py").read_bytes()
     assert {"tqformat/py.typed", *(f"schemas/{p.name}" for p in (ROOT / "schemas").glob("*.json"))} <= names
+    data = ("codes/codebooks.npz", "release/templates/card.md.j2")
+    assert {f"reference_quantizer/{name}" for name in data} <= names
     assert not [name for name in names if name.startswith("tests/")]

@@ -9,11 +9,11 @@ from conftest import DEVICES
 from test_feedback import correlated, gaussian
 from torch import Tensor
 
-import reference_quantizer
-from reference_quantizer import feedback, search_torch
-from reference_quantizer.feedback import inverse_factor
-from reference_quantizer.search_torch import search, viterbi
-from reference_quantizer.trellis import encode_tiles, overlap_length
+from reference_quantizer import codes
+from reference_quantizer.codes import feedback, search_torch
+from reference_quantizer.codes.feedback import inverse_factor
+from reference_quantizer.codes.search_torch import search, viterbi
+from reference_quantizer.codes.trellis import encode_tiles, overlap_length
 
 
 def same(found: Tensor, wanted: Tensor) -> float:
@@ -130,6 +130,6 @@ def test_a_weight_that_is_not_on_the_cpu_is_searched_by_torch(monkeypatch: pytes
 @pytest.mark.parametrize("version", ["13.0", None])
 def test_the_kernel_is_taken_only_where_torch_is_for_cuda(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = ModuleType("search_triton")
-    monkeypatch.setattr(reference_quantizer, "search_triton", kernel, raising=False)
+    monkeypatch.setattr(codes, "search_triton", kernel, raising=False)
     monkeypatch.setattr(torch.version, "cuda", version)
     assert search_torch.load_triton() is (kernel if version else None)

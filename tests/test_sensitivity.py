@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_evaluate import WORDS, make_checkpoint, make_text
 
-from reference_quantizer import sensitivity
-from reference_quantizer.calibration import calibration_tokens, cut, draw, load_tokenizer
-from reference_quantizer.evaluate import Progress, Settings, load_base
-from reference_quantizer.sensitivity import measure_gains, measure_sensitivities
-from reference_quantizer.source import Source, open_source
+from reference_quantizer.calibration import sensitivity
+from reference_quantizer.calibration.sensitivity import measure_gains, measure_sensitivities
+from reference_quantizer.calibration.tokens import calibration_tokens, cut, draw, load_tokenizer
+from reference_quantizer.checkpoint.source import Source, open_source
+from reference_quantizer.evaluation.evaluate import Progress, Settings, load_base
 from tqformat.load_quantized import TQFormatError
 
 KIND = "text-generation"

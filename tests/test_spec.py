@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, random_signs
 
-from reference_quantizer.windows import sliding_windows
+from reference_quantizer.evaluation.windows import sliding_windows
 from tqformat.load_quantized import TQFormatError, hadamard_factor, inverse_givens, inverse_hadamard, lookup, unpack
 
 TEXT = (ROOT / "SPEC.md").read_text("utf-8")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference_quantizer.trellis import encode_tiles, train_codebook, trellis_levels
+from reference_quantizer.codes.trellis import encode_tiles, train_codebook, trellis_levels
 from tqformat import TQFormatError, pack
 from tqformat.load_quantized import unpack
 
@@ -106,7 +106,7 @@ def test_trained_codebooks(bits: int, window: int, bound: float) -> None:
 
 @pytest.mark.parametrize("bits, bound", [(1, 0.285), (2, 0.0735), (3, 0.0196), (4, 0.0050), (5, 0.00127), (6, 0.00037)])
 def test_codebooks_of_the_package(bits: int, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reference_quantizer.trellis.train_codebook", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("reference_quantizer.codes.trellis.train_codebook", lambda *_: pytest.fail("trained"))
     levels, x = trellis_levels(bits, 12), gaussian(15, 64, 256)
     error = errors(x, levels, encode_tiles(x, levels, bits, 12)).sum() / (x.astype(np.float64) ** 2).sum()
     assert error < bound, error
@@ -118,7 +118,7 @@ def test_codebooks_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     trellis_levels.cache_clear()
     levels = trellis_levels(2, 4)
     (file,) = tmp_path.rglob("*.npy")
-    monkeypatch.setattr("reference_quantizer.trellis.train_codebook", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("reference_quantizer.codes.trellis.train_codebook", lambda *_: pytest.fail("trained again"))
     trellis_levels.cache_clear()
     assert (trellis_levels(2, 4) == levels).all() and not levels.flags.writeable
     monkeypatch.undo()
@@ -157,8 +157,8 @@ def test_no_tiles_no_symbols() -> None:
 
 def test_without_numba_the_advice_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "reference_quantizer.viterbi", raising=False)
-    monkeypatch.delattr("reference_quantizer.viterbi", raising=False)
+    monkeypatch.delitem(sys.modules, "reference_quantizer.codes.viterbi", raising=False)
+    monkeypatch.delattr("reference_quantizer.codes.viterbi", raising=False)
     with pytest.raises(TQFormatError, match=r"pip install 'tqformat\[encoders\]'") as error:
         encode_tiles(gaussian(1, 2, 8), gaussian(2, 256), 2, 8)
     assert error.value.code == "UNSUPPORTED.LIBRARY"

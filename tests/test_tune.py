@@ -13,8 +13,9 @@ import torch
 from conftest import DEVICES, ROOT, new_writer, random_stage
 from test_evaluate import make_checkpoint, make_text
 
-from reference_quantizer import commands, tune
 from reference_quantizer.__main__ import main
+from reference_quantizer.commands import steps as commands
+from reference_quantizer.job import tune
 from tqformat import load, open_repo
 from tqformat.load_quantized import MANIFEST
 

@@ -14,16 +14,18 @@ from test_feedback import correlated, gaussian
 from test_quantizer_jobs import Make, files_of, make, manifest_of, sample_tensors  # noqa: F401  (make is a fixture)
 from torch import Tensor
 
-from reference_quantizer import card, quantize, vector
 from reference_quantizer.__main__ import _parser, main
-from reference_quantizer.codebook import lloyd_max_levels
-from reference_quantizer.commands import settings
-from reference_quantizer.encode import SIGN_LEVELS, Encoder, decode, encode, encode_stages
-from reference_quantizer.feedback import encode as encode_feedback
-from reference_quantizer.feedback import encode_stages as encode_stages_with_feedback
-from reference_quantizer.feedback import inverse_factor
-from reference_quantizer.rotation import haar_matrix, make_rotation
-from reference_quantizer.source import Reader, open_source
+from reference_quantizer.checkpoint.source import Reader, open_source
+from reference_quantizer.codes import vector
+from reference_quantizer.codes.codebook import lloyd_max_levels
+from reference_quantizer.codes.encode import SIGN_LEVELS, Encoder, decode, encode, encode_stages
+from reference_quantizer.codes.feedback import encode as encode_feedback
+from reference_quantizer.codes.feedback import encode_stages as encode_stages_with_feedback
+from reference_quantizer.codes.feedback import inverse_factor
+from reference_quantizer.codes.rotation import haar_matrix, make_rotation
+from reference_quantizer.commands.steps import settings
+from reference_quantizer.job import quantize
+from reference_quantizer.release import card
 from tqformat import open_repo
 
 plain_train = vector.train_codebook

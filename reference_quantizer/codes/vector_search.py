@@ -1,4 +1,4 @@
-"""The inner loops of `reference_quantizer.vector`, compiled by numba; imported only when they are needed.
+"""The inner loops of `reference_quantizer.codes.vector`, compiled by numba; imported only when they are needed.
 
 The entries of a codebook [p, entries] are searched in blocks of SIZE neighbours, each inside a box from `low` to `high`
 [p, blocks]. A block is passed over when its box is farther from the target than the best entry so far, so that the search is
@@ -8,7 +8,7 @@ exact, whatever the order of the entries; it is fast where neighbours in the cod
 import numpy as np
 from numba import njit
 
-from reference_quantizer.ldlq import _subtract
+from reference_quantizer.codes.ldlq import _subtract
 
 SIZE = 64  # entries of a block
 

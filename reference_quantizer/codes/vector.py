@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer.codebook import kept_levels
-from reference_quantizer.trellis import gaussian_samples
+from reference_quantizer.codes.codebook import kept_levels
+from reference_quantizer.codes.trellis import gaussian_samples
 from tqformat.load_quantized import TQFormatError
 
 METHOD = "vector-gaussian-1"  # names the training; another one needs another name
@@ -169,7 +169,7 @@ def _boxes(levels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _loops() -> Any:
     try:
-        from reference_quantizer import vector_search  # and so numba
+        from reference_quantizer.codes import vector_search  # and so numba
     except ImportError:
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "vector codes", advice) from None

@@ -1,4 +1,4 @@
-"""The inner loops of `reference_quantizer.feedback`, compiled by numba; imported only when they are needed.
+"""The inner loops of `reference_quantizer.codes.feedback`, compiled by numba; imported only when they are needed.
 
 A tile of rows is encoded column by column. What a column's codes miss is subtracted from the columns that follow, times
 row i of U over U[i, i], where U is upper triangular and UᵗU is the inverse of the Hessian (GPTQ, arXiv:2210.17323, algorithm 1;
@@ -8,7 +8,7 @@ the same as LDLQ, arXiv:2307.13304, theorem 6). Rows lie along the last axis, so
 import numpy as np
 from numba import njit
 
-from reference_quantizer import viterbi
+from reference_quantizer.codes import viterbi
 
 
 @njit(nogil=True, fastmath=True, cache=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reference_quantizer.codebook import kept_levels
+from reference_quantizer.codes.codebook import kept_levels
 from tqformat.load_quantized import TQFormatError, require
 
 METHOD = "trellis-gaussian-1"  # names the training; another one needs another name
@@ -85,7 +85,7 @@ def overlap_length(bits: int, window: int) -> int:
 
 def _kernel():
     try:
-        from reference_quantizer import viterbi
+        from reference_quantizer.codes import viterbi
     except ImportError:
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "trellis", advice) from None

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from reference_quantizer.plan import Allocation, Plan, Settings, make_plan
-from reference_quantizer.source import Info, Reader, Source
+from reference_quantizer.checkpoint.source import Info, Reader, Source
+from reference_quantizer.planning.plan import Allocation, Plan, Settings, make_plan
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def make_allocation(
     if source.is_inventory:
         message = "a target is met by measuring the model, and here are headers alone; give a checkpoint directory"
         raise TQFormatError("BIND.MISSING_FILE", source.path.name, message)
-    from reference_quantizer.evaluate import default_cache  # torch takes seconds to import
-    from reference_quantizer.sensitivity import TOKENS, measure_gains, measure_sensitivities
+    from reference_quantizer.calibration.sensitivity import TOKENS, measure_gains, measure_sensitivities
+    from reference_quantizer.evaluation.evaluate import default_cache  # torch takes seconds to import
 
     candidates = sorted(set(request.candidates))
     plans = [make_plan(source, replace(settings, bits=bits)) for bits in candidates]
@@ -278,10 +278,10 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
     """
     import torch
 
-    from reference_quantizer.codebook import lloyd_max_levels
-    from reference_quantizer.encode import Encoder, encode
-    from reference_quantizer.quantize import Workers, choose_scale_dtype
-    from reference_quantizer.rotation import haar_matrix, make_rotation
+    from reference_quantizer.codes.codebook import lloyd_max_levels
+    from reference_quantizer.codes.encode import Encoder, encode
+    from reference_quantizer.codes.rotation import haar_matrix, make_rotation
+    from reference_quantizer.job.quantize import Workers, choose_scale_dtype
 
     settings, rotations, books = plans[0].settings, {}, {}
     for plan in plans:
@@ -314,8 +314,8 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
 @functools.cache
 def trellis_gain(bits: int, window: int) -> float:
     """The error of a trellis over that of a Lloyd-Max quantizer of the same bits, both on Gaussian data."""
-    from reference_quantizer import trellis
-    from reference_quantizer.codebook import lloyd_max_levels
+    from reference_quantizer.codes import trellis
+    from reference_quantizer.codes.codebook import lloyd_max_levels
 
     x = trellis.gaussian_samples(2**14, np.random.default_rng(0)).reshape(-1, 256)
     books = trellis.trellis_levels(bits, window), lloyd_max_levels(2**bits, 2**20, 8193, 96)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer.source import Source, weights_sha256
-from reference_quantizer.windows import read_corpus
+from reference_quantizer.checkpoint.source import Source, weights_sha256
+from reference_quantizer.evaluation.windows import read_corpus
 from tqformat.load_quantized import TQFormatError, translated
 
 SELF = "self"
@@ -158,7 +158,7 @@ def find_tokens(
     source: Source, loader_kind: str, texts: tuple[str, ...], tokens: int, cache: Path | None, device: str = "cpu"
 ) -> Calibration:
     """The calibration tokens for the checkpoint `source`; those that the model writes itself are kept in `cache`."""
-    from reference_quantizer.evaluate import Settings, default_cache, libraries, load_base, running_models
+    from reference_quantizer.evaluation.evaluate import Settings, default_cache, libraries, load_base, running_models
 
     with running_models():
         tokenizer = load_tokenizer(source.path)

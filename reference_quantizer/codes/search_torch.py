@@ -1,4 +1,4 @@
-"""The search of `reference_quantizer.feedback` in torch, for weights that lie on a GPU; the twin of `ldlq` and `viterbi`.
+"""The search of `reference_quantizer.codes.feedback` in torch, for weights that lie on a GPU; the twin of `ldlq` and `viterbi`.
 
 All row tiles of a weight are encoded at once, one column after the other. The only loops are over columns and over the steps
 of the trellis; a step is four kernels that write to buffers which are made once for a column, and nothing waits for the
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from reference_quantizer.trellis import overlap_length
+from reference_quantizer.codes.trellis import overlap_length
 
 BLOCK = 64  # columns whose errors reach the columns after them in one product
 MEMORY = 2 << 30  # bytes that `viterbi` may take for its buffers
@@ -74,7 +74,7 @@ def load_triton() -> ModuleType | None:
     if torch.version.cuda is None:
         return None
     try:
-        from reference_quantizer import search_triton
+        from reference_quantizer.codes import search_triton
     except ImportError:
         return None
     return search_triton

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.source import Source
+from reference_quantizer.checkpoint.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 
 REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5\n"  # what the loader imports

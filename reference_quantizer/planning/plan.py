@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from reference_quantizer.rotation import divisors, rotation_size
-from reference_quantizer.source import Info, Source, same_bytes
+from reference_quantizer.checkpoint.source import Info, Source, same_bytes
+from reference_quantizer.codes.rotation import divisors, rotation_size
 from tqformat.load_quantized import DTYPES as ITEMSIZE
 from tqformat.load_quantized import FLOATS, TQFormatError
 

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference_quantizer import feedback
-from reference_quantizer.blocks import Blocks, load_in_blocks
-from reference_quantizer.calibration import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
-from reference_quantizer.curvature import measure_output_hessians
-from reference_quantizer.evaluate import (
+from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
+from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.tokens import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
+from reference_quantizer.checkpoint.source import Source, weights_sha256
+from reference_quantizer.checkpoint.support import KINDS
+from reference_quantizer.codes import feedback
+from reference_quantizer.codes.rotation import make_rotation, rotation_size
+from reference_quantizer.evaluation.evaluate import (
     Settings,
     compare,
     libraries,
@@ -28,11 +31,8 @@ from reference_quantizer.evaluate import (
     locked,
     running_models,
 )
-from reference_quantizer.plan import SHORT_TILE_ROWS
+from reference_quantizer.planning.plan import SHORT_TILE_ROWS
 from reference_quantizer.progress import Progress
-from reference_quantizer.rotation import make_rotation, rotation_size
-from reference_quantizer.source import Source, weights_sha256
-from reference_quantizer.support import KINDS
 from tqformat.load_quantized import TQFormatError
 
 VERSION = 1  # of the arithmetic here: another one measures again

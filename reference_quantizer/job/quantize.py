@@ -16,15 +16,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__, codebook, feedback, support, trellis, vector
-from reference_quantizer.blocks import Blocks, Moments, load_in_blocks
-from reference_quantizer.calibration import Calibration
-from reference_quantizer.curvature import measure_output_hessians
-from reference_quantizer.encode import SIGN_LEVELS, Encoded, Encoder, encode_stages, normalise
-from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
+from reference_quantizer import __version__
+from reference_quantizer.calibration.blocks import Blocks, Moments, load_in_blocks
+from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.tokens import Calibration
+from reference_quantizer.checkpoint import support
+from reference_quantizer.checkpoint.source import Info, Reader, Source
+from reference_quantizer.codes import codebook, feedback, trellis, vector
+from reference_quantizer.codes.encode import SIGN_LEVELS, Encoded, Encoder, encode_stages, normalise
+from reference_quantizer.codes.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan, Settings, TensorPlan
 from reference_quantizer.progress import Progress
-from reference_quantizer.rotation import Rotation, haar_matrix, hadamard_factors, make_rotation, seed_signs
-from reference_quantizer.source import Info, Reader, Source
 from tqformat.embed import stamped_loader
 from tqformat.load_quantized import TQFormatError, torch_dtype
 from tqformat.writer import DTYPE_NAMES, RepoWriter, pack
@@ -190,8 +192,8 @@ def _add_calibrated(
     With `settings.inputs` other than "original", these are what the encoded blocks before it give, and within a block the
     layers encoded so far.
     """
-    from reference_quantizer.evaluate import Settings as Arithmetic
-    from reference_quantizer.evaluate import load_base
+    from reference_quantizer.evaluation.evaluate import Settings as Arithmetic
+    from reference_quantizer.evaluation.evaluate import load_base
 
     items = {
         t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
@@ -410,7 +412,7 @@ class Workers:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """While the workers have nothing to do: torch has its threads back, to run a model with."""
-        from reference_quantizer.evaluate import running_models
+        from reference_quantizer.evaluation.evaluate import running_models
 
         torch.set_num_threads(self._before)
         with running_models():

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import search_torch, trellis, vector
-from reference_quantizer.blocks import Moments
-from reference_quantizer.encode import Encoded as Nearest
-from reference_quantizer.encode import Encoder, fit_dtype, leave_out
-from reference_quantizer.encode import decode as decode_nearest
-from reference_quantizer.encode import encode_stages as encode_nearest
-from reference_quantizer.rotation import Rotation, rotate, unrotate
+from reference_quantizer.calibration.blocks import Moments
+from reference_quantizer.codes import search_torch, trellis, vector
+from reference_quantizer.codes.encode import Encoded as Nearest
+from reference_quantizer.codes.encode import Encoder, fit_dtype, leave_out
+from reference_quantizer.codes.encode import decode as decode_nearest
+from reference_quantizer.codes.encode import encode_stages as encode_nearest
+from reference_quantizer.codes.rotation import Rotation, rotate, unrotate
 from tqformat.load_quantized import TQFormatError
 
 # Of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less.
@@ -264,7 +264,7 @@ def _search(
     if y.device.type != "cpu":
         return search_torch.search(y, scales, importance, upper, levels, bits, window, tile_rows)
     try:
-        from reference_quantizer import ldlq
+        from reference_quantizer.codes import ldlq
     except ImportError:
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", "feedback", advice) from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.plan import Plan
+from reference_quantizer.planning.plan import Plan
 from tqformat.__main__ import bits_text, summary
 from tqformat.load_quantized import MANIFEST, open_repo, parse_json
 

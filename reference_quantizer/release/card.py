@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer import figures
-from reference_quantizer.plan import EMBEDDINGS, HEADS
-from reference_quantizer.report import LARGEST
-from reference_quantizer.source import HUB_ID
+from reference_quantizer.checkpoint.source import HUB_ID
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
+from reference_quantizer.release import figures
+from reference_quantizer.release.report import LARGEST
 from tqformat.__main__ import size_text
 from tqformat.load_quantized import DTYPES, LOADER_KINDS, MANIFEST, Repo, TQFormatError, Weight, open_repo, parse_json
 
@@ -371,7 +371,7 @@ def _more_options(quantization: dict[str, Any]) -> list[str]:
     known = {"preset", "window", "dimension", "stages", "inputs", "activation_order", "output_feedback"}
     given = {key for key, value in quantization["extra"].items() if value is not None}
     if tuning := quantization["extra"].get("tuning"):
-        from reference_quantizer.tune import Settings  # torch takes seconds to import
+        from reference_quantizer.job.tune import Settings  # torch takes seconds to import
 
         usual = asdict(Settings(steps=tuning["steps"], dtype=tuning["dtype"]))
         known |= {"tuning"} if usual.items() <= tuning.items() else set()
@@ -488,7 +488,7 @@ def render(facts: dict[str, Any], verdict: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("reference_quantizer"),
+        loader=jinja2.PackageLoader("reference_quantizer.release"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

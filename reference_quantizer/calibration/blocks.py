@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reference_quantizer.source import Source
+from reference_quantizer.checkpoint.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 
 BATCH = 4  # sequences that go through a block together
@@ -79,7 +79,7 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
     """
     import transformers
 
-    from reference_quantizer.evaluate import Settings, load_base, translated
+    from reference_quantizer.evaluation.evaluate import Settings, load_base, translated
 
     with translated(source.path.name), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)

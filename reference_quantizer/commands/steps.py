@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reference_quantizer import allocate, gguf_source, report, support
-from reference_quantizer.plan import (
+from reference_quantizer.checkpoint import gguf_source, support
+from reference_quantizer.checkpoint.source import Source, open_source
+from reference_quantizer.planning import allocate
+from reference_quantizer.planning.plan import (
     EMBEDDINGS,
     HEADS,
     MAX_SYMBOL,
@@ -20,7 +22,7 @@ from reference_quantizer.plan import (
     Settings,
     make_plan,
 )
-from reference_quantizer.source import Source, open_source
+from reference_quantizer.release import report
 from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS, MANIFEST, TQFormatError
 
@@ -44,7 +46,7 @@ after fixed prompts, and greedy samples. Writes eval_summary.json and sample_gen
 models are in memory at once. An interrupted run continues when the same command is given again.
 """
 if TYPE_CHECKING:
-    from reference_quantizer.calibration import Calibration
+    from reference_quantizer.calibration.tokens import Calibration
 
 TUNE = """Train what costs no bits on the divergence from the base model, and write a new repository of the same size.
 
@@ -87,7 +89,7 @@ def run_quantize(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a repository, write the figures into it and print them."""
-    from reference_quantizer import evaluate  # torch takes seconds to import
+    from reference_quantizer.evaluation import evaluate  # torch takes seconds to import
 
     options = evaluation_options(args) | {"base_revision": args.revision}
     summary = evaluate.evaluate(args.source, args.repo, args.dataset, evaluation_settings(args), **options)
@@ -98,9 +100,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def run_tune(args: argparse.Namespace) -> int:
     """Tune a repository and print what it gained."""
-    from reference_quantizer import tune  # torch takes seconds to import
-    from reference_quantizer.calibration import find_tokens
-    from reference_quantizer.evaluate import default_cache, find_base
+    from reference_quantizer.calibration.tokens import find_tokens
+    from reference_quantizer.evaluation.evaluate import default_cache, find_base
+    from reference_quantizer.job import tune  # torch takes seconds to import
 
     check_target(args.out, args.repo, args.overwrite)
     source = find_base(args.source, args.revision, default_cache())
@@ -204,7 +206,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     calibration = find_calibration(args, source, plan.settings)
 
     # torch takes seconds to import, and plan does without
-    from reference_quantizer.quantize import Progress, Target, check_device, quantize
+    from reference_quantizer.job.quantize import Progress, Target, check_device, quantize
 
     check_device(args.device)
     target = Target(
@@ -220,7 +222,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     )
     progress = Progress(sum(t.info.scalars for t in plan.tensors), args.quiet)
     if calibration is not None and steps:
-        from reference_quantizer import tune
+        from reference_quantizer.job import tune
 
         tokens = find_tuning_tokens(args, source, calibration)
         how = tune.Settings(steps=steps)
@@ -268,7 +270,7 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
     if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
-    from reference_quantizer.calibration import find_tokens  # torch takes seconds to import
+    from reference_quantizer.calibration.tokens import find_tokens  # torch takes seconds to import
 
     texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or FEEDBACK_TOKENS
     return find_tokens(
@@ -293,7 +295,7 @@ def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -
 
 def find_tuning_tokens(args: argparse.Namespace, source: Source, calibration: "Calibration") -> "Calibration":
     """More tokens of the texts that feedback has; the same ones where the model writes them itself, which takes long."""
-    from reference_quantizer.calibration import SELF, find_tokens
+    from reference_quantizer.calibration.tokens import SELF, find_tokens
 
     if calibration.texts == (SELF,):
         return calibration
@@ -388,7 +390,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def evaluation_settings(args: argparse.Namespace) -> Any:
     """The evaluate.Settings that the options ask for."""
-    from reference_quantizer.evaluate import Settings
+    from reference_quantizer.evaluation.evaluate import Settings
 
     names = ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype", "kl")
     return Settings(**{name: getattr(args, name) for name in names})

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer import report
-from reference_quantizer.source import HUB_ID
+from reference_quantizer.checkpoint.source import HUB_ID
+from reference_quantizer.release import report
 from tqformat.embed import LOADER, read_stamp
 from tqformat.load_quantized import MANIFEST, TQFormatError, open_repo, parse_json
 

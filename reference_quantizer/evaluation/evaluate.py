@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__, gguf_source, samples
-from reference_quantizer.calibration import find_bos
+from reference_quantizer import __version__
+from reference_quantizer.calibration.tokens import find_bos
+from reference_quantizer.checkpoint import gguf_source
+from reference_quantizer.checkpoint.source import Source, file_sha256, open_source, weights_sha256
+from reference_quantizer.checkpoint.support import KINDS
+from reference_quantizer.evaluation import samples
+from reference_quantizer.evaluation.windows import Window, batches, read_corpus, same_data, sliding_windows
+from reference_quantizer.job.quantize import check_device
 from reference_quantizer.progress import Progress
-from reference_quantizer.quantize import check_device
-from reference_quantizer.source import Source, file_sha256, open_source, weights_sha256
-from reference_quantizer.support import KINDS
-from reference_quantizer.windows import Window, batches, read_corpus, same_data, sliding_windows
 from tqformat.load_quantized import (
     LOADER_KINDS,
     Manifest,

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_quantizer import __version__
-from reference_quantizer.blocks import has_bfloat16
-from reference_quantizer.calibration import Calibration
-from reference_quantizer.evaluate import (
+from reference_quantizer.calibration.blocks import has_bfloat16
+from reference_quantizer.calibration.tokens import Calibration
+from reference_quantizer.checkpoint.source import Source, file_sha256
+from reference_quantizer.checkpoint.support import KINDS
+from reference_quantizer.evaluation.evaluate import (
     DTYPES,
     SAMPLES,
     SUMMARY,
@@ -34,12 +36,10 @@ from reference_quantizer.evaluate import (
     load_base,
     running_models,
 )
-from reference_quantizer.evaluate import Settings as Arithmetic
-from reference_quantizer.plan import EMBEDDINGS, HEADS, Plan
+from reference_quantizer.evaluation.evaluate import Settings as Arithmetic
+from reference_quantizer.job.quantize import Target, check_device, quantize, resume_key
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan
 from reference_quantizer.progress import Progress
-from reference_quantizer.quantize import Target, check_device, quantize, resume_key
-from reference_quantizer.source import Source, file_sha256
-from reference_quantizer.support import KINDS
 from tqformat.load_quantized import (
     MANIFEST,
     Repo,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference_quantizer import vector
-from reference_quantizer.rotation import Rotation, rotate, unrotate
+from reference_quantizer.codes import vector
+from reference_quantizer.codes.rotation import Rotation, rotate, unrotate
 
 SIGN_LEVELS = (-math.sqrt(math.pi / 2), math.sqrt(math.pi / 2))
 

@@ -1,4 +1,4 @@
-"""The inner loops of `reference_quantizer.trellis`, compiled by numba; imported only when they are needed.
+"""The inner loops of `reference_quantizer.codes.trellis`, compiled by numba; imported only when they are needed.
 
 Two neighbouring windows share window - bits stream bits, their state. States are counted S = 2^(window - bits), branches
 into a state J = 2^bits: the window of branch j into state s is s * J + j, and it comes from state (s * J + j) mod S. So

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.source import PROVENANCE, Info, Source, open_source, read_json
+from reference_quantizer.checkpoint.source import PROVENANCE, Info, Source, open_source, read_json
 from tqformat.load_quantized import TQFormatError
 
 MAGIC = b"GGUF"

@@ -15,9 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer import __version__, commands, gguf_source, report, support
-from reference_quantizer.source import HUB_ID, Source, file_sha256, open_source, weights_sha256
-from reference_quantizer.windows import read_corpus
+from reference_quantizer import __version__
+from reference_quantizer.checkpoint import gguf_source, support
+from reference_quantizer.checkpoint.source import HUB_ID, Source, file_sha256, open_source, weights_sha256
+from reference_quantizer.commands import steps as commands
+from reference_quantizer.evaluation.windows import read_corpus
+from reference_quantizer.release import report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 CARD, SUMMARY = "README.md", "eval_summary.json"
@@ -146,7 +149,7 @@ def _quantize(args: argparse.Namespace, job: str) -> None:
 
 def is_evaluated(args: argparse.Namespace) -> bool:
     """Whether the evaluation files in OUT are about these weights, this data set and these settings."""
-    from reference_quantizer import evaluate
+    from reference_quantizer.evaluation import evaluate
 
     wanted = commands.evaluation_settings(args)
     data = {"split": args.split, "dataset_revision": args.dataset_revision}
@@ -154,7 +157,7 @@ def is_evaluated(args: argparse.Namespace) -> bool:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from reference_quantizer import evaluate
+    from reference_quantizer.evaluation import evaluate
 
     base = _base(args)
     wanted, options = commands.evaluation_settings(args), commands.evaluation_options(args)
@@ -188,7 +191,7 @@ def _state(out: Path) -> dict[str, Any]:
 
 
 def _write_card(args: argparse.Namespace) -> Path:
-    from reference_quantizer.card import write_card
+    from reference_quantizer.release.card import write_card
 
     out, before = args.out, _state(args.out).get("card")
     if (out / CARD).is_file() and before and file_sha256(out / CARD) != before and not args.overwrite:
@@ -203,7 +206,7 @@ def _write_card(args: argparse.Namespace) -> Path:
 
 def check(out: Path) -> dict[str, Any]:
     """The report of the conformance suite on `out`; its first findings are printed."""
-    from reference_quantizer.card import conformance
+    from reference_quantizer.release.card import conformance
 
     found = conformance(out)
     for violation in found["violations"][:SHOWN]:

@@ -1,0 +1,1 @@
+"""What comes in: checkpoint directories, Hub ids, GGUF files and inventories, and the files beside the weights."""

@@ -1,0 +1,1 @@
+"""A repository against its base: windows, metrics, samples."""

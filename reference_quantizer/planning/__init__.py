@@ -1,0 +1,1 @@
+"""What becomes of each tensor: the settings, the plan, and bits chosen under a size."""
