@@ -38,28 +38,24 @@ import torch
 from torch import Tensor, nn
 
 import tqformat
-from reference_quantizer.calibration.tokens import calibration_tokens, find_bos, load_tokenizer
+from reference_quantizer.calibration.tokens import calibration_tokens
 from reference_quantizer.checkpoint.source import weights_sha256
-from reference_quantizer.evaluation.evaluate import (
+from reference_quantizer.evaluation.evaluate import Base, Runner, Settings, payload_digests, to_text
+from reference_quantizer.evaluation.metrics import Result, summarize
+from reference_quantizer.evaluation.windows import batches, sliding_windows
+from reference_quantizer.model.base import (
     DTYPES,
-    Base,
-    Progress,
-    Result,
-    Runner,
-    Settings,
     check_length,
     check_same_model,
-    default_cache,
     find_base,
-    hardware,
-    libraries,
+    find_bos,
     load_base,
-    payload_digests,
+    load_tokenizer,
     running_models,
-    summarize,
-    to_text,
 )
-from reference_quantizer.evaluation.windows import batches, read_corpus, sliding_windows
+from reference_quantizer.model.machine import default_cache, hardware, libraries
+from reference_quantizer.model.text import read_corpus
+from reference_quantizer.progress import Progress
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
 
 VERSION = 2  # of the entries in the JSON file
@@ -525,7 +521,7 @@ def run_comparison(
         bos = find_bos(tokenizer)
         windows = sliding_windows(len(tokens), settings.max_length, settings.stride, settings.max_windows)
         sample = calibration_tokens(None, tokenizer, calibration, CALIBRATION_TOKENS) if calibration else None
-        base_model = load_base(source, "text-generation", settings)
+        base_model = load_base(source, "text-generation", settings.dtype or "", settings.device)
         check_length(base_model, settings.max_length + (bos is not None))
         checkpoint = open_checkpoint(base_model, None if sample is None else sample.ids)
         run = {

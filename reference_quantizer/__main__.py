@@ -5,10 +5,8 @@ import os
 import sys
 
 from reference_quantizer import __version__
-from reference_quantizer.checkpoint import gguf_source
-from reference_quantizer.commands import release
-from reference_quantizer.commands import steps as commands
-from reference_quantizer.release import card, push
+from reference_quantizer.commands import card, evaluate, import_gguf, plan, push, quantize, release, tune
+from reference_quantizer.commands.options import EXAMPLES, STYLE
 from tqformat.load_quantized import TQFormatError
 
 
@@ -35,16 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m reference_quantizer",
         description="Turn a safetensors checkpoint into a tqformat repository.",
-        epilog=commands.EXAMPLES,
-        formatter_class=commands.STYLE,
+        epilog=EXAMPLES,
+        formatter_class=STYLE,
     )
     parser.add_argument("--version", action="version", version=f"reference_quantizer {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    commands.add_commands(subparsers)
-    release.add_command(subparsers)
-    card.add_command(subparsers)
-    gguf_source.add_command(subparsers)
-    push.add_command(subparsers)
+    for command in (quantize, plan, tune, evaluate, release, card, push, import_gguf):
+        command.add_command(subparsers)
     return parser
 
 

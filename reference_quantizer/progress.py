@@ -36,3 +36,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def tell(line: str) -> None:
+    """One line for people, beside what a command prints."""
+    print(line, file=sys.stderr, flush=True)

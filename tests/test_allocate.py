@@ -26,7 +26,8 @@ from reference_quantizer.planning.allocate import (
     relative_errors,
     sample_rows,
 )
-from reference_quantizer.planning.plan import Settings, make_plan
+from reference_quantizer.planning.plan import make_plan
+from reference_quantizer.planning.settings import Settings
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 LAYER = "model.layers.0.mlp.up_proj.weight"

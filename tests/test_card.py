@@ -25,7 +25,7 @@ from conftest import ROOT, every_setting, new_writer, random_stage, run_python
 
 from conformance import report
 from reference_quantizer import __main__ as command_line
-from reference_quantizer.commands import steps as commands
+from reference_quantizer.commands.settings import settings as find_settings
 from reference_quantizer.evaluation import samples
 from reference_quantizer.release import card, figures
 from tqformat.embed import stamped_loader
@@ -633,7 +633,7 @@ def test_the_commands_mean_what_the_manifest_says(case: tuple[str, Path]) -> Non
         return
     args = parse_command(found[0])
     recorded = manifest["quantization"]
-    settings = commands.settings(args).to_quantization()
+    settings = find_settings(args).to_quantization()
     skipped = {"bits", "allocation", "calibration"} if "allocation" in recorded else set()
     assert {k: v for k, v in settings.items() if k in recorded.keys() - skipped} == {
         k: v for k, v in recorded.items() if k not in skipped

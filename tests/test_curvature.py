@@ -11,7 +11,7 @@ from test_evaluate import make_checkpoint
 from reference_quantizer.calibration import curvature
 from reference_quantizer.calibration.curvature import measure_output_hessians
 from reference_quantizer.checkpoint.source import open_source
-from reference_quantizer.evaluation.evaluate import Settings, load_base
+from reference_quantizer.model.base import load_base
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
@@ -22,7 +22,7 @@ IDS = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(1))
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(curvature, "has_bfloat16", lambda device: False)
     source = open_source(str(make_checkpoint(tmp_path / "base")))
-    return load_base(source, "text-generation", Settings(dtype="float32").complete())
+    return load_base(source, "text-generation")
 
 
 def layers(model: Any) -> dict[str, torch.nn.Linear]:

@@ -25,7 +25,8 @@ from conformance.folder import Folder
 from conformance.subject import Subject
 from reference_quantizer import __main__ as command_line
 from reference_quantizer.evaluation import evaluate, samples
-from reference_quantizer.evaluation.windows import batches, join_rows, read_corpus, same_data, sliding_windows
+from reference_quantizer.evaluation.windows import batches, sliding_windows
+from reference_quantizer.model.text import join_rows, read_corpus, same_data
 from tqformat.load_quantized import MANIFEST, TQFormatError
 from tqformat.writer import add_files
 

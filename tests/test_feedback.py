@@ -17,19 +17,20 @@ from test_models import MODELS
 from torch import Tensor
 
 from reference_quantizer.__main__ import _parser, main
-from reference_quantizer.calibration.blocks import Blocks, Moments, find_blocks, load_in_blocks
+from reference_quantizer.calibration.blocks import Blocks, find_blocks, load_in_blocks
 from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.codes import feedback
 from reference_quantizer.codes.codebook import lloyd_max_levels
 from reference_quantizer.codes.encode import Encoder
 from reference_quantizer.codes.encode import encode as encode_nearest
-from reference_quantizer.codes.feedback import encode, fit_scales, inverse_factor, shrunk
+from reference_quantizer.codes.feedback import Moments, encode, fit_scales, inverse_factor, shrunk
 from reference_quantizer.codes.rotation import make_rotation, rotate
 from reference_quantizer.codes.trellis import trellis_levels
-from reference_quantizer.commands.steps import find_plan
-from reference_quantizer.job import quantize
+from reference_quantizer.commands.settings import find_plan
+from reference_quantizer.job import calibrated, encoding
+from reference_quantizer.progress import Progress
 from tqformat import open_repo
-from tqformat.load_quantized import MANIFEST, TQFormatError
+from tqformat.load_quantized import MANIFEST, TQFormatError, torch_dtype
 
 
 def correlated(cols: int, tokens: int = 4000, seed: int = 0) -> Tensor:
@@ -459,15 +460,22 @@ def test_a_calibrated_repository_conforms(tmp_path: Path, options: list[str]) ->
     assert "PASS L3" in run.stdout, run.stdout
 
 
-def test_what_is_stored_is_what_was_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The decoded weights, in their dtype, that encoding with feedback will give from now on."""
     kept: dict[str, Tensor] = {}
-    plain = quantize._add_encoded
 
-    def keep(writer: Any, item: Any, *rest: Any) -> Tensor:
-        kept[item.info.name] = plain(writer, item, *rest)
-        return kept[item.info.name]
+    def keep(item: Any, encoders: Any, weight: Tensor, earlier: Any, found: feedback.Encoded, **options: Any) -> Any:
+        kept[item.info.name] = found.decoded.to(torch_dtype(item.info.dtype)).float()
+        return plain(item, encoders, weight, earlier, found, **options)
 
-    monkeypatch.setattr(quantize, "_add_encoded", keep)
+    plain = encoding.as_stored
+    for module in (encoding, calibrated):
+        monkeypatch.setattr(module, "as_stored", keep)
+    return kept
+
+
+def test_what_is_stored_is_what_was_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keep_decoded(monkeypatch)
     assert main(job(tmp_path, tmp_path / "out", "--preset", "best", "--window", "6")) == 0
     assert len(kept) >= 7
     with open_repo(tmp_path / "out") as repo:
@@ -573,14 +581,14 @@ def test_a_model_without_predictions_has_no_feedback_between_rows(tmp_path: Path
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[quantize.Progress] = []
-    plain = quantize.Progress.__init__
+    seen: list[Progress] = []
+    plain = Progress.__init__
 
     def keep(self: Any, *args: Any, **options: Any) -> None:
         plain(self, *args, **options)
         seen.append(self)
 
-    monkeypatch.setattr(quantize.Progress, "__init__", keep)
+    monkeypatch.setattr(Progress, "__init__", keep)
     assert main(job(tmp_path, tmp_path / "out")) == 0
     assert seen[0].done == seen[0].total
 

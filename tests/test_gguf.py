@@ -296,7 +296,7 @@ def test_a_wrong_value_is_found(small: tuple[Path, Any], checkpoint: Path, tmp_p
 def test_rope_tables_are_left_out_and_told(tmp_path: Path) -> None:
     make_gguf(tmp_path / "r.gguf", add="rope_freqs.weight")
     facts = gguf_source.import_gguf(str(tmp_path / "r.gguf"), tmp_path / "out")
-    assert facts["left_out"] == ["rope_freqs.weight"] and "rope scaling" in gguf_source._notes(facts)[1]
+    assert facts["left_out"] == ["rope_freqs.weight"] and "rope scaling" in gguf_source.describe_import(facts)[1]
     assert "rope" not in " ".join(open_source(str(tmp_path / "out")).tensors)
 
 

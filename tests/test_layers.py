@@ -1,4 +1,6 @@
-"""Imports run one way: load_quantized <- writer <- reference_quantizer; conformance shares no code with tqformat."""
+"""Imports run one way: load_quantized <- writer <- reference_quantizer, there from room to room, and nowhere in a circle;
+conformance shares no code with tqformat.
+"""
 
 import ast
 import hashlib
@@ -101,6 +103,45 @@ def test_conformance_shares_no_code_with_tqformat(file: Path) -> None:
         allowed |= {"tqformat", "torch"}
     assert not roots(file) & {"tqformat", "torch", "safetensors", "reference_quantizer", "transformers"} - allowed
     assert roots(file) & set(OURS) <= allowed
+
+
+# The rooms of the reference quantizer, from the ground up: each may use those before it.
+ROOMS = ("checkpoint", "codes", "model", "evaluation", "calibration", "planning", "job", "release", "commands")
+
+
+def test_rooms_use_those_below_them() -> None:
+    files = sources("reference_quantizer")
+    assert {file.parent.name for file in files} == {"reference_quantizer", *ROOMS}
+    for file in files:
+        if file.parent.name not in ROOMS:
+            continue
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("reference_quantizer.")} & set(ROOMS)
+        assert used <= set(ROOMS[: ROOMS.index(file.parent.name) + 1]), file
+
+
+def import_graph(files: list[Path]) -> dict[Path, set[Path]]:
+    """Which of `files` each of them imports, at once or later; a package stands for its __init__."""
+    known = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {file: {known[name] for name in imports(file) if name in known} - {file} for file in files}
+
+
+def find_circle(graph: dict[Path, set[Path]]) -> list[Path]:
+    """Files that import each other in a circle; empty where there are none."""
+    while free := [file for file, used in graph.items() if not used & graph.keys()]:
+        graph = {file: used for file, used in graph.items() if file not in free}
+    return sorted(graph)
+
+
+@pytest.mark.parametrize("package", ["tqformat", "reference_quantizer", "conformance", "benchmarks", "fuzz"])
+def test_no_circle_of_imports(package: str) -> None:
+    graph = import_graph(sources(package))
+    faces = {file for file in graph if file.name == "__init__.py"}  # they show what is inside, or nothing
+    assert not find_circle({file: used - faces for file, used in graph.items() if file not in faces})
+
+
+def test_this_test_can_see_a_circle() -> None:
+    a, b, c = (Path(name) for name in "abc")
+    assert find_circle({a: {b}, b: {c}, c: {b}}) == [a, b, c] and find_circle({a: {b, c}, b: {c}, c: set()}) == []
 
 
 def test_this_test_can_see_an_import(tmp_path: Path) -> None:

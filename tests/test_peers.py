@@ -17,7 +17,9 @@ import torch
 from conftest import ROOT, repo_from_checkpoint
 from test_evaluate import make_checkpoint, make_text
 
+from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.evaluation import evaluate
+from reference_quantizer.model.base import load_base as load_model
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
@@ -150,7 +152,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_base(base: Path) -> Any:
-    return evaluate.load_base(evaluate.open_source(str(base)), "text-generation", SETTINGS.complete())
+    return load_model(open_source(str(base)), "text-generation")
 
 
 def test_parts_and_importance_of_a_checkpoint(base: Path) -> None:

@@ -23,7 +23,8 @@ from reference_quantizer.checkpoint.source import Reader, open_source
 from reference_quantizer.checkpoint.support import find_license, find_loader_kind
 from reference_quantizer.codes.encode import encode_stages
 from reference_quantizer.job import quantize as quantize_module
-from reference_quantizer.planning.plan import Settings, make_plan
+from reference_quantizer.planning.plan import make_plan
+from reference_quantizer.planning.settings import Settings
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -585,7 +586,7 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     path = make(sample_tensors())
     with monkeypatch.context() as patch:
-        patch.setattr("reference_quantizer.job.quantize.encode_stages", interrupted(encode_stages, 5))
+        patch.setattr("reference_quantizer.job.encoding.encode_stages", interrupted(encode_stages, 5))
         assert run(path, tmp_path / "out") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -598,12 +599,12 @@ def test_ctrl_c_says_how_to_go_on(
 
 KILLED = """
 import os, signal, sys
-from reference_quantizer import quantize
 from reference_quantizer.__main__ import main
+from reference_quantizer.job import encoding
 from tqformat.writer import RepoWriter
 
 RepoWriter.COMMIT_SECONDS = 0
-module, name, when, count = {"os": os, "quantize": quantize}[sys.argv[1]], sys.argv[2], sys.argv[3], int(sys.argv[4])
+module, name, when, count = {"os": os, "encoding": encoding}[sys.argv[1]], sys.argv[2], sys.argv[3], int(sys.argv[4])
 original, calls = getattr(module, name), 0
 
 def dying(*args, **kwargs):
@@ -624,8 +625,7 @@ print(calls)
 
 def run_killed(module: str, name: str, when: str, count: int, *args: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", KILLED, module, name, when, str(count), "quantize", *map(str, args), "--quiet"]
-    root = Path(__file__).parent.parent
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,11 +642,11 @@ def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
         encoded += 1
         return original(*args)
 
-    monkeypatch.setattr("reference_quantizer.job.quantize.encode_stages", counting)
+    monkeypatch.setattr("reference_quantizer.job.encoding.encode_stages", counting)
     chunks = sum(t.bits is not None and t.info.rows > 0 for t in make_plan(open_source(str(path)), Settings()).tensors)
     points = [
-        ("quantize", "encode_stages", "before", 1),
-        ("quantize", "encode_stages", "after", chunks // 2),
+        ("encoding", "encode_stages", "before", 1),
+        ("encoding", "encode_stages", "after", chunks // 2),
         *(("os", "fsync", "before", max(1, syncs * k // 4)) for k in (1, 2, 3)),
         *(("os", "fsync", "after", syncs - k) for k in (2, 1)),
         ("os", "rename", "before", 1),
@@ -670,14 +670,14 @@ def test_kill_and_resume(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_job_does_not_resume(make: Make, tmp_path: Path) -> None:
     path, out = make(sample_tensors()), tmp_path / "out"
-    assert run_killed("quantize", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
+    assert run_killed("encoding", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
     assert run(path, out, "--bits", 4) == 0
     assert run(path, tmp_path / "straight", "--bits", 4) == 0
     assert files_of(out) == files_of(tmp_path / "straight")
     changed = sample_tensors()
     changed["odd.weight"] += 1
     out = tmp_path / "again"
-    assert run_killed("quantize", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
+    assert run_killed("encoding", "encode_stages", "after", 6, path, out).returncode == -signal.SIGKILL
     before = os.stat(path / "model.safetensors").st_mtime_ns
     make(changed)
     os.utime(path / "model.safetensors", ns=(before + 10**9, before + 10**9))

@@ -186,7 +186,7 @@ def test_every_option_that_decides_what_is_written_is_part_of_the_job(lab: Lab) 
         return release.job_digest(_parser().parse_args(command))
 
     actions = argparse.ArgumentParser()
-    release.commands.add_quantization_arguments(actions)
+    release.add_quantization_arguments(actions)
     changed = {}
     for action in (a for a in actions._actions if a.dest not in ("help", "overwrite", "spill")):
         name, value = action.option_strings[-1], "2,2" if action.dest == "stages" else "5"  # the last is --no-...
@@ -341,7 +341,7 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
     lab, out = finished[0], tmp_path / "out"
     command = lab.command("--repo-id", "owner/name", "--cache-dir", str(tmp_path / "cache"), out=out)
     points = [
-        ("reference_quantizer.job.quantize.encode_stages", 3, lambda: not out.exists()),
+        ("reference_quantizer.job.encoding.encode_stages", 3, lambda: not out.exists()),
         ("reference_quantizer.evaluation.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
         ("reference_quantizer.evaluation.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
         ("reference_quantizer.release.card.write_card", 1, lambda: not (out / release.STATE).exists()),

@@ -9,9 +9,10 @@ from test_evaluate import WORDS, make_checkpoint, make_text
 
 from reference_quantizer.calibration import sensitivity
 from reference_quantizer.calibration.sensitivity import measure_gains, measure_sensitivities
-from reference_quantizer.calibration.tokens import calibration_tokens, cut, draw, load_tokenizer
+from reference_quantizer.calibration.tokens import calibration_tokens, cut, draw
 from reference_quantizer.checkpoint.source import Source, open_source
-from reference_quantizer.evaluation.evaluate import Progress, Settings, load_base
+from reference_quantizer.model.base import load_base, load_tokenizer
+from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
 KIND = "text-generation"
@@ -27,7 +28,7 @@ def matrices(source: Source) -> list[str]:
 
 
 def load(source: Source) -> Any:
-    return load_base(source, KIND, Settings().complete()).requires_grad_(False)
+    return load_base(source, KIND).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -141,15 +142,15 @@ def test_an_interrupted_measurement_continues(source: Source, tmp_path: Path, mo
 
 def test_the_gains_of_feedback(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = measure_sensitivities(source, KIND, [], "fisher", ("self",), 512, tmp_path, quiet=True).calibration
-    gains = measure_gains(source, KIND, tokens, False, tmp_path, quiet=True)
+    gains = measure_gains(source, KIND, tokens, False, 128, tmp_path, quiet=True)
     layers = [name for name in matrices(source) if ".layers." in name]
     assert set(gains) == set(layers) and all(0 < gain < 0.99 for gain in gains.values())
     q, k, down = (next(name for name in layers if part in name) for part in ("q_proj", "k_proj", "down_proj"))
     assert gains[q] == gains[k] != gains[down]
-    both = measure_gains(source, KIND, tokens, True, tmp_path, quiet=True)
+    both = measure_gains(source, KIND, tokens, True, 128, tmp_path, quiet=True)
     assert both.keys() == gains.keys() and all(both[name] < 0.99 * gains[name] for name in gains)
     monkeypatch.setattr(sensitivity, "load_base", None)  # cannot be called
-    assert measure_gains(source, KIND, tokens, False, tmp_path, quiet=True) == gains
+    assert measure_gains(source, KIND, tokens, False, 128, tmp_path, quiet=True) == gains
 
 
 def test_what_the_model_does_not_have_is_left_out(source: Source, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from conftest import DEVICES, ROOT, new_writer, random_stage
 from test_evaluate import make_checkpoint, make_text
 
 from reference_quantizer.__main__ import main
-from reference_quantizer.commands import steps as commands
+from reference_quantizer.commands import settings as choices
 from reference_quantizer.job import tune
 from tqformat import load, open_repo
 from tqformat.load_quantized import MANIFEST
@@ -318,12 +318,12 @@ def best(lab: Path, out: Path, *options: str) -> int:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "TUNING_TOKENS", 8192)
+    monkeypatch.setattr(choices, "TUNING_TOKENS", 8192)
 
 
 @pytest.mark.usefixtures("few_tokens")
 def test_the_preset_best_ends_with_tuning(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "TUNING_STEPS", 6)
+    monkeypatch.setattr(choices, "TUNING_STEPS", 6)
     assert best(lab, tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     plain, tuned = (json.loads((path / MANIFEST).read_text()) for path in (lab / "repo", tmp_path / "out"))
@@ -371,10 +371,10 @@ def test_a_target_still_holds_after_tuning(lab: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_tuned_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     for steps, preset, wanted in ((None, "best", 100), (0, "best", 0), (None, "balanced", 0), (5, "balanced", 5)):
-        chosen = commands.Settings(preset=preset)
-        assert commands.tuning_steps(argparse.Namespace(tune_steps=steps), chosen, "text-generation") == wanted
+        chosen = choices.Settings(preset=preset)
+        assert choices.tuning_steps(argparse.Namespace(tune_steps=steps), chosen, "text-generation") == wanted
     args = argparse.Namespace(tune_steps=5)
-    assert commands.tuning_steps(args, commands.Settings(preset="best"), "fill-mask") == 0
+    assert choices.tuning_steps(args, choices.Settings(preset="best"), "fill-mask") == 0
     assert "note: not tuned: a model for fill-mask does not predict the next token" in capsys.readouterr().err
     with pytest.raises(tune.TQFormatError, match=r"SCHEMA\.VALUE.*--preset balanced or best"):
-        commands.tuning_steps(args, commands.Settings(), "text-generation")
+        choices.tuning_steps(args, choices.Settings(), "text-generation")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import interrupted, run_python
 from test_evaluate import make_checkpoint, make_text
-from test_feedback import correlated, gaussian
+from test_feedback import correlated, gaussian, keep_decoded
 from test_quantizer_jobs import Make, files_of, make, manifest_of, sample_tensors  # noqa: F401  (make is a fixture)
 from torch import Tensor
 
@@ -23,8 +23,8 @@ from reference_quantizer.codes.feedback import encode as encode_feedback
 from reference_quantizer.codes.feedback import encode_stages as encode_stages_with_feedback
 from reference_quantizer.codes.feedback import inverse_factor
 from reference_quantizer.codes.rotation import haar_matrix, make_rotation
-from reference_quantizer.commands.steps import settings
-from reference_quantizer.job import quantize
+from reference_quantizer.commands.settings import settings
+from reference_quantizer.job import encoding
 from reference_quantizer.release import card
 from tqformat import open_repo
 
@@ -307,7 +307,7 @@ def test_every_combination_conforms(
     features: set[str],
 ) -> None:
     path, out, said = make(sample_tensors()), tmp_path / "out", []
-    monkeypatch.setattr(quantize, "encode_stages", keeping(said))
+    monkeypatch.setattr(encoding, "encode_stages", keeping(said))
     assert main(["plan", str(path), *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(["quantize", str(path), str(out), *options, "--quiet"]) == 0
@@ -358,14 +358,7 @@ def test_a_calibrated_repository_conforms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], bits: int, method: str, features: list[str]
 ) -> None:
     base, out = make_checkpoint(tmp_path / "base"), tmp_path / "out"
-    text, kept = make_text(tmp_path / "text.txt", 3000), {}
-    plain = quantize._add_encoded
-
-    def keep(writer: Any, item: Any, *rest: Any) -> Tensor:
-        kept[item.info.name] = plain(writer, item, *rest)
-        return kept[item.info.name]
-
-    monkeypatch.setattr(quantize, "_add_encoded", keep)
+    text, kept = make_text(tmp_path / "text.txt", 3000), keep_decoded(monkeypatch)
     assert main(["quantize", str(base), str(out), *options, "--calibration", str(text), "--quiet"]) == 0
     manifest = manifest_of(out)
     assert manifest["quantization"]["method"] == method and sorted(manifest["features"]) == features
@@ -387,7 +380,7 @@ def test_an_interrupted_job_of_stages_continues_with_the_same_bytes(
     path = make(sample_tensors())
     options = ["--stages", "2,1", "--dimension", "2", "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "encode_stages", interrupted(encode_stages, 5))
+        patch.setattr(encoding, "encode_stages", interrupted(encode_stages, 5))
         assert main(["quantize", str(path), str(tmp_path / "out"), *options]) == 130
     assert main(["quantize", str(path), str(tmp_path / "out"), *options]) == 0
     assert main(["quantize", str(path), str(tmp_path / "straight"), *options]) == 0

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reference_quantizer.checkpoint.source import Source
-from tqformat.load_quantized import LOADER_KINDS, TQFormatError
+from reference_quantizer.codes.feedback import Moments
+from reference_quantizer.model.base import load_base
+from reference_quantizer.model.machine import has_bfloat16
+from tqformat.load_quantized import LOADER_KINDS, TQFormatError, translated
 
 BATCH = 4  # sequences that go through a block together
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether `device` has instructions for products of bfloat16 matrices, about twice as fast as float32."""
-    if device == "cpu":
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return device.startswith("cuda")
 
 
 class _Reached(Exception):
@@ -47,18 +43,6 @@ class Group:
     @property
     def first(self) -> nn.Linear:
         return next(iter(self.layers.values()))
-
-
-class Moments(NamedTuple):
-    """Means over the tokens, float32 on the device: x is a layer's input [cols], x0 what it was in the base model.
-
-    d is what the stream of hidden states lacks where the layer's output is added to it, so that an output of W x0 + d would
-    put the stream right. All three are divided by the mean square of x.
-    """
-
-    hessian: Tensor  # x xᵗ [cols, cols]
-    shift: Tensor | None = None  # (x0 - x) xᵗ [cols, cols]; None: unknown
-    drift: Tensor | None = None  # d xᵗ [rows, cols]; None: unknown, or the layer's output goes elsewhere
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -79,8 +63,6 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
     """
     import transformers
 
-    from reference_quantizer.evaluation.evaluate import Settings, load_base, translated
-
     with translated(source.path.name), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)
         model = getattr(transformers, LOADER_KINDS[loader_kind]).from_config(config)
@@ -93,7 +75,7 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
             owner = name.rpartition(".")[0]
             places[name if owner in around else owner] = "cpu"
     placement = {"device_map": places, "offload_folder": str(folder)}
-    return load_base(source, loader_kind, Settings(dtype="float32"), **placement).requires_grad_(False)
+    return load_base(source, loader_kind, **placement).requires_grad_(False)
 
 
 def _read_weights(block: nn.Module) -> bool:

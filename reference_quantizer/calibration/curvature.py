@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_quantizer.calibration.blocks import has_bfloat16
+from reference_quantizer.model.machine import has_bfloat16
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 

@@ -18,20 +18,14 @@ from torch import Tensor
 
 from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
 from reference_quantizer.calibration.curvature import measure_output_hessians
-from reference_quantizer.calibration.tokens import SELF, Calibration, calibration_tokens, kept_tokens, load_tokenizer
+from reference_quantizer.calibration.tokens import SELF, Calibration, calibration_tokens, kept_tokens
 from reference_quantizer.checkpoint.source import Source, weights_sha256
 from reference_quantizer.checkpoint.support import KINDS
 from reference_quantizer.codes import feedback
 from reference_quantizer.codes.rotation import make_rotation, rotation_size
-from reference_quantizer.evaluation.evaluate import (
-    Settings,
-    compare,
-    libraries,
-    load_base,
-    locked,
-    running_models,
-)
-from reference_quantizer.planning.plan import SHORT_TILE_ROWS
+from reference_quantizer.evaluation.metrics import compare
+from reference_quantizer.model.base import default_dtype, load_base, load_tokenizer, running_models
+from reference_quantizer.model.machine import libraries, locked
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
@@ -72,16 +66,16 @@ def measure_sensitivities(
     if loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", f"{message}; give --bits instead of a target")
-    settings, tokens = Settings(device=device).complete(), tokens or TOKENS[method]
+    dtype, tokens = default_dtype(device), tokens or TOKENS[method]
     loaded: list[Any] = []
 
     def model() -> Any:
         """Loaded when it is first asked for: with everything in the cache, never."""
         if not loaded:
-            loaded.append(load_base(source, loader_kind, settings).requires_grad_(False))
+            loaded.append(load_base(source, loader_kind, dtype, device).requires_grad_(False))
         return loaded[0]
 
-    content = [VERSION, weights_sha256(source), loader_kind, LENGTH, SEED, settings.dtype, device, libraries()]
+    content = [VERSION, weights_sha256(source), loader_kind, LENGTH, SEED, dtype, device, libraries()]
     cache.mkdir(parents=True, exist_ok=True)
     with running_models():
         tokenizer = load_tokenizer(source.path)
@@ -106,13 +100,14 @@ def measure_gains(
     loader_kind: str,
     tokens: Calibration,
     output_feedback: bool,
+    tile_rows: int,
     cache: Path,
     device: str = "cpu",
     quiet: bool = False,
 ) -> dict[str, float]:
     """What error feedback leaves of the loss that rounding each linear layer of the model's blocks would cause.
 
-    See `feedback.gain` and, with `output_feedback`, `feedback.output_gain`; for the inputs that `tokens` give the layers of the
+    See `feedback.gain` and, with `output_feedback`, `feedback.output_gain` of tiles of `tile_rows` rows; for the inputs that `tokens` give the layers of the
     original model. Kept in `cache`, as sensitivities are.
     """
     content = [
@@ -121,7 +116,7 @@ def measure_gains(
         loader_kind,
         "gains",
         output_feedback,
-        [feedback.DAMPING, feedback.OUTPUT_DAMPING, feedback.SHRINKAGE, SHORT_TILE_ROWS],
+        [feedback.DAMPING, feedback.OUTPUT_DAMPING, feedback.SHRINKAGE, tile_rows],
         tokens.sha256,
         device,
         libraries(),
@@ -132,7 +127,7 @@ def measure_gains(
             blocks = Blocks(load_in_blocks(source, loader_kind, Path(folder)), tokens.ids, device)
             outputs: dict[str, Tensor] = {}
             if output_feedback:
-                whole = load_base(source, loader_kind, Settings(dtype="float32"))
+                whole = load_base(source, loader_kind)
                 outputs = measure_output_hessians(whole, source.tensors, tokens.ids, Path(folder), device, quiet)
                 del whole
             progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
@@ -146,7 +141,7 @@ def measure_gains(
                         found[name] = gain
                         if name in outputs:
                             power = layer.weight.square().mean(1)
-                            found[name] *= feedback.output_gain(outputs[name].to(device), power, SHORT_TILE_ROWS)
+                            found[name] *= feedback.output_gain(outputs[name].to(device), power, tile_rows)
                 progress.advance(1)
             progress.close()
             new = path.with_suffix(".new")

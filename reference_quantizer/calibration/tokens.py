@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from reference_quantizer.checkpoint.source import Source, weights_sha256
-from reference_quantizer.evaluation.windows import read_corpus
-from tqformat.load_quantized import TQFormatError, translated
+from reference_quantizer.model.base import default_dtype, find_bos, load_base, load_tokenizer, running_models
+from reference_quantizer.model.machine import default_cache, libraries
+from reference_quantizer.model.text import read_corpus
+from tqformat.load_quantized import TQFormatError
 
 SELF = "self"
 BATCH = 16  # sequences that the model writes at once
@@ -62,14 +64,6 @@ def calibration_tokens(
         return Calibration(write_texts(model, tokenizer, bos, count, length, seed), (SELF,))
     windows = [cut(_token_ids(tokenizer, text), length, bos) for text in texts]
     return Calibration(draw(windows, count), tuple(Path(text).name if Path(text).is_file() else text for text in texts))
-
-
-def find_bos(tokenizer: Any) -> int | None:
-    """The BOS token, if the tokenizer itself puts it at the start of a text."""
-    text, bos = "A text.", tokenizer.bos_token_id
-    with_special = tokenizer(text)["input_ids"][:1]
-    without = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    return int(bos) if bos is not None and with_special == [bos] != without else None
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -146,28 +140,18 @@ def kept_tokens(path: Path, make: Any) -> Calibration:
         return made
 
 
-def load_tokenizer(checkpoint: Path) -> Any:
-    """The tokenizer of a checkpoint directory."""
-    from transformers import AutoTokenizer
-
-    with translated(f"{checkpoint.name}: tokenizer"):
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-
-
 def find_tokens(
     source: Source, loader_kind: str, texts: tuple[str, ...], tokens: int, cache: Path | None, device: str = "cpu"
 ) -> Calibration:
     """The calibration tokens for the checkpoint `source`; those that the model writes itself are kept in `cache`."""
-    from reference_quantizer.evaluation.evaluate import Settings, default_cache, libraries, load_base, running_models
-
     with running_models():
         tokenizer = load_tokenizer(source.path)
         if texts != (SELF,):
             return calibration_tokens(None, tokenizer, texts, tokens)
-        settings, cache = Settings(device=device).complete(), cache or default_cache()
-        content = json.dumps([weights_sha256(source), loader_kind, tokens, settings.dtype, device, libraries()])
+        dtype, cache = default_dtype(device), cache or default_cache()
+        content = json.dumps([weights_sha256(source), loader_kind, tokens, dtype, device, libraries()])
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"calibration-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
         return kept_tokens(
-            path, lambda: calibration_tokens(load_base(source, loader_kind, settings), tokenizer, texts, tokens)
+            path, lambda: calibration_tokens(load_base(source, loader_kind, dtype, device), tokenizer, texts, tokens)
         )

@@ -8,7 +8,6 @@ Memory: the bf16 model, and for one tensor at a time several float32 copies of i
 decides: see the peak that `import-gguf` prints.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib
@@ -17,7 +16,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import PROVENANCE, Info, Source, open_source, read_json
+from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
 
 MAGIC = b"GGUF"
@@ -205,10 +204,11 @@ def plan_source(src: str) -> Source:
             facts = provenance(file, reader)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {n: Info(n, tuple(t.shape), "BF16") for n, t in sorted(model.state_dict().items()) if n not in tied}
-    return Source(file, tensors, config=config.to_dict(), notes=_notes(facts), provenance=facts)
+    return Source(file, tensors, config=config.to_dict(), notes=describe_import(facts), provenance=facts)
 
 
-def _notes(facts: dict[str, Any]) -> tuple[str, ...]:
+def describe_import(facts: dict[str, Any]) -> tuple[str, ...]:
+    """What a user should know of a GGUF file that is read, a line each."""
     kinds = ", ".join(f"{name} {count}" for name, count in facts["tensor_types"].items())
     notes = [f"{facts['file']} ({kinds}) is read as bf16"]
     if facts["quantized"]:
@@ -336,8 +336,8 @@ def work_checkpoint(out: Path) -> Path:
 def prepared(src: str, out: Path) -> Source:
     """The source to quantize for a GGUF `src`: imported beside `out`, or found there from an interrupted run."""
     source = _imported(src, work_checkpoint(out), ", kept until the release is finished")
-    for note in _notes(source.provenance or {}):
-        _tell(f"note: {note}")
+    for note in describe_import(source.provenance or {}):
+        tell(f"note: {note}")
     return source
 
 
@@ -351,9 +351,9 @@ def _imported(src: str, checkpoint: Path, how_long: str = "") -> Source:
     """The checkpoint of `src` in the directory `checkpoint`, imported unless it is there."""
     job, record = identity(src), checkpoint / ".job.json"
     if record.is_file() and read_json(record) == job:
-        _tell(f"going on with the checkpoint that an earlier run imported to {checkpoint}")
+        tell(f"going on with the checkpoint that an earlier run imported to {checkpoint}")
     else:
-        _tell(f"importing {src} to {checkpoint}{how_long}")
+        tell(f"importing {src} to {checkpoint}{how_long}")
         import_gguf(src, checkpoint, overwrite=True)
         record.write_text(json.dumps(job), "utf-8")
     return open_source(str(checkpoint))
@@ -381,45 +381,3 @@ def base_model(facts: dict[str, Any] | None) -> dict[str, Any]:
     if facts is None:
         return {}
     return {"id": Path(facts["file"]).stem, "license": facts.get("license"), "extra": {"imported_from": facts}}
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------ command
-
-
-def run_import(args: argparse.Namespace) -> int:
-    """Write the checkpoint and print what it was made from."""
-    if not is_gguf(args.source):
-        raise TQFormatError(
-            "CONTAINER.HEADER", args.source, "neither a GGUF file, nor a directory of one, nor package:NAME"
-        )
-    facts = import_gguf(args.source, args.out, args.overwrite)
-    for note in _notes(facts):
-        _tell(f"note: {note}")
-    source = open_source(str(args.out))
-    scalars = sum(info.scalars for info in source.tensors.values())
-    print(f"{facts['file']}, {facts['architecture']}: {len(source.tensors)} tensors, {scalars:,} scalars -> {args.out}")
-    if peak := _peak_bytes():
-        print(f"peak memory {peak / 1e9:.2f} GB")
-    return 0
-
-
-def _peak_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def add_command(commands: Any) -> None:
-    """Add `import-gguf` to the command line."""
-    parser = commands.add_parser("import-gguf", help="turn a GGUF file into a plain bf16 checkpoint")
-    help_ = "GGUF file, directory that holds one, or package:NAME for an installed Python package with one"
-    parser.add_argument("source", metavar="FILE", help=help_)
-    parser.add_argument("out", metavar="OUT", type=Path, help="checkpoint directory to create")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=run_import)

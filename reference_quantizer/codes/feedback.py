@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer.calibration.blocks import Moments
 from reference_quantizer.codes import search_torch, trellis, vector
 from reference_quantizer.codes.encode import Encoded as Nearest
 from reference_quantizer.codes.encode import Encoder, fit_dtype, leave_out
@@ -32,6 +31,18 @@ OUTPUT_DAMPING = 0.03  # the damping of the outputs' Hessian
 SHRINKAGE = 0.5
 FIT_BYTES = 1 << 26  # for the equations of the scales at a time
 SCALAR_ROWS = 64  # rows that are encoded together where no tile says how many
+
+
+class Moments(NamedTuple):
+    """Means over the tokens, float32 on the device: x is a layer's input [cols], x0 what it was in the base model.
+
+    d is what the stream of hidden states lacks where the layer's output is added to it, so that an output of W x0 + d would
+    put the stream right. All three are divided by the mean square of x.
+    """
+
+    hessian: Tensor  # x xᵗ [cols, cols]
+    shift: Tensor | None = None  # (x0 - x) xᵗ [cols, cols]; None: unknown
+    drift: Tensor | None = None  # d xᵗ [rows, cols]; None: unknown, or the layer's output goes elsewhere
 
 
 class Encoded(NamedTuple):

@@ -18,8 +18,16 @@ from typing import Any
 from reference_quantizer import __version__
 from reference_quantizer.checkpoint import gguf_source, support
 from reference_quantizer.checkpoint.source import HUB_ID, Source, file_sha256, open_source, weights_sha256
-from reference_quantizer.commands import steps as commands
-from reference_quantizer.evaluation.windows import read_corpus
+from reference_quantizer.commands.options import (
+    EXAMPLES,
+    STYLE,
+    add_evaluation_arguments,
+    add_job_arguments,
+    add_quantization_arguments,
+)
+from reference_quantizer.commands.quantize import prepare_source, write_repository
+from reference_quantizer.commands.settings import evaluation_options, evaluation_settings, find_loader_kind
+from reference_quantizer.model.text import read_corpus
 from reference_quantizer.release import report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
@@ -89,9 +97,9 @@ def run_release(args: argparse.Namespace) -> int:
 
 def job_digest(args: argparse.Namespace) -> str:
     """A digest of everything that decides the weights and what is stored beside them: program, checkpoint, options."""
-    options = argparse.ArgumentParser()
-    commands.add_quantization_arguments(options)
-    names = vars(options.parse_args([])).keys() - {"overwrite", "spill"}
+    parser = argparse.ArgumentParser()
+    add_quantization_arguments(parser)
+    names = vars(parser.parse_args([])).keys() - {"overwrite", "spill"}
     chosen = {name: _content(getattr(args, name)) for name in sorted(names)}
     job = [__version__, _checkpoint_facts(args), chosen, args.device]
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
@@ -136,12 +144,12 @@ def _check_target(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace, job: str) -> None:
-    source = commands.prepare_source(args)
-    if not args.skip_evaluation and (kind := commands.find_loader_kind(args, source)) not in support.KINDS:
+    source = prepare_source(args)
+    if not args.skip_evaluation and (kind := find_loader_kind(args, source)) not in support.KINDS:
         advice = f"a model for {kind} does not predict the next token; pass --skip-evaluation"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", advice)
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
-    commands.write_repository(args, source, {"release": recorded})
+    write_repository(args, source, {"release": recorded})
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -151,7 +159,7 @@ def is_evaluated(args: argparse.Namespace) -> bool:
     """Whether the evaluation files in OUT are about these weights, this data set and these settings."""
     from reference_quantizer.evaluation import evaluate
 
-    wanted = commands.evaluation_settings(args)
+    wanted = evaluation_settings(args)
     data = {"split": args.split, "dataset_revision": args.dataset_revision}
     return evaluate.is_current(args.out, _recorded(args.out)["base_weights_sha256"], args.dataset, wanted, **data)
 
@@ -160,7 +168,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from reference_quantizer.evaluation import evaluate
 
     base = _base(args)
-    wanted, options = commands.evaluation_settings(args), commands.evaluation_options(args)
+    wanted, options = evaluation_settings(args), evaluation_options(args)
     print(evaluate.describe(evaluate.evaluate(str(base.path), args.out, args.dataset, wanted, **options)))
 
 
@@ -248,13 +256,13 @@ def add_command(subparsers: Any) -> None:
     """Add `release` to the command line."""
     help_ = "quantize, evaluate, write the card and check, in one command"
     parser = subparsers.add_parser(
-        "release", help=help_, description=DESCRIPTION, epilog=commands.EXAMPLES, formatter_class=commands.STYLE
+        "release", help=help_, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=STYLE
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hub id or GGUF file")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")
-    commands.add_quantization_arguments(parser)
-    commands.add_evaluation_arguments(parser)
-    commands.add_job_arguments(parser)
+    add_quantization_arguments(parser)
+    add_evaluation_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument("--skip-evaluation", action="store_true", help="measure nothing; the card then says so")
     help_ = "the Hub id under which it will be published, for the card's examples"
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help=help_)

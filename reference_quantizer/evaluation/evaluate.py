@@ -5,19 +5,13 @@ kept. What each window gave goes to a file in the cache, from which an interrupt
 stay there, under a name made from the content of everything they depend on.
 """
 
-import base64
 import hashlib
-import inspect
 import json
 import math
 import os
-import platform
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +19,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_quantizer import __version__
-from reference_quantizer.calibration.tokens import find_bos
-from reference_quantizer.checkpoint import gguf_source
-from reference_quantizer.checkpoint.source import Source, file_sha256, open_source, weights_sha256
+from reference_quantizer.checkpoint.source import Source, file_sha256, weights_sha256
 from reference_quantizer.checkpoint.support import KINDS
 from reference_quantizer.evaluation import samples
-from reference_quantizer.evaluation.windows import Window, batches, read_corpus, same_data, sliding_windows
-from reference_quantizer.job.quantize import check_device
+from reference_quantizer.evaluation.metrics import Result, compare, next_logits, score_alone, summarize
+from reference_quantizer.evaluation.windows import Window, batches, sliding_windows
+from reference_quantizer.model.base import (
+    DTYPES,
+    check_length,
+    check_same_model,
+    default_dtype,
+    find_base,
+    find_bos,
+    load_base,
+    running_models,
+)
+from reference_quantizer.model.machine import check_device, default_cache, hardware, libraries, locked
+from reference_quantizer.model.text import read_corpus, same_data
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
-    LOADER_KINDS,
     Manifest,
     TQFormatError,
     load,
     load_tokenizer,
     read_manifest,
-    translated,
 )
-from tqformat.load_quantized import __version__ as tqformat_version
 from tqformat.writer import add_files
 
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
 ROLE = "sanity-test"  # of the data set: a small text that tells a sound model from a broken one, no benchmark
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHUNK = 2**23  # logits that are turned into probabilities at once: 32 MiB for each float32 work array
 
 
 @dataclass(frozen=True)
@@ -68,37 +66,8 @@ class Settings:
 
     def complete(self) -> "Settings":
         """With the batch and dtype that suit the device: the CPU computes in float32."""
-        cuda = self.device.startswith("cuda")
-        dtype = self.dtype or ("bfloat16" if cuda else "float32")
-        return replace(self, batch=self.batch or (8 if cuda else 1), dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one window gave; `kl` holds float32 values of the predicted tokens, `top1` the base's best tokens."""
-
-    base_nll: float
-    quantized_nll: float
-    agreeing: int
-    top1: np.ndarray  # [predicted] int32
-    kl: np.ndarray | None  # [predicted] float32
-    seconds: float
-
-    def to_line(self) -> str:
-        """One line of the file that a run continues from."""
-        entry = asdict(self) | {"top1": _text(self.top1), "kl": None if self.kl is None else _text(self.kl)}
-        return json.dumps(entry) + "\n"
-
-    @classmethod
-    def from_line(cls, line: str) -> "Result":
-        """Inverse of to_line."""
-        entry = json.loads(line)
-        kl = None if entry["kl"] is None else np.frombuffer(base64.b64decode(entry["kl"]), "<f4")
-        return cls(**entry | {"top1": np.frombuffer(base64.b64decode(entry["top1"]), "<i4"), "kl": kl})
-
-
-def _text(values: np.ndarray) -> str:
-    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+        batch = self.batch or (8 if self.device.startswith("cuda") else 1)
+        return replace(self, batch=batch, dtype=self.dtype or default_dtype(self.device))
 
 
 @dataclass(frozen=True)
@@ -157,7 +126,7 @@ def evaluate(
         check_length(model, settings.max_length + (bos is not None))
         base_model = None
         if settings.kl or kept.nll is None:
-            base_model = load_base(source, manifest.loader_kind, settings)
+            base_model = load_base(source, manifest.loader_kind, settings.dtype or "", settings.device)
         runner = Runner(base_model, model, kept, tokens, windows, bos, settings)
         results = runner.run(partial, Progress(len(windows), quiet, action="evaluating", unit="window"))
         before = time.monotonic()
@@ -298,52 +267,6 @@ class Runner:
         return [replace(result, seconds=round(took, 4)) for result in results]
 
 
-def next_logits(model: Any, ids: Tensor, count: int) -> Tensor:
-    """The logits from which the last `count` tokens of each row are predicted, [batch, count, vocabulary]."""
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = count + 1
-    with torch.inference_mode():
-        return model(input_ids=ids, **options).logits[:, -count - 1 : -1]
-
-
-def compare(base: Tensor, quantized: Tensor, targets: Tensor, kl: bool) -> dict[str, Any]:
-    """Both models' mean NLL over the targets, KL(base || quantized) of each in nats, and where the best token agrees.
-
-    Logits [predicted, vocabulary]; a chunk of positions at a time in float32, sums in float64.
-    """
-    step = max(1, CHUNK // base.shape[-1])
-    base_nll = quantized_nll = 0.0
-    divergences: list[Tensor] = []
-    best: list[Tensor] = []
-    agreeing = 0
-    for a in range(0, len(targets), step):
-        wanted = targets[a : a + step, None]
-        p, q = (x[a : a + step].float().log_softmax(-1) for x in (base, quantized))
-        base_nll -= p.gather(1, wanted).sum(dtype=torch.float64).item()
-        quantized_nll -= q.gather(1, wanted).sum(dtype=torch.float64).item()
-        best.append(p.argmax(-1))
-        agreeing += int((best[-1] == q.argmax(-1)).sum())
-        if kl:
-            share = p.exp()
-            terms = p.sub_(q).mul_(share).masked_fill_(share == 0, 0)
-            divergences.append(terms.sum(-1, dtype=torch.float64).clamp_(min=0).float().cpu())
-    return {
-        "base_nll": base_nll / len(targets),
-        "quantized_nll": quantized_nll / len(targets),
-        "agreeing": agreeing,
-        "top1": torch.cat(best).int().cpu().numpy(),
-        "kl": torch.cat(divergences).numpy() if kl else None,
-    }
-
-
-def score_alone(quantized: Tensor, targets: Tensor, base_nll: float, top1: np.ndarray) -> dict[str, Any]:
-    """What `compare` gives, but for the divergence, with the base's results of an earlier run."""
-    found = compare(quantized, quantized, targets, False)
-    agreeing = int((found["top1"] == top1).sum())
-    return found | {"base_nll": float(base_nll), "agreeing": agreeing, "top1": top1}
-
-
 def read_partial(path: Path) -> list[Result]:
     """The results in the file of an interrupted run; a torn last line is left out."""
     results: list[Result] = []
@@ -359,132 +282,10 @@ def read_partial(path: Path) -> list[Result]:
     return results
 
 
-def summarize(windows: list[Window], results: list[Result]) -> dict[str, Any]:
-    """Counts, figures of both models and their comparison; the mean NLL is weighted by the windows' scored tokens."""
-    weights = [w.scored for w in windows]
-    scored, positions = sum(weights), sum(w.predicted for w in windows)
-    base, quantized = (
-        math.fsum(w * value for w, value in zip(weights, values, strict=True)) / scored
-        for values in ([r.base_nll for r in results], [r.quantized_nll for r in results])
-    )
-    if max(base, quantized) > 700:
-        message = f"an average NLL of {max(base, quantized):.4g} has no finite perplexity"
-        raise TQFormatError("DATA.NON_FINITE", "perplexity", message)
-    agreeing = sum(r.agreeing for r in results)
-    divergence = None
-    kls = [r.kl for r in results if r.kl is not None]
-    if kls:
-        kl = np.concatenate(kls).astype(np.float64)
-        median, p99 = np.quantile(kl, [0.5, 0.99])  # linear between neighbours
-        mean = math.fsum(kl) / len(kl)
-        divergence = {"mean": mean, "median": float(median), "p99": float(p99), "max": float(kl.max())}
-    return {
-        "windows": len(windows),
-        "scored_tokens": scored,
-        "positions": positions,
-        "base": {"average_nll": base, "perplexity": math.exp(base)},
-        "quantized": {"average_nll": quantized, "perplexity": math.exp(quantized)},
-        "perplexity_delta": math.exp(quantized) - math.exp(base),
-        "perplexity_ratio": math.exp(quantized) / math.exp(base),
-        "kl_divergence": divergence,
-        "top1_agreement": {"agreeing": agreeing, "rate": agreeing / positions},
-        "window_results": {
-            "base_nll": [_rounded(r.base_nll) for r in results],
-            "quantized_nll": [_rounded(r.quantized_nll) for r in results],
-            "agreeing": [r.agreeing for r in results],
-            "kl": [_rounded(math.fsum(kl) / len(kl)) for kl in kls] if kls else None,
-        },
-    }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.9g}")
-
-
 # ------------------------------------------------------------------------------------------------ models
 
 
-def find_base(base: str, revision: str | None, cache: Path) -> Source:
-    """The checkpoint that `base` names; of a GGUF file, its import in the cache."""
-    gguf = gguf_source.is_gguf(base)
-    if revision and (gguf or Path(base).exists()):
-        raise TQFormatError("SCHEMA.VALUE", "--revision", "BASE is no Hub id, so there is nothing to select")
-    if not gguf:
-        return open_source(base, revision)
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / "gguf.lock"):
-        return gguf_source.cached(base, cache)
-
-
-def load_base(source: Source, loader_kind: str, settings: Settings, **placement: Any) -> Any:
-    """The checkpoint's model, in eval mode; every weight must be there. `placement`, for transformers, takes the place of the settings' device."""
-    import transformers
-
-    with translated(source.path.name):
-        model, info = getattr(transformers, LOADER_KINDS[loader_kind]).from_pretrained(
-            source.path,
-            dtype=DTYPES[settings.dtype or ""],
-            local_files_only=True,
-            output_loading_info=True,
-            **placement,
-        )
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong:
-        raise TQFormatError("BIND.MODEL", source.path.name, f"the checkpoint lacks weights: {', '.join(wrong)[:200]}")
-    return (model if placement else model.to(settings.device)).eval()
-
-
-def check_same_model(source: Source, manifest: Any) -> None:
-    """BIND.TENSOR if a weight has another shape in the checkpoint: then it is not the base."""
-    for name, weight in manifest.tensors.items():
-        info = source.tensors.get(name)
-        if info is not None and tuple(info.shape) != tuple(weight.shape):
-            message = f"the repository has the shape {list(weight.shape)}, the base {list(info.shape)}: another model"
-            raise TQFormatError("BIND.TENSOR", name, message)
-
-
-def check_length(model: Any, length: int) -> None:
-    """SCHEMA.VALUE if the model has fewer positions than a window takes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        message = f"the model takes {limit} tokens, a window has {length} (with its BOS token, if it has one)"
-        raise TQFormatError("SCHEMA.VALUE", "--max-length", message)
-
-
-@contextmanager
-def running_models() -> Iterator[None]:
-    """How models are run here: subnormal numbers count as 0, and libraries show no bars and give no advice.
-
-    A damaged model's activations are full of subnormal numbers, which change nothing, but make a processor ten times slower.
-    Threads inherit the setting, so this comes before the first work that torch shares among them.
-    """
-    import transformers
-
-    torch.set_flush_denormal(True)
-
-    advice = getLogger("accelerate")  # that weights were left in files, where that is wanted
-    level = advice.level
-    advice.setLevel(ERROR)
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        logging.set_verbosity(verbosity)
-        advice.setLevel(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 # ------------------------------------------------------------------------------------------------ cache
-
-
-def default_cache() -> Path:
-    """Where results are kept if nothing else is said."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqformat"
 
 
 def open_base(source: Source, cache: Path, job: list[Any]) -> Base:
@@ -516,51 +317,7 @@ def save_base(cache: Path, key: str, results: list[Result], logits: Tensor) -> N
     os.replace(new, path)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One run at a time: two would write their results into one file."""
-    with open(path, "ab") as file:
-        try:
-            import fcntl
-        except ImportError:  # not on this system
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = "another run is writing what this one needs; wait until it is done"
-            raise TQFormatError("PATH.COLLISION", path.name, message) from None
-        yield
-
-
 # ------------------------------------------------------------------------------------------------ surroundings
-
-
-def hardware(device: str) -> dict[str, str]:
-    """The machine, in words."""
-    if device.startswith("cuda"):
-        return {"device": "cuda", "description": torch.cuda.get_device_name(device)}
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M)):
-        name = found[1].strip()
-    threads = torch.get_num_threads()
-    return {"device": "cpu", "description": f"{name}, {threads} thread{'s' if threads > 1 else ''}"}
-
-
-def libraries() -> dict[str, str]:
-    """The versions that the figures depend on."""
-    import tokenizers
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "tqformat": tqformat_version,
-        "reference_quantizer": __version__,
-    }
 
 
 def to_text(value: dict[str, Any]) -> bytes:

@@ -24,20 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_quantizer import __version__
-from reference_quantizer.calibration.blocks import has_bfloat16
 from reference_quantizer.calibration.tokens import Calibration
+from reference_quantizer.checkpoint.gguf_source import SAMPLES
 from reference_quantizer.checkpoint.source import Source, file_sha256
 from reference_quantizer.checkpoint.support import KINDS
-from reference_quantizer.evaluation.evaluate import (
-    DTYPES,
-    SAMPLES,
-    SUMMARY,
-    check_same_model,
-    load_base,
-    running_models,
-)
-from reference_quantizer.evaluation.evaluate import Settings as Arithmetic
-from reference_quantizer.job.quantize import Target, check_device, quantize, resume_key
+from reference_quantizer.evaluation.evaluate import SUMMARY
+from reference_quantizer.job.quantize import Target, quantize, resume_key
+from reference_quantizer.model.base import DTYPES, check_same_model, load_base, running_models
+from reference_quantizer.model.machine import check_device, has_bfloat16
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
@@ -269,7 +263,7 @@ def tune(
         message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
         raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
     with open_repo(repo_dir) as repo, running_models():
-        base = load_base(source, manifest.loader_kind, Arithmetic(device=device, dtype=settings.dtype))
+        base = load_base(source, manifest.loader_kind, settings.dtype or "", device)
         whole = load(repo_dir, device, torch.float32)
         parts, small = replace_layers(whole, repo, dtype), small_parameters(whole, repo)
         _tell_frozen(repo, parts)

@@ -4,9 +4,8 @@ The prediction is linear (see `sensitivity`): sum over weights of a * t^2(bits),
 feedback leaves where codes are chosen with it.
 """
 
-import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reference_quantizer.checkpoint.source import Info, Reader, Source
-from reference_quantizer.planning.plan import Allocation, Plan, Settings, make_plan
+from reference_quantizer.planning.plan import SHORT_TILE_ROWS, Allocation, Plan, make_plan
+from reference_quantizer.planning.settings import Settings
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def make_allocation(
         message = "a target is met by measuring the model, and here are headers alone; give a checkpoint directory"
         raise TQFormatError("BIND.MISSING_FILE", source.path.name, message)
     from reference_quantizer.calibration.sensitivity import TOKENS, measure_gains, measure_sensitivities
-    from reference_quantizer.evaluation.evaluate import default_cache  # torch takes seconds to import
+    from reference_quantizer.model.machine import default_cache
 
     candidates = sorted(set(request.candidates))
     plans = [make_plan(source, replace(settings, bits=bits)) for bits in candidates]
@@ -187,7 +187,9 @@ def make_allocation(
     sensitivities = fill_in(measured.values, scalars, notes)
     errors = relative_errors(source, plans, names, device)
     if settings.preset != "fast":
-        gains = measure_gains(source, loader_kind, measured.calibration, settings.output_feedback, *where)
+        gains = measure_gains(
+            source, loader_kind, measured.calibration, settings.output_feedback, SHORT_TILE_ROWS, *where
+        )
         errors *= np.array([gains.get(name, 1.0) for name in names])[:, None]
     costs = np.array([sensitivities[name] * errors[k] for k, name in enumerate(names)])  # [weights, candidates]
     uniform_bytes = [int(plan.accounting()["stored_bytes"]) for plan in plans]
@@ -278,10 +280,10 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
     """
     import torch
 
+    from reference_quantizer.codes.chunks import Workers, choose_scale_dtype
     from reference_quantizer.codes.codebook import lloyd_max_levels
     from reference_quantizer.codes.encode import Encoder, encode
     from reference_quantizer.codes.rotation import haar_matrix, make_rotation
-    from reference_quantizer.job.quantize import Workers, choose_scale_dtype
 
     settings, rotations, books = plans[0].settings, {}, {}
     for plan in plans:
@@ -298,7 +300,7 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
     with Reader(source) as reader, Workers(device) as workers:
         for k, name in enumerate(names):
             info, g = columns[0][name].info, columns[0][name].vector_length
-            scale_dtype = choose_scale_dtype(reader, workers, info, g, settings.scale_dtype)
+            scale_dtype = choose_scale_dtype(info.name, reader.row_chunks(info), workers, g, settings.scale_dtype)
             rows = sample_rows(reader, info).to(device)
             for j, column in enumerate(columns):
                 item = column[name]
@@ -333,55 +335,3 @@ def sample_rows(reader: Reader, info: Info) -> "torch.Tensor":
         chosen.append(chunk[-seen % step :: step].to(torch.float32, copy=True))  # the chunk's memory is used again
         seen += len(chunk)
     return torch.cat(chosen) if chosen else torch.empty(0, info.cols)
-
-
-# ------------------------------------------------------------------------------------------------ options
-
-
-def add_target_arguments(group: Any) -> None:
-    """The targets, into the group of `--bits`, which each of them replaces."""
-    help_ = "mixed precision: at most this many bits per weight, over all weights and all that is stored"
-    group.add_argument("--target-bpw", metavar="B", type=positive(float), help=help_)
-    help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes)"
-    group.add_argument("--target-bytes", metavar="N", type=positive(int), help=help_)
-
-
-def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the bits are chosen under a target."""
-    group = parser.add_argument_group("mixed precision (with --target-bpw or --target-bytes; runs the model)")
-    help_ = "bits that a weight may get, 1 to 8 (default: 2,3,4,5,6,8)"
-    group.add_argument("--candidate-bits", metavar="N,N,...", type=_bits, default=CANDIDATES, help=help_)
-    help_ = (
-        "how sensitivity is measured: fisher takes gradients, perturbation a forward pass with noise for each weight"
-    )
-    group.add_argument("--allocator", choices=ALLOCATORS, default=ALLOCATORS[0], help=f"{help_} (default: %(default)s)")
-
-
-def request_of(args: argparse.Namespace) -> Request | None:
-    """What the options ask for; None without a target."""
-    texts = tuple(args.calibration or ("self",))
-    if args.target_bpw is None and args.target_bytes is None:
-        return None
-    return Request(
-        args.target_bpw, args.target_bytes, args.candidate_bits, args.allocator, texts, args.calibration_tokens
-    )
-
-
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def positive(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < 2**53:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    return positive
-
-
-def _bits(text: str) -> tuple[int, ...]:
-    try:
-        bits = tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        bits = ()
-    if not bits or not 1 <= bits[0] <= bits[-1] <= 8:
-        raise argparse.ArgumentTypeError(f"expected integers from 1 to 8, such as 2,3,4, got {text}")
-    return bits

@@ -4,16 +4,13 @@ What goes up is what the manifest lists, the manifest and README.md, and nothing
 and the directory itself are checked; after the commit, the Hub's own listing is compared with what was sent.
 """
 
-import argparse
 import hashlib
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.checkpoint.source import HUB_ID
-from reference_quantizer.release import report
+from reference_quantizer.progress import tell
 from tqformat.embed import LOADER, read_stamp
 from tqformat.load_quantized import MANIFEST, TQFormatError, open_repo, parse_json
 
@@ -77,7 +74,7 @@ def push(path: Path, items: list[Item], repo_id: str, branch: str, private: bool
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         stale = _stale_files(api, repo_id, branch, {item.name for item in items})
         for name in stale:
-            _tell(f"removed in the same commit, of the release there before: {name}")
+            tell(f"removed in the same commit, of the release there before: {name}")
         operations: list[Any] = [hub.CommitOperationAdd(item.name, path / item.name) for item in items]
         operations += [hub.CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch)
@@ -109,7 +106,7 @@ def _stale_files(api: Any, repo_id: str, branch: str, names: set[str]) -> list[s
     stale = [name for name in others if isinstance(listed, dict) and name in listed]
     for name in others:
         if name not in stale:
-            _tell(f"note: the Hub also has {name}, which neither release lists; it stays [TQ-REPO-5]")
+            tell(f"note: the Hub also has {name}, which neither release lists; it stays [TQ-REPO-5]")
     return stale
 
 
@@ -123,57 +120,3 @@ def _compare(api: Any, repo_id: str, commit: str, items: list[Item]) -> None:
         if (size, digest) != (item.size, item.sha256):
             found = "missing" if file is None else f"{size} bytes, sha256 {digest}"
             raise PushError(f"{repo_id}: {item.name} is {found} on the Hub after the upload (is there a .gitignore?)")
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------ command
-
-
-def run_push(args: argparse.Namespace) -> int:
-    """Check, list, and unless it is a dry run upload."""
-    from tqformat.__main__ import size_text
-
-    path = Path(args.source)
-    if not HUB_ID.fullmatch(args.repo_id):
-        raise TQFormatError("SCHEMA.VALUE", args.repo_id, "expected a Hub id such as owner/name")
-    if not path.is_dir():
-        raise TQFormatError("BIND.MISSING_FILE", args.source, "expected a repository directory")
-    _tell("checking sizes and digests of all files")
-    items = check_release(path)
-    width = max(len(item.name) for item in items)
-    for item in items:
-        print(f"{item.name:<{width}}  {size_text(item.size):>12}")
-    total = sum(item.size for item in items)
-    visibility = "a private repository" if args.private else "a repository with your default visibility"
-    place = f"{args.repo_id}, branch {args.branch} ({visibility} if it is new)"
-    print(f"{len(items)} files, {total:,} bytes -> {place}")
-    print(f"weights: {report.size_line(path)}", flush=True)
-    if CARD not in {item.name for item in items}:
-        _tell(f"note: there is no {CARD}, so the page on the Hub will be empty")
-    if args.dry_run:
-        print("dry run: nothing was sent")
-        return 0
-    message = args.message or f"Upload a tqformat repository ({len(items)} files)"
-    try:
-        url = push(path, items, args.repo_id, args.branch, args.private, message)
-    except PushError as error:
-        _tell(f"error: {error}")
-        return 1
-    print(f"published and compared with the Hub's listing: {url}")
-    return 0
-
-
-def add_command(commands: Any) -> None:
-    """Add `push` to the command line."""
-    parser = commands.add_parser("push", help="check a finished repository and upload it to the Hub")
-    parser.add_argument("source", metavar="REPO", help="repository directory")
-    parser.add_argument("repo_id", metavar="OWNER/NAME", help="where it goes on the Hub; created if it is not there")
-    parser.add_argument("--private", action="store_true", help="only you can see it; a public one there is refused")
-    parser.add_argument("--dry-run", action="store_true", help="list what would go up; needs no network and no token")
-    help_ = "branch to commit to, created if it is not there (default: %(default)s)"
-    parser.add_argument("--branch", "--revision", metavar="NAME", default="main", help=help_)
-    parser.add_argument("--message", metavar="TEXT", help="commit message")
-    parser.set_defaults(run=run_push)

@@ -1,0 +1,40 @@
+"""`evaluate`: measures a repository against its base."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from reference_quantizer.commands.options import STYLE, add_evaluation_arguments, add_job_arguments
+from reference_quantizer.commands.settings import evaluation_options, evaluation_settings
+from reference_quantizer.release import report
+
+EVALUATE = """Measure a repository against the checkpoint it was made from.
+
+Perplexity in sliding windows, KL divergence and top-1 agreement of the next-token distributions, the cosine of the logits
+after fixed prompts, and greedy samples. Writes eval_summary.json and sample_generations.json into the repository. Both
+models are in memory at once. An interrupted run continues when the same command is given again.
+"""
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a repository, write the figures into it and print them."""
+    from reference_quantizer.evaluation import evaluate  # torch takes seconds to import
+
+    options = evaluation_options(args) | {"base_revision": args.revision}
+    summary = evaluate.evaluate(args.source, args.repo, args.dataset, evaluation_settings(args), **options)
+    print(evaluate.describe(summary))
+    print(f"size          {report.size_line(args.repo)}")
+    return 0
+
+
+def add_command(commands: Any) -> None:
+    """Add `evaluate` to the command line."""
+    help_ = "measure a repository against its base"
+    evaluate = commands.add_parser("evaluate", help=help_, description=EVALUATE, formatter_class=STYLE)
+    help_ = "checkpoint directory, Hub id or GGUF file that REPO was made from; a GGUF file is imported into the cache"
+    evaluate.add_argument("source", metavar="BASE", help=help_)
+    evaluate.add_argument("repo", metavar="REPO", type=Path, help="repository directory; both files go into it")
+    evaluate.add_argument("--revision", help="branch, tag or commit, where BASE is a Hub id")
+    add_evaluation_arguments(evaluate)
+    add_job_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluate)

@@ -1,0 +1,182 @@
+"""What the options ask for: settings, a plan, calibration text, how to evaluate."""
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from reference_quantizer.checkpoint import support
+from reference_quantizer.checkpoint.source import Source
+from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.planning.allocate import Request, make_allocation
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
+from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
+from tqformat.load_quantized import TQFormatError
+
+if TYPE_CHECKING:
+    from reference_quantizer.calibration.tokens import Calibration
+
+
+def find_plan(args: argparse.Namespace, source: Source) -> Plan:
+    """The plan that the options ask for; with a target, the bits are chosen by measuring the model."""
+    request, chosen = request_of(args), settings(args)
+    if chosen.output_feedback and (kind := find_loader_kind(args, source)) not in support.KINDS:
+        if args.output_feedback:
+            advice = f"expected a model that predicts the next token ({', '.join(support.KINDS)}), found {kind}"
+            raise TQFormatError("SCHEMA.VALUE", "--output-feedback", advice)
+        chosen = replace(chosen, output_feedback=False)
+    if request is None:
+        return make_plan(source, with_wide_embeddings(chosen, source))
+    job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
+    kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
+    return make_plan(source, *make_allocation(source, chosen, request, kind, cache, **job))
+
+
+def with_wide_embeddings(chosen: Settings, source: Source) -> Settings:
+    """With embeddings and output layers at 8 bit where codes are calibrated and no option says what to protect.
+
+    Feedback cannot help them, and at few bits they would undo what it gains elsewhere.
+    """
+    if chosen.preset == "fast" or chosen.bits >= EMBEDDING_BITS or chosen.protect or chosen.protect_fragments:
+        return chosen
+    endings = tuple(e for e in EMBEDDINGS + HEADS if any(e in name for name in source.tensors))
+    if not endings:
+        return chosen
+    print(f"note: {', '.join(endings)}: {EMBEDDING_BITS} bits, unless --protect options say otherwise", file=sys.stderr)
+    return replace(chosen, protect_fragments=endings, protected_bits=EMBEDDING_BITS)
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The settings of a plan that the options ask for."""
+    if args.protected_bits is not None and not (args.protect or args.protect_fragment):
+        advice = "nothing is protected: add --protect NAME or --protect-fragment TEXT, or leave it out"
+        raise TQFormatError("SCHEMA.VALUE", "--protected-bits", advice)
+    preset = args.preset or ("balanced" if args.calibration else "fast")
+    sized = args.target_bpw is not None or args.target_bytes is not None
+    if preset == "fast" and not sized and (args.calibration or args.calibration_tokens):
+        advice = "the preset fast uses no text; use --preset balanced or best, or a target"
+        raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
+    if preset == "fast" and args.output_feedback:
+        raise TQFormatError(
+            "SCHEMA.VALUE", "--output-feedback", "the preset fast has no feedback; use balanced or best"
+        )
+    if preset == "best" and not sized and args.bits > WINDOWED_BITS:
+        advice = f"trellis codes have at most {WINDOWED_BITS} bits; use --preset balanced"
+        raise TQFormatError("SCHEMA.VALUE", f"--preset best --bits {args.bits}", advice)
+    window = PRESETS[preset][1] if args.window is None else args.window
+    if window is not None and not sized and window <= args.bits:
+        raise TQFormatError("SCHEMA.VALUE", "--window", f"expected more than --bits {args.bits}, got {window}")
+    if args.window is not None and PRESETS[preset][1] is None:
+        raise TQFormatError("SCHEMA.VALUE", "--window", f"the preset {preset} has no trellis codes; use --preset best")
+    stages = args.stages or ()
+    bits = sum(1 if word == SIGN else word for word in stages) or args.bits
+    if stages and preset == "best":
+        advice = f"trellis codes have one stage; use --preset balanced or fast, or --bits {bits}"
+        raise TQFormatError("SCHEMA.VALUE", "--stages with --preset best", advice)
+    if SIGN in stages and preset != "fast":
+        advice = f"error feedback leaves no product unbiased; use --preset fast, or --bits {bits}"
+        raise TQFormatError("SCHEMA.VALUE", f"--stages with --preset {preset}", advice)
+    if SIGN in stages and args.rotation == "none":
+        raise TQFormatError(
+            "SCHEMA.VALUE", "--stages", "a sign is unbiased after a rotation only; use another --rotation"
+        )
+    widest = max((word for word in stages if word != SIGN), default=bits)
+    if args.dimension > 1 and preset == "best":
+        advice = "trellis codes have one weight per symbol; use --preset balanced or fast"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", advice)
+    if args.dimension > 1 and sized:
+        advice = "mixed precision has codebooks of one weight per symbol; use --bits"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", advice)
+    if args.dimension * widest > MAX_SYMBOL:
+        advice = f"expected at most {MAX_SYMBOL} bits per symbol, got {args.dimension} weights of {widest} bits"
+        raise TQFormatError("SCHEMA.VALUE", "--dimension", f"{advice}; use fewer of either, or --stages")
+    return Settings(
+        bits=bits,
+        preset=preset,
+        window=window,
+        dimension=args.dimension,
+        stages=stages,
+        rotation=args.rotation,
+        vector_length=args.vector_length,
+        seed=args.seed,
+        grid_size=args.grid_size,
+        iterations=args.iterations,
+        scale_dtype=args.scale_dtype if args.scale_dtype == "auto" else args.scale_dtype.upper(),
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        protect=tuple(args.protect),
+        protect_fragments=tuple(args.protect_fragment),
+        protected_bits=args.protected_bits,
+        inputs=args.calibration_inputs,
+        ordered=args.activation_order,
+        output_feedback=preset == "best" if args.output_feedback is None else args.output_feedback,
+    )
+
+
+def request_of(args: argparse.Namespace) -> Request | None:
+    """What the options ask for; None without a target."""
+    texts = tuple(args.calibration or ("self",))
+    if args.target_bpw is None and args.target_bytes is None:
+        return None
+    return Request(
+        args.target_bpw, args.target_bytes, args.candidate_bits, args.allocator, texts, args.calibration_tokens
+    )
+
+
+def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings) -> "Calibration | None":
+    """The tokens that a preset with error feedback needs; None for the others."""
+    if chosen.preset == "fast":
+        return None
+    if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
+        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
+    from reference_quantizer.calibration.tokens import find_tokens  # torch takes seconds to import
+
+    texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or FEEDBACK_TOKENS
+    return find_tokens(
+        source, find_loader_kind(args, source), texts, tokens, getattr(args, "cache_dir", None), args.device
+    )
+
+
+def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -> int:
+    """How many steps of tuning follow on quantizing; none for models that cannot be tuned, which a line then says."""
+    usual = TUNING_STEPS if chosen.preset == "best" else 0
+    steps = usual if args.tune_steps is None else int(args.tune_steps)
+    if not steps:
+        return 0
+    if chosen.preset == "fast":
+        advice = "the preset fast uses no text, and tuning needs some; use --preset balanced or best"
+        raise TQFormatError("SCHEMA.VALUE", "--tune-steps", advice)
+    if loader_kind not in support.KINDS:
+        print(f"note: not tuned: a model for {loader_kind} does not predict the next token", file=sys.stderr)
+        return 0
+    return steps
+
+
+def find_tuning_tokens(args: argparse.Namespace, source: Source, calibration: "Calibration") -> "Calibration":
+    """More tokens of the texts that feedback has; the same ones where the model writes them itself, which takes long."""
+    from reference_quantizer.calibration.tokens import SELF, find_tokens
+
+    if calibration.texts == (SELF,):
+        return calibration
+    tokens = max(TUNING_TOKENS, calibration.tokens)
+    return find_tokens(source, find_loader_kind(args, source), tuple(args.calibration), tokens, None, args.device)
+
+
+def find_loader_kind(args: argparse.Namespace, source: Source) -> str:
+    """Which class builds the model: the option's word, or what config.json calls for."""
+    return getattr(args, "loader_kind", None) or support.find_loader_kind(source.config)
+
+
+def evaluation_settings(args: argparse.Namespace) -> Any:
+    """The evaluate.Settings that the options ask for."""
+    from reference_quantizer.evaluation.evaluate import Settings
+
+    names = ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype", "kl")
+    return Settings(**{name: getattr(args, name) for name in names})
+
+
+def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The further arguments of evaluate.evaluate that the options ask for."""
+    return {name: getattr(args, name) for name in ("split", "dataset_revision", "cache_dir", "quiet")}

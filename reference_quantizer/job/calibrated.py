@@ -1,0 +1,93 @@
+"""The linear layers of a model's blocks, encoded with error feedback, each with the inputs that it will get."""
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
+from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.tokens import Calibration
+from reference_quantizer.checkpoint.source import Source
+from reference_quantizer.codes.encode import Encoder
+from reference_quantizer.job.encoding import EncodedWeight, as_stored, encode_weight
+from reference_quantizer.model.base import load_base
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan, TensorPlan
+from reference_quantizer.progress import Progress
+from tqformat.load_quantized import TQFormatError, torch_dtype
+
+
+def calibrated_weights(
+    source: Source,
+    plan: Plan,
+    make_encoders: Callable[[TensorPlan], list[Encoder]],
+    calibration: Calibration,
+    loader_kind: str,
+    known: set[str],
+    folder: Path,
+    progress: Progress,
+    device: str = "cpu",
+    spill: bool = False,
+) -> Iterator[EncodedWeight | None]:
+    """Block by block, the weights that the tokens reach, but the `known` ones; None before each block (see encoding).
+
+    With `settings.inputs` other than "original", a layer's inputs are what the encoded blocks before it give, and within a block
+    the layers encoded so far. SCHEMA.VALUE where no layer of the blocks is to be quantized.
+    """
+    settings = plan.settings
+    items = {
+        t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
+    }
+    blocks = Blocks(
+        load_in_blocks(source, loader_kind, folder),
+        calibration.ids,
+        device,
+        paired=settings.inputs == "paired",
+        folder=folder if spill else None,
+    )
+    state = folder / "hidden.npz"
+    if state.is_file():
+        blocks.restore(state)
+    gradients: dict[str, Tensor] = {}
+    if settings.output_feedback:
+        whole = load_base(source, loader_kind)
+        gradients = measure_output_hessians(whole, items, calibration.ids, folder, device, progress.quiet)
+        del whole
+    seen = items.keys() & known
+    for block in blocks:
+        yield None  # the state says that the blocks before it are done, and must not be kept before they are
+        blocks.save(state)
+        for group in blocks.groups(block):
+            chosen = {name: layer for name, layer in group.layers.items() if name in items}
+            if not chosen:
+                continue
+            moments = blocks.moments(block, group)
+            encoders = {name: make_encoders(items[name]) for name in chosen}
+            with ThreadPoolExecutor(torch.get_num_threads() if device == "cpu" else 1) as pool:
+                jobs = {
+                    name: pool.submit(
+                        encode_weight,
+                        *(items[name], encoders[name], layer.weight.data, moments[name], settings),
+                        gradients.get(name),
+                    )
+                    for name, layer in chosen.items()
+                }
+            for name, layer in chosen.items():
+                item, weight, found = items[name], layer.weight.data, jobs[name].result()
+                if name not in known:
+                    yield as_stored(item, encoders[name], weight, *found, calibrated=True)
+                    progress.advance(item.info.scalars)
+                if settings.inputs != "original":
+                    weight.copy_(found[1].decoded.to(torch_dtype(item.info.dtype)).float())
+                seen.add(name)
+    if not seen:
+        advice = "none of the weights is a linear layer of the model's blocks, so nothing can be calibrated"
+        raise TQFormatError("SCHEMA.VALUE", blocks.name, f"{advice}; use --preset fast")
+    if rest := sorted(items.keys() - seen):
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        print(
+            f"note: encoded without feedback, the blocks' linear layers do not include {rest[0]}{more}", file=sys.stderr
+        )

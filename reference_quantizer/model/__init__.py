@@ -1,0 +1,1 @@
+"""The base model as it runs: its weights and tokenizer, the texts that it reads, the machine under it."""
