@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import interrupted
+from conftest import ROOT, interrupted
 from safetensors.torch import save_file
 
 import tqformat

@@ -13,7 +13,7 @@ from reference_quantizer import __version__
 from reference_quantizer.calibration.tokens import Calibration
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
-from reference_quantizer.job.encoding import encoded_weights
+from reference_quantizer.job.stream import encoded_weights
 from reference_quantizer.job.tables import make_tables
 from reference_quantizer.planning.plan import Plan
 from reference_quantizer.progress import Progress
