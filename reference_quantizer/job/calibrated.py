@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,49 +10,44 @@ from torch import Tensor
 from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
 from reference_quantizer.calibration.curvature import measure_output_hessians
 from reference_quantizer.calibration.tokens import Calibration
-from reference_quantizer.checkpoint.source import Source
 from reference_quantizer.codes.encode import Encoder
-from reference_quantizer.job.encoding import EncodedWeight, as_stored, encode_weight
+from reference_quantizer.job.encoding import EncodedWeight, Job, as_stored, encode_weight
 from reference_quantizer.model.base import load_base
-from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan, TensorPlan
+from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, TensorPlan
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
 
 def calibrated_weights(
-    source: Source,
-    plan: Plan,
-    make_encoders: Callable[[TensorPlan], list[Encoder]],
+    job: Job,
     calibration: Calibration,
-    loader_kind: str,
+    make_encoders: Callable[[TensorPlan], list[Encoder]],
     known: set[str],
-    folder: Path,
     progress: Progress,
-    device: str = "cpu",
-    spill: bool = False,
 ) -> Iterator[EncodedWeight | None]:
-    """Block by block, the weights that the tokens reach, but the `known` ones; None before each block (see encoding).
+    """Block by block, the weights that the tokens of `calibration` reach, but the `known` ones; None before each block (see stream).
 
     With `settings.inputs` other than "original", a layer's inputs are what the encoded blocks before it give, and within a block
     the layers encoded so far. SCHEMA.VALUE where no layer of the blocks is to be quantized.
     """
+    source, plan, device, folder = job.source, job.plan, job.device, job.folder
     settings = plan.settings
     items = {
         t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
     }
     blocks = Blocks(
-        load_in_blocks(source, loader_kind, folder),
+        load_in_blocks(source, job.loader_kind, folder),
         calibration.ids,
         device,
         paired=settings.inputs == "paired",
-        folder=folder if spill else None,
+        folder=folder if job.spill else None,
     )
     state = folder / "hidden.npz"
     if state.is_file():
         blocks.restore(state)
     gradients: dict[str, Tensor] = {}
     if settings.output_feedback:
-        whole = load_base(source, loader_kind)
+        whole = load_base(source, job.loader_kind)
         gradients = measure_output_hessians(whole, items, calibration.ids, folder, device, progress.quiet)
         del whole
     seen = items.keys() & known

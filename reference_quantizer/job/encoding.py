@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference_quantizer.checkpoint.source import Info, Reader
+from reference_quantizer.calibration.tokens import Calibration
+from reference_quantizer.checkpoint.source import Info, Reader, Source
 from reference_quantizer.codes import feedback
 from reference_quantizer.codes.chunks import Workers, choose_scale_dtype
 from reference_quantizer.codes.encode import Encoded, Encoder, encode_stages
@@ -18,6 +20,19 @@ from reference_quantizer.planning.settings import Settings
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import torch_dtype
 from tqformat.writer import DTYPE_NAMES, pack
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is encoded, and how: everything that a stream of encoded weights depends on."""
+
+    source: Source
+    plan: Plan
+    loader_kind: str
+    folder: Path  # holds what an interrupted stream finds again
+    calibration: Calibration | None = None  # with it, the weights that its tokens reach have error feedback
+    device: str = "cpu"
+    spill: bool = False  # hidden states are in the folder, not in memory
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from reference_quantizer import __version__
 from reference_quantizer.calibration.tokens import Calibration
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
+from reference_quantizer.job.encoding import Job
 from reference_quantizer.job.stream import encoded_weights
 from reference_quantizer.job.tables import make_tables
 from reference_quantizer.planning.plan import Plan
@@ -68,9 +69,8 @@ def quantize(
             writer.add_transform(id, **entry)
         for id, entry in tables.codebooks.items():
             writer.add_codebook(id, **entry)
-        job = source, plan, tables, calibration, target.loader_kind
-        where = writer.done, writer.scratch, progress, target.device, target.spill
-        with closing(encoded_weights(*job, *where)) as stream:
+        job = Job(source, plan, target.loader_kind, writer.scratch, calibration, target.device, target.spill)
+        with closing(encoded_weights(job, tables, writer.done, progress)) as stream:
             for weight in stream:
                 if weight is None:
                     writer.commit()
