@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reference_quantizer.checkpoint.source import Source
 from reference_quantizer.codes.feedback import Moments
-from reference_quantizer.model.base import load_base
+from reference_quantizer.model.base import load_base, load_tokenizer, running_models
 from reference_quantizer.model.machine import has_bfloat16
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError, translated
 
@@ -76,6 +77,23 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
             places[name if owner in around else owner] = "cpu"
     placement = {"device_map": places, "offload_folder": str(folder)}
     return load_base(source, loader_kind, **placement).requires_grad_(False)
+
+
+def why_not_walked(source: Source, loader_kind: str, cache: Path, device: str = "cpu") -> str | None:
+    """Why `Blocks` cannot walk through the checkpoint's model and feed it its own text; None where it can.
+
+    The model reads a few tokens to find out. `cache` holds what does not fit into memory meanwhile.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with running_models(), TemporaryDirectory(dir=cache) as folder:
+            load_tokenizer(source.path)
+            walk = Blocks(load_in_blocks(source, loader_kind, Path(folder)), torch.arange(8)[None], device)
+            if not any(isinstance(module, nn.Linear) for block in walk.blocks for module in block.modules()):
+                return "the blocks of the model have no linear layers"
+    except TQFormatError as error:
+        return f"{error.where}: {error.message}"
+    return None
 
 
 def _read_weights(block: nn.Module) -> bool:

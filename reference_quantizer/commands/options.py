@@ -11,11 +11,12 @@ from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS
 
 EXAMPLES = """examples:
-  python -m reference_quantizer plan ./model --bits 2
-  python -m reference_quantizer quantize ./model ./model-2bit --bits 2
-  python -m reference_quantizer quantize owner/name ./out --bits 4 --protect-fragment embed_tokens --protected-bits 8
-  python -m reference_quantizer quantize ./model ./out --bits 3 --include '*.layers.*.weight' --exclude '*conv1d*'
-  python -m reference_quantizer quantize model.gguf ./out --bits 4
+  python -m reference_quantizer quantize ./model ./model-4bit                  # 4 bits, good quality, minutes
+  python -m reference_quantizer quantize ./model ./model-4bit --preset fast    # in seconds, with more loss
+  python -m reference_quantizer quantize owner/name ./out --bits 3 --preset best --calibration text.txt
+  python -m reference_quantizer quantize model.gguf ./out --target-bpw 4.5
+  python -m reference_quantizer quantize ./model ./out --include '*.layers.*.weight' --exclude '*conv1d*'
+  python -m reference_quantizer plan ./model --bits 2 --uniform
   python -m reference_quantizer quantize ./model ./out --bits 2 --dimension 8 --calibration text.txt
   python -m reference_quantizer quantize ./model ./out --stages 3,sign
   python -m reference_quantizer release ./model ./out --bits 4 --dataset corpus.txt
@@ -96,21 +97,25 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
-    help_ = (
-        "fast: TurboQuant, needs no data; balanced: error feedback with calibration text; best: the same with trellis "
+    help_ = "fast: TurboQuant, needs no data, seconds; balanced: error feedback with calibration text, minutes; best: the same "
+    help_ += (
+        "with trellis codes and tuning, hours (default: balanced, with text that the model writes itself; fast, and a "
     )
-    help_ += "codes, slower (default: balanced if --calibration is given, else fast)"
+    help_ += "line says why, where the model's blocks cannot be run one by one)"
     method.add_argument("--preset", choices=PRESETS, help=help_)
     help_ = f"bits that a trellis code reads; more is better and slower (default: {PRESETS['best'][1]}; preset best)"
     method.add_argument("--window", metavar="N", type=integer(4, 16), help=help_)
     size = method.add_mutually_exclusive_group()
-    # the default is text, which argparse converts: it tells a given --bits 2 from none only if the two are not one object
+    # the default is text, which argparse converts: it tells a given --bits 4 from none only if the two are not one object
     help_ = "bits per weight, 1 to 8 (default: %(default)s)"
-    size.add_argument("--bits", type=integer(1, 8), default="2", help=help_)
+    size.add_argument("--bits", type=integer(1, 8), default="4", help=help_)
     help_ = "residual quantization: bits of each stage, of which each but the first encodes what is left, such as 2,2; "
     help_ += "sign for the last one makes inner products unbiased (TurboQuant-prod), such as 3,sign (preset fast; without sign also balanced)"
     size.add_argument("--stages", metavar="N,N,...", type=_stages, help=help_)
     add_target_arguments(size)
+    help_ = "every weight of two or more dimensions gets --bits by the preset fast, embeddings too, as TurboQuant releases are "
+    help_ += "made; for comparison, since other presets lose much less"
+    method.add_argument("--uniform", action="store_true", help=help_)
     help_ = "weights per symbol, whose codebook is then trained for so many; bits per symbol are at most 16 "
     help_ += "(default: %(default)s; presets fast and balanced)"
     method.add_argument("--dimension", metavar="P", type=int, choices=(1, 2, 4, 8), default=1, help=help_)
@@ -136,10 +141,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--protect", metavar="NAME", action="append", default=[], help="keep this tensor")
     help_ = "keep every tensor whose name holds this text"
     group.add_argument("--protect-fragment", metavar="TEXT", action="append", default=[], help=help_)
-    help_ = (
-        "quantize protected tensors at this many bits instead of keeping them (without --protect options and targets, "
-    )
-    help_ += f"the presets balanced and best give embeddings and output layers {EMBEDDING_BITS} bits)"
+    help_ = "quantize protected tensors at this many bits instead of keeping them (without --protect options, "
+    help_ += f"targets and --uniform, embeddings and output layers get {EMBEDDING_BITS} bits)"
     group.add_argument("--protected-bits", metavar="N", type=integer(1, 8), help=help_)
 
 

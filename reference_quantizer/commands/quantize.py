@@ -1,7 +1,6 @@
 """`quantize`: from a checkpoint to a repository."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from reference_quantizer.commands.settings import (
     find_plan,
     find_tuning_tokens,
     tuning_steps,
+    without_walk,
 )
+from reference_quantizer.planning.expectations import expectations
 from reference_quantizer.planning.plan import Plan
+from reference_quantizer.progress import tell
 from reference_quantizer.release import report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
@@ -53,6 +55,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
         "revision": source.revision,
         "license": args.license or support.find_license(source.path) or imported.get("license"),
     }
+    args = without_walk(args, source)
     plan = find_plan(args, source)
     print_notes(plan, support.files_to_copy(source)[1])
     steps = tuning_steps(args, plan.settings, loader_kind)
@@ -108,8 +111,11 @@ def refuse_revision(args: argparse.Namespace) -> None:
 
 
 def print_notes(plan: Plan, more: list[str] | None = None) -> None:
+    """What is worth knowing of a plan: its notes and `more` of them, and what to expect of it."""
     for note in plan.notes + (more or []):
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
+    for line in expectations(plan):
+        tell(line)
 
 
 def add_command(commands: Any) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
+from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
 
 if TYPE_CHECKING:
@@ -27,24 +27,69 @@ def find_plan(args: argparse.Namespace, source: Source) -> Plan:
             raise TQFormatError("SCHEMA.VALUE", "--output-feedback", advice)
         chosen = replace(chosen, output_feedback=False)
     if request is None:
-        return make_plan(source, with_wide_embeddings(chosen, source))
+        return make_plan(source, chosen if args.uniform else with_wide_embeddings(chosen, source))
     job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
     kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
     return make_plan(source, *make_allocation(source, chosen, request, kind, cache, **job))
 
 
 def with_wide_embeddings(chosen: Settings, source: Source) -> Settings:
-    """With embeddings and output layers at 8 bit where codes are calibrated and no option says what to protect.
+    """With embeddings and output layers at 8 bit where no option says what to protect.
 
     Feedback cannot help them, and at few bits they would undo what it gains elsewhere.
     """
-    if chosen.preset == "fast" or chosen.bits >= EMBEDDING_BITS or chosen.protect or chosen.protect_fragments:
+    if chosen.bits >= EMBEDDING_BITS or chosen.protect or chosen.protect_fragments:
         return chosen
     endings = tuple(e for e in EMBEDDINGS + HEADS if any(e in name for name in source.tensors))
     if not endings:
         return chosen
-    print(f"note: {', '.join(endings)}: {EMBEDDING_BITS} bits, unless --protect options say otherwise", file=sys.stderr)
+    tell(f"note: {', '.join(endings)}: {EMBEDDING_BITS} bits, unless --protect options or --uniform say otherwise")
     return replace(chosen, protect_fragments=endings, protected_bits=EMBEDDING_BITS)
+
+
+def default_preset(args: argparse.Namespace) -> str:
+    """The preset where no option names one: with feedback, unless another option asks for what only `fast` does."""
+    return "fast" if args.uniform or SIGN in (args.stages or ()) else "balanced"
+
+
+def check_uniform(args: argparse.Namespace, preset: str) -> None:
+    """SCHEMA.VALUE where `--uniform` stands beside an option that contradicts it."""
+    contradictions = {
+        f"--preset {preset}": preset != "fast",
+        "--target-bpw": args.target_bpw is not None,
+        "--target-bytes": args.target_bytes is not None,
+        "--protect": args.protect,
+        "--protect-fragment": args.protect_fragment,
+    }
+    if found := next((option for option, given in contradictions.items() if given), None):
+        advice = "--uniform gives every weight the same bits by the preset fast; leave one of the two out"
+        raise TQFormatError("SCHEMA.VALUE", found, advice)
+
+
+def without_walk(args: argparse.Namespace, source: Source) -> argparse.Namespace:
+    """The options, with the preset `fast` where none was chosen and feedback is not possible, which a line then explains."""
+    asked = args.preset or args.calibration or args.calibration_tokens or args.output_feedback
+    if asked or default_preset(args) == "fast" or not (obstacle := find_obstacle(args, source)):
+        return args
+    tell(f"note: no error feedback, the preset is fast: {obstacle}")
+    return argparse.Namespace(**vars(args) | {"preset": "fast"})
+
+
+def find_obstacle(args: argparse.Namespace, source: Source) -> str | None:
+    """Why the model's blocks cannot be walked with text that it writes itself; None where they can."""
+    if (kind := find_loader_kind(args, source)) not in support.KINDS:
+        return f"a model for {kind} writes no text to calibrate on"
+    for library in ("transformers", "accelerate", *(["numba"] if args.device == "cpu" else [])):
+        if importlib.util.find_spec(library) is None:
+            return f"{library} cannot be imported; it comes with the extra `encoders` of tqformat"
+    from reference_quantizer.calibration.blocks import why_not_walked  # torch takes seconds to import
+    from reference_quantizer.model.machine import default_cache, free_memory
+
+    needed, free = 4 * sum(info.scalars for info in source.tensors.values()), free_memory()
+    if args.device == "cpu" and needed > free:
+        needs = f"its weights take {needed / 1e9:.0f} GB of memory while it writes text, {free / 1e9:.0f} GB are free"
+        return f"{needs}; give text with --calibration, for which they stay in their files"
+    return why_not_walked(source, kind, args.cache_dir if "cache_dir" in args else default_cache(), args.device)
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -52,7 +97,9 @@ def settings(args: argparse.Namespace) -> Settings:
     if args.protected_bits is not None and not (args.protect or args.protect_fragment):
         advice = "nothing is protected: add --protect NAME or --protect-fragment TEXT, or leave it out"
         raise TQFormatError("SCHEMA.VALUE", "--protected-bits", advice)
-    preset = args.preset or ("balanced" if args.calibration else "fast")
+    preset = args.preset or default_preset(args)
+    if args.uniform:
+        check_uniform(args, preset)
     sized = args.target_bpw is not None or args.target_bytes is not None
     if preset == "fast" and not sized and (args.calibration or args.calibration_tokens):
         advice = "the preset fast uses no text; use --preset balanced or best, or a target"
@@ -149,7 +196,7 @@ def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -
         advice = "the preset fast uses no text, and tuning needs some; use --preset balanced or best"
         raise TQFormatError("SCHEMA.VALUE", "--tune-steps", advice)
     if loader_kind not in support.KINDS:
-        print(f"note: not tuned: a model for {loader_kind} does not predict the next token", file=sys.stderr)
+        tell(f"note: not tuned: a model for {loader_kind} does not predict the next token")
         return 0
     return steps
 

@@ -30,6 +30,13 @@ def has_bfloat16(device: str) -> bool:
     return device.startswith("cuda")
 
 
+def free_memory() -> int:
+    """Bytes that a program can have without making the system swap."""
+    import psutil  # comes with accelerate
+
+    return int(psutil.virtual_memory().available)
+
+
 def default_cache() -> Path:
     """Where results are kept if nothing else is said."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqformat"

@@ -158,6 +158,12 @@ def make_plan(source: Source, settings: Settings, allocation: Allocation | None 
     missing = [name for name in settings.protect if name not in source.tensors]
     if missing:
         raise TQFormatError("SCHEMA.REFERENCE", f"--protect {missing[0]}", "the checkpoint has no tensor of this name")
+    for pattern in settings.include:
+        if not any(fnmatchcase(name, pattern) for name in source.tensors):
+            known = ", ".join(list(source.tensors)[:3])
+            raise TQFormatError(
+                "SCHEMA.REFERENCE", f"--include {pattern}", f"no tensor has such a name; there are {known}, ..."
+            )
     ties = find_ties(source, settings)
     plan = Plan(settings, [], {}, {}, ties, list(source.notes), allocation)
     counts: dict[str, int] = {}  # line -> tensors that it is about
@@ -165,7 +171,7 @@ def make_plan(source: Source, settings: Settings, allocation: Allocation | None 
         if name not in ties:
             plan.tensors.append(_plan_tensor(info, settings, plan, counts))
     plan.notes.extend(f"{line} ({count} tensor{'s' * (count > 1)})" for line, count in counts.items())
-    for pattern in settings.include + settings.exclude:
+    for pattern in settings.exclude:
         if not any(fnmatchcase(name, pattern) for name in source.tensors):
             plan.notes.append(f"the glob {pattern!r} matches no tensor")
     for fragment in settings.protect_fragments:

@@ -15,7 +15,7 @@ SIGN = "sign"  # in place of a stage's bits: one unbiased bit
 class Settings:
     """The knobs that shape the result; each is recorded in the manifest's `quantization`."""
 
-    bits: int = 2
+    bits: int = 4
     preset: str = "fast"
     window: int | None = None  # of trellis codes; None: no trellis
     dimension: int = 1  # weights per symbol
