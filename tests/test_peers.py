@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, repo_from_checkpoint
-from test_evaluate import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text
 
 from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.evaluation import evaluate

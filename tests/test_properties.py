@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from conformance import container, oracle
 from tqformat import load_quantized, pack
 from tqformat.load_quantized import TQFormatError
 
-ROOT = Path(__file__).parents[1]
 PAYLOAD = "turboquant_weights.safetensors"
 Json = dict[str, Any]
 

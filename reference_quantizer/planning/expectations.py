@@ -26,7 +26,7 @@ def expectations(plan: Plan) -> list[str]:
         ]
     if plain and (ratio := RATIOS.get((preset, bits))):
         lines.append(
-            f"expect: about {ratio:,.2f} times the base model's perplexity, which is what {MODEL} has at {bits} bits by this "
+            f"expect: about {ratio:,.{2 if ratio < 100 else 0}f} times the base model's perplexity, which is what {MODEL} has at {bits} bits by this "
             "preset, with 8 bits for embeddings; `evaluate` tells what yours has"
         )
     if preset == "fast" and bits <= BROKEN_BITS:

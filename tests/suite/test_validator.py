@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ from conformance.formulas import lloyd_max_sphere, seed_signs
 from conformance.subject import Options, Subject
 from conformance.vectors import cases, load_case, materialise
 
-ROOT = Path(__file__).parent.parent
 MANIFEST, PAYLOAD = "quant_manifest.json", "turboquant_weights.safetensors"
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "F64": 8}
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_evaluate import make_checkpoint, make_text
-from test_models import MODELS
+from helpers import MODELS, correlated, gaussian, keep_decoded, make_checkpoint, make_text
 from torch import Tensor
 
 from reference_quantizer.__main__ import _parser, main
@@ -27,29 +26,15 @@ from reference_quantizer.codes.feedback import Moments, encode, fit_scales, inve
 from reference_quantizer.codes.rotation import make_rotation, rotate
 from reference_quantizer.codes.trellis import trellis_levels
 from reference_quantizer.commands.settings import find_plan
-from reference_quantizer.job import calibrated, encoding
 from reference_quantizer.progress import Progress
 from tqformat import open_repo
-from tqformat.load_quantized import MANIFEST, TQFormatError, torch_dtype
-
-
-def correlated(cols: int, tokens: int = 4000, seed: int = 0) -> Tensor:
-    """The Hessian of inputs whose few directions hold most of the power, as in a language model."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(cols, cols, generator=g) * torch.linspace(0, 4, cols).neg().exp()
-    x = torch.randn(tokens, cols, generator=g) @ mix.T
-    return x.T @ x / tokens
+from tqformat.load_quantized import MANIFEST, TQFormatError
 
 
 def make_encoder(cols: int, bits: int, g: int | None = None, window: int | None = None) -> Encoder:
     levels = lloyd_max_levels(2**bits, g or cols, 8193, 96) if window is None else trellis_levels(bits, window)
     rotation = make_rotation("hadamard", g or cols, 42)
     return Encoder(g or cols, rotation, torch.tensor(levels), torch.float16, torch.bfloat16)
-
-
-def gaussian(rows: int, cols: int, seed: int = 1) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, cols, generator=g) * torch.rand(rows, 1, generator=g)
 
 
 def test_the_inverse_factor() -> None:
@@ -458,20 +443,6 @@ def test_a_calibrated_repository_conforms(tmp_path: Path, options: list[str]) ->
         [sys.executable, "-m", "conformance", "check", str(tmp_path / "out")], cwd=ROOT, text=True, stdout=-1
     )
     assert "PASS L3" in run.stdout, run.stdout
-
-
-def keep_decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """The decoded weights, in their dtype, that encoding with feedback will give from now on."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(item: Any, encoders: Any, weight: Tensor, earlier: Any, found: feedback.Encoded, **options: Any) -> Any:
-        kept[item.info.name] = found.decoded.to(torch_dtype(item.info.dtype)).float()
-        return plain(item, encoders, weight, earlier, found, **options)
-
-    plain = encoding.as_stored
-    for module in (encoding, calibrated):
-        monkeypatch.setattr(module, "as_stored", keep)
-    return kept
 
 
 def test_what_is_stored_is_what_was_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, ROOT, new_writer, repo_from_checkpoint
+from helpers import WORDS, make_checkpoint, make_text, make_tokenizer, timeless
 
 from conformance.check import CHECKS, Judgement, judge
 from conformance.folder import Folder
@@ -30,7 +31,6 @@ from reference_quantizer.model.text import join_rows, read_corpus, same_data
 from tqformat.load_quantized import MANIFEST, TQFormatError
 from tqformat.writer import add_files
 
-WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]  # the vocabulary of the tiny model
 FILES = (evaluate.SUMMARY, evaluate.SAMPLES)
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -165,43 +165,6 @@ def test_corpus_of_the_hub_in_parquet(tmp_path: Path, monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------------ tiny models
 
 
-def make_tokenizer(path: Path, bos: bool = False, chat: bool = False) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    if chat:
-        tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w2{% endfor %}"
-    tokenizer.save_pretrained(path)
-
-
-def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, **tokenizer: bool) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        **sizes,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # so that it has preferences
-    model.save_pretrained(path)
-    make_tokenizer(path, **tokenizer)
-    return path
-
-
 def make_same(checkpoint: Path, out: Path) -> Path:
     """A repository with the weights of a checkpoint as they are."""
     from safetensors.torch import load_file
@@ -212,13 +175,6 @@ def make_same(checkpoint: Path, out: Path) -> Path:
         for file in sorted(checkpoint.glob("*.json")):
             writer.add_file(file, "support")
         return writer.finish()
-
-
-def make_text(path: Path, tokens: int, seed: int = 0) -> Path:
-    """A file of as many words, ten a row."""
-    words = np.random.default_rng(seed).choice(WORDS[3:], tokens)
-    path.write_text("\n\n".join(" ".join(words[i : i + 10]) for i in range(0, tokens, 10)) + "\n")
-    return path
 
 
 class Lab:
@@ -245,10 +201,6 @@ def lab(tmp_path: Path) -> Lab:
 
 def read(repo: Path, name: str) -> dict[str, Any]:
     return dict(json.loads((repo / name).read_text("utf-8")))
-
-
-def timeless(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key != "seconds"}
 
 
 def numbers(value: Any) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
-from test_feedback import correlated, gaussian
+from helpers import correlated, gaussian
 from torch import Tensor
 
 from reference_quantizer import codes

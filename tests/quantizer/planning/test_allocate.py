@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_evaluate import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text
 
 from reference_quantizer import __main__ as command_line
 from reference_quantizer.calibration import sensitivity

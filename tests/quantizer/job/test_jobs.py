@@ -1,6 +1,5 @@
 """The reference quantizer as a program: plans, sources, whole jobs, interruptions."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,13 +7,13 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, interrupted
+from helpers import CONFIG, Make, Tensors, files_of, manifest_of, sample_tensors
 from safetensors.torch import save_file
 
 import tqformat
@@ -27,74 +26,11 @@ from reference_quantizer.planning.plan import make_plan
 from reference_quantizer.planning.settings import Settings
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-INVENTORY = (
-    Path(__file__).parent / "data" / "inventory_0_8b.json"
-)  # [shape, dtype, count] of a 0.8B model's 488 tensors
-
-Tensors = dict[str, torch.Tensor]
-Make = Callable[..., Path]
-
-
-def sample_tensors() -> Tensors:
-    """One tensor of each awkward kind."""
-    g = torch.Generator().manual_seed(7)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g)
-
-    zeros = randn(6, 40)
-    zeros[2] = 0
-    return {
-        "model.embed_tokens.weight": (randn(300, 96) * 0.02).bfloat16(),
-        "model.layers.0.q_proj.weight": (randn(64, 96) * 0.05).half(),
-        "model.layers.0.k_proj.weight": randn(32, 96) * 3,
-        "model.layers.0.norm.weight": torch.ones(96).bfloat16(),
-        "model.layers.1.experts.weight": (randn(3, 8, 96) * 0.02).bfloat16(),
-        "visual.patch_embed.weight": (randn(8, 3, 2, 4, 4) * 0.1).bfloat16(),
-        "odd.weight": randn(5, 7),
-        "pairs.weight": randn(9, 2).half(),
-        "column.weight": randn(11, 1).bfloat16(),
-        "one_row.weight": randn(1, 128).bfloat16(),
-        "no_rows.weight": torch.zeros(0, 24),
-        "no_columns.weight": torch.zeros(4, 0),
-        "zeros.weight": zeros.bfloat16(),
-        "tiny.weight": (randn(4, 64) * 1e-7).bfloat16(),
-        "double.weight": randn(4, 4).double(),
-        "position_ids": torch.arange(20).reshape(2, 10),
-        "mask": torch.tensor([[True, False]]),
-        "scalar": torch.tensor(1.5),
-    }
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Writes a checkpoint: `make(tensors)`, or `make({file: tensors}, ...)` for shards."""
-
-    def make(tensors: dict[str, Any], name: str = "model", config: dict[str, Any] | None = CONFIG) -> Path:
-        path = tmp_path / name
-        path.mkdir(exist_ok=True)
-        files = tensors if any(isinstance(v, dict) for v in tensors.values()) else {"model.safetensors": tensors}
-        for file, content in files.items():
-            save_file(content, path / file, metadata={"format": "pt"})
-        if config is not None:
-            (path / "config.json").write_text(json.dumps(config))
-        return path
-
-    return make
+INVENTORY = ROOT / "tests" / "data" / "inventory_0_8b.json"  # [shape, dtype, count] of a 0.8B model's 488 tensors
 
 
 def run(*args: Any) -> int:
     return main(["quantize", *map(str, args), "--quiet"])
-
-
-def files_of(path: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
-
-
-def manifest_of(path: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((path / "quant_manifest.json").read_text())
-    return manifest
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -136,7 +72,7 @@ def test_plan_of_a_published_release(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_plan_needs_neither_torch_nor_weights(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from reference_quantizer.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "plan", str(inventory(tmp_path))]
-    assert subprocess.run(command, capture_output=True, cwd=Path(__file__).parent.parent, check=False).returncode == 0
+    assert subprocess.run(command, capture_output=True, cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -370,7 +306,7 @@ def test_licences_are_found(tmp_path: Path) -> None:
 def test_a_repository_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "repo"
     shutil.copytree(
-        Path(__file__).parent.parent / "conformance" / "vectors" / "v1" / "valid" / "repository" / "typical" / "repo",
+        ROOT / "conformance" / "vectors" / "v1" / "valid" / "repository" / "typical" / "repo",
         path,
     )
     assert run(path, tmp_path / "out") == 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_python
-from test_evaluate import make_checkpoint, make_text, timeless
+from helpers import make_checkpoint, make_text, timeless
 
 from reference_quantizer.__main__ import _parser, main
 from reference_quantizer.checkpoint import support

@@ -11,74 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import DEVICES, edit_manifest, new_writer, quantize_simply, repo_from_checkpoint, run_python
+from helpers import MODELS, llama
 from transformers.utils import logging
 
 import tqformat
 from tqformat import TQFormatError, add_files, dequantize_repo, load_quantized, open_repo
 from tqformat.load_quantized import LOADER_KINDS, Repo
-
-SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def llama(**changes: Any) -> Any:
-    config = transformers.LlamaConfig(**{**SMALL, **TOKENS, "num_key_value_heads": 2, **changes})
-    return transformers.LlamaForCausalLM(config)
-
-
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SMALL, **TOKENS, num_key_value_heads=2, num_local_experts=4)
-    )
-
-
-def qwen3_moe() -> Any:
-    config = transformers.Qwen3MoeConfig(
-        **SMALL,
-        **TOKENS,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def bert() -> Any:
-    return transformers.BertModel(transformers.BertConfig(**SMALL))
-
-
-def t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, eos_token_id=2
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def qwen3_5() -> Any:
-    text = {
-        **SMALL, "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_layers": 4, **TOKENS, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
-    }  # fmt: skip
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
-    }  # fmt: skip
-    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    return transformers.Qwen3_5ForConditionalGeneration(config)
-
-
-MODELS: dict[str, tuple[Callable[[], Any], str, dict[str, torch.Tensor]]] = {
-    "llama-tied": (lambda: llama(tie_word_embeddings=True), "text-generation", {}),
-    "llama-untied": (lambda: llama(tie_word_embeddings=False), "text-generation", {}),
-    "mixtral": (mixtral, "text-generation", {}),
-    "qwen3-moe": (qwen3_moe, "text-generation", {}),
-    "bert": (bert, "feature-extraction", {}),
-    "t5": (t5, "text2text-generation", {}),
-    "qwen3.5-vl": (qwen3_5, "image-text-to-text", {"mtp.layers.0.fc.weight": torch.ones(4, 32), "mtp.norm.weight": torch.ones(32)}),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

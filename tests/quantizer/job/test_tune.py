@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, ROOT, new_writer, random_stage
-from test_evaluate import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.commands import settings as choices

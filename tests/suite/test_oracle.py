@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT as PROJECT
 
 from conformance import oracle
 from conformance.vectors import ROOT, cases, load_case, materialise
 
-SPEC = (Path(__file__).parents[1] / "SPEC.md").read_text(encoding="utf-8")
+SPEC = (PROJECT / "SPEC.md").read_text(encoding="utf-8")
 STORED = [case for case in cases("valid") if (case / "repo").is_dir()]
 
 

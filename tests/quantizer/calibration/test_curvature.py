@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT  # noqa: F401  # puts the sources onto the path
-from test_evaluate import make_checkpoint
+from helpers import make_checkpoint
 
 from reference_quantizer.calibration import curvature
 from reference_quantizer.calibration.curvature import measure_output_hessians

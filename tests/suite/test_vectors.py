@@ -11,20 +11,21 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from conftest import ROOT as PROJECT
 
 from conformance import oracle
 from conformance.vectors import MANIFEST, ROOT, cases, generate, load_case, materialise
 from conformance.vectors.builder import SIZES, expected
 
-HERE = Path(__file__).parents[1]
+HERE = PROJECT
 VALID, INVALID, ACCEPTABLE = cases("valid"), cases("invalid"), cases("acceptable")
-SPEC = (HERE / "SPEC.md").read_text(encoding="utf-8")
+SPEC = (PROJECT / "SPEC.md").read_text(encoding="utf-8")
 # codes that no file can cause by itself
 NOT_BY_FILES = {"BIND.LOADER", "LIMIT.MEMORY", "LIMIT.TIME", "BIND.MODEL", "DATA.DECODE", "INTERNAL.ERROR"}
 
 
 def schema(name: str) -> Any:
-    return json.loads((HERE / "schemas" / name).read_text(encoding="utf-8"))
+    return json.loads((PROJECT / "schemas" / name).read_text(encoding="utf-8"))
 
 
 CASE = jsonschema.Draft202012Validator(schema("vector.schema.json"))

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import interrupted, run_python
-from test_evaluate import make_checkpoint, make_text
-from test_feedback import correlated, gaussian, keep_decoded
-from test_quantizer_jobs import Make, files_of, make, manifest_of, sample_tensors  # noqa: F401  (make is a fixture)
+from helpers import (  # noqa: F401  (make is a fixture)
+    Make,
+    correlated,
+    files_of,
+    gaussian,
+    keep_decoded,
+    make,
+    make_checkpoint,
+    make_text,
+    manifest_of,
+    sample_tensors,
+)
 from torch import Tensor
 
 from reference_quantizer.__main__ import _parser, main

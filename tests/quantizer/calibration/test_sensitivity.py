@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluate import WORDS, make_checkpoint, make_text
+from helpers import WORDS, make_checkpoint, make_text
 
 from reference_quantizer.calibration import sensitivity
 from reference_quantizer.calibration.sensitivity import measure_gains, measure_sensitivities
