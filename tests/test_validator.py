@@ -533,7 +533,7 @@ def _(r: Repo) -> None:
 
 # shown by tests of their own below: their repositories are big, or need a running loader
 ELSEWHERE = {"json.values", "container.values", "schema.shape.entries", "decode.loader_run"}
-ELSEWHERE |= {id for id in CHECKS if id.startswith("evaluation.")}  # test_evaluate.py
+ELSEWHERE |= {id for id in CHECKS if id.startswith("evaluation.")}  # test_evaluate.py, test_validator_evaluation.py
 ALL_CASES = [pytest.param(id, *each, id=f"{id}-{n}") for id, of_id in CASES.items() for n, each in enumerate(of_id)]
 
 
