@@ -21,7 +21,8 @@ except ImportError as error:
     if str(error.name).partition(".")[0] in ("conformance", "schemas"):
         raise
     raise SystemExit(
-        f"error [UNSUPPORTED.LIBRARY] {error.name}: cannot be imported ({error}); install what the suite needs with "
+        f"error [UNSUPPORTED.LIBRARY] {error.name or 'a library'}: cannot be imported "
+        f"({' '.join(str(error).split())[:200]}); install what the suite needs with "
         "python -m pip install numpy 'jsonschema>=4.18' 'tqdm>=4.60', "
         "or, in a checkout of tqformat, its extra `conformance`: python -m pip install '.[conformance]'"
     ) from None
@@ -130,7 +131,7 @@ def open_folder(arguments: argparse.Namespace) -> Folder:
             arguments.usage_error(f"--revision is for a Hub id, and {arguments.repository} is none")
         try:
             return Folder(path, arguments.hub_cache)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             arguments.usage_error(f"{error.strerror}: {arguments.repository}; expected a directory or a Hub id")
     if arguments.card:
         arguments.usage_error("--card writes into REPO, which must be a directory and not a Hub id")
@@ -149,6 +150,7 @@ def check(arguments: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     folder = open_folder(arguments)
+    gc.disable()  # a check makes hardly a cycle; the collector would visit millions of JSON values in vain
     try:
         subject = Subject(folder, options)
         judgement = judge(subject, arguments.level)
@@ -162,6 +164,7 @@ def check(arguments: argparse.Namespace) -> int:
             with named(str(arguments.junit)):
                 arguments.junit.write_text(report.as_junit(judgement, subject), encoding="utf-8")
     finally:
+        gc.enable()
         folder.close()
     if arguments.card:
         update_card(folder.path / "README.md", report.verdict(judgement, version))
@@ -194,5 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a check is short and makes hardly a cycle; the collector would visit millions of JSON values in vain
     sys.exit(main())

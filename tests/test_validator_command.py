@@ -132,6 +132,17 @@ def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.M
     assert not judgement.crashed and judgement.reason("L1") == f"{path}: Permission denied"
 
 
+def test_a_directory_that_cannot_be_entered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, *_: Any, **__: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(folder.os, "open", refuse)
+    assert main(["check", str(tmp_path)]) == 1  # the command was right
+    assert capsys.readouterr() == ("", f"error: {tmp_path}: Permission denied\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("option", ["--json", "--junit", "--html", "stdout"])
 def test_a_full_disk(option: str, tmp_path: Path) -> None:

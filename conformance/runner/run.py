@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shlex
 import shutil
@@ -283,7 +282,6 @@ def _positive(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """The subcommand `run`; returns the exit status."""
-    gc.enable()  # python -m conformance switches it off for `check`
     try:
         command = shlex.split(arguments.entrypoint)
         cases = find_cases(arguments.vectors, arguments.select)
