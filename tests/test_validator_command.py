@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -143,19 +144,21 @@ def test_a_directory_that_cannot_be_entered(
     assert capsys.readouterr() == ("", f"error: {tmp_path}: Permission denied\n")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("option", ["--json", "--junit", "--html", "stdout"])
-def test_a_full_disk(option: str, tmp_path: Path) -> None:
-    path = str(repo().write(tmp_path / "r"))
-    command = RUN if option == "--html" else ["check", path]
-    options = [] if option == "stdout" else [option, "/dev/full"]
-    with open("/dev/full", "w") as full:
+@pytest.mark.parametrize(("option", "room"), [("--json", 1500), ("--junit", 1500), ("--html", 1500), ("stdout", 50)])
+def test_a_file_that_the_system_does_not_take_in_full(option: str, room: int, tmp_path: Path) -> None:
+    """No file may become longer than `room` bytes, which stands for a disk that is full."""
+    file = tmp_path / "file"
+    command = RUN if option == "--html" else ["check", str(repo().write(tmp_path / "r"))]
+    options = [] if option == "stdout" else [option, str(file)]
+    with open(file if option == "stdout" else os.devnull, "w") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "conformance", *command, *options],
-            cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=full if option == "stdout" else subprocess.DEVNULL,
+            [sys.executable, "-B", "-m", "conformance", *command, *options],
+            cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=output,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
         )  # fmt: skip
-    name = "standard output" if option == "stdout" else "/dev/full"
-    assert (done.returncode, done.stderr) == (1, f"error: {name}: No space left on device\n")
+    name = "standard output" if option == "stdout" else file
+    assert (done.returncode, done.stderr) == (1, f"error: {name}: File too large\n")
+    assert file.stat().st_size <= room
 
 
 def test_reports_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
