@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 
-from conformance.findings import MANIFEST, Finding, NotReachedError, brief
+from conformance.findings import MANIFEST, Finding, NotReachedError, brief, said
 from conformance.subject import Subject
 
 # [TQ-ERR-2] the stages of judgement; where several codes apply, the earliest counts
@@ -113,33 +113,40 @@ class Judgement:
 def judge(subject: Subject, level: str = "L3", skip: Set[str] = frozenset()) -> Judgement:
     """Puts `subject` to every check up to `level`, but for those in `skip`."""
     judgement = Judgement(level)
-    wanted = list(LEVELS)[: list(LEVELS).index(level) + 1]
-    for id, each in CHECKS.items():
-        if each.level not in wanted or id in skip:
-            continue
-        obstacle = _obstacle(each, judgement)
-        if obstacle:
-            judgement.unreached[id] = judgement.unreached.get(
-                obstacle, f"{BLOCKED}{CHECKS[obstacle].code} ({obstacle})"
-            )
-            continue
-        start = time.perf_counter()
-        try:
-            for finding in each.find(subject):
-                _note(judgement, each, finding)
-        except NotReachedError as reason:
-            judgement.unreached[id] = str(reason)
-        except MemoryError:
-            _note(judgement, each, Finding(f"the check {id} ran out of memory"), "LIMIT.MEMORY")
-        except Exception as error:  # a defect of the validator must not hide what the other checks find
-            judgement.crashed = True
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            message = f"{type(error).__name__} in {place.name}, line {place.lineno}: {brief(str(error), 200)}"
-            _note(judgement, each, Finding(message), "INTERNAL.ERROR")
-        judgement.seconds[id] = time.perf_counter() - start
+    wanted = [each for id, each in CHECKS.items() if each.level <= level and id not in skip]
+    with subject.progress("checks", len(wanted), "check") as bar:
+        for each in wanted:
+            bar.set_description(each.id)
+            _judge(judgement, each, subject)
+            bar.update()
     order = list(CHECKS)
     judgement.violations.sort(key=lambda v: (STAGES.index(v.stage), order.index(v.check)))
     return judgement
+
+
+def _judge(judgement: Judgement, each: Check, subject: Subject) -> None:
+    """Runs one check, unless one that it needs stands in its way."""
+    obstacle = _obstacle(each, judgement)
+    if obstacle:
+        blocked = f"{BLOCKED}{CHECKS[obstacle].code} ({obstacle})"
+        judgement.unreached[each.id] = judgement.unreached.get(obstacle, blocked)
+        return
+    start = time.perf_counter()
+    try:
+        for finding in each.find(subject):
+            _note(judgement, each, finding)
+    except NotReachedError as reason:
+        judgement.unreached[each.id] = str(reason)
+    except OSError as error:  # what the system refuses is no verdict on the repository
+        judgement.unreached[each.id] = said(error)
+    except MemoryError:
+        _note(judgement, each, Finding(f"the check {each.id} ran out of memory"), "LIMIT.MEMORY")
+    except Exception as error:  # a defect of the validator must not hide what the other checks find
+        judgement.crashed = True
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__} in {place.name}, line {place.lineno}: {brief(str(error), 200)}"
+        _note(judgement, each, Finding(message), "INTERNAL.ERROR")
+    judgement.seconds[each.id] = time.perf_counter() - start
 
 
 def _obstacle(each: Check, judgement: Judgement) -> str | None:

@@ -45,14 +45,16 @@ def decode_finite(repo: Subject) -> Iterator[Finding]:
     stages: dict[str, list[Stage]] = {}
     for stage in repo.stages:
         stages.setdefault(stage.weight, []).append(stage)
-    for name, entry in repo.quantized.items():
-        # most weights are far from the limits, and a bound shows it without decoding
-        bound = sum(_largest(repo, s.scales) * levels[s.codebook] * growth[s.transform] for s in stages[name])
-        column = _largest(repo, entry["column_scale"]) if entry.get("column_scale") is not None else 1.0
-        if bound * 1.001 > LARGEST["F32"] or bound * column * 1.001 > LARGEST[entry["dtype"]]:
-            message = _overflow(repo, stages[name])
-            if message:
-                yield Finding(message, join("tensors", name))
+    with repo.progress("weights", len(repo.quantized), "weight") as bar:
+        for name, entry in repo.quantized.items():
+            # most weights are far from the limits, and a bound shows it without decoding
+            bound = sum(_largest(repo, s.scales) * levels[s.codebook] * growth[s.transform] for s in stages[name])
+            column = _largest(repo, entry["column_scale"]) if entry.get("column_scale") is not None else 1.0
+            if bound * 1.001 > LARGEST["F32"] or bound * column * 1.001 > LARGEST[entry["dtype"]]:
+                message = _overflow(repo, stages[name])
+                if message:
+                    yield Finding(message, join("tensors", name))
+            bar.update()
 
 
 def _overflow(repo: Subject, stages: list[Stage]) -> str | None:
@@ -148,10 +150,10 @@ def _decode_rows(repo: Subject, stages: list[Stage], scaled: bool, first: int, c
 # The embedded loader [TQ-REPO-6, TQ-REPO-7]
 
 
-def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None]:
-    """The loader's body and its stamp, None without one."""
+def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None] | None:
+    """The loader's body and its stamp, None without one; None where the repository embeds none."""
     if repo.file_kinds.get(LOADER) != "file":
-        raise NotReachedError(f"the repository embeds no {LOADER}")
+        return None
     size = repo.folder.size(LOADER)
     if size > MAX_LOADER:
         raise NotReachedError(f"the embedded loader has {size} bytes, more than this judge reads")
@@ -171,7 +173,9 @@ def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None]:
     needs=NAMED,
 )
 def decode_loader_stamp(repo: Subject) -> Iterator[Finding]:
-    body, stamp = _loader(repo)
+    if (loader := _loader(repo)) is None:
+        return
+    body, stamp = loader
     digest = hashlib.sha256(body).hexdigest()
     keys = {"format", "version", "body_sha256"}
     if stamp is not None and (stamp.keys() != keys or not all(isinstance(value, str) for value in stamp.values())):
@@ -187,7 +191,9 @@ def decode_loader_stamp(repo: Subject) -> Iterator[Finding]:
     "decode.loader_release", "L3", "BIND.LOADER", "TQ-REPO-7", "Embed the released loader of that version.", needs=NAMED
 )
 def decode_loader_release(repo: Subject) -> Iterator[Finding]:
-    body, stamp = _loader(repo)
+    if (loader := _loader(repo)) is None:
+        return
+    body, stamp = loader
     digests = repo.options.known_loaders.get(str((stamp or {}).get("version")))
     if digests is not None and hashlib.sha256(body).hexdigest() not in digests:
         yield Finding(
@@ -196,10 +202,10 @@ def decode_loader_release(repo: Subject) -> Iterator[Finding]:
             offset=len(body),
         )
     elif digests is None and not repo.options.run_loader:
-        message = "the embedded loader is no known release; --run-loader runs it, isolated"
-        if not repo.options.require_release:
-            raise NotReachedError(message)
-        yield Finding(message, file=LOADER)
+        raise NotReachedError(
+            f"{LOADER} is no known release, and nobody knows what it does; embed one (python -m tqformat embed REPO), "
+            "or have this one run in isolation (--run-loader), or ask for less (--level L2)"
+        )
 
 
 @check(
@@ -213,7 +219,8 @@ def decode_loader_release(repo: Subject) -> Iterator[Finding]:
 def decode_loader_run(repo: Subject) -> Iterator[Finding]:
     if not repo.options.run_loader:
         return
-    _loader(repo)  # there is one
+    if _loader(repo) is None:
+        raise NotReachedError(f"the repository embeds no {LOADER}; leave out --run-loader")
     program = repo.folder.read(LOADER, 0, repo.folder.size(LOADER))
     options = repo.options
     stages: dict[str, list[Stage]] = {}

@@ -1,7 +1,8 @@
-"""Level L1, evaluation: what `eval_summary.json` and `sample_generations.json` say follows from what they hold.
+"""Level L1, evaluation: what `eval_summary.json` and `sample_generations.json` say follows from what they hold, and the
+model card states their figures (SPEC.md section 20).
 
 A file is judged where the manifest lists it. What no judge can recompute without the models (the values of single
-windows, the samples) is bound to the payload by its digests.
+windows, the samples) is bound to the payload by its digests, and a card to the files by theirs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from conformance.findings import Finding, brief, join
 from conformance.shape import validator
 from conformance.subject import Subject
 
-SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
+SUMMARY, SAMPLES, CARD = "eval_summary.json", "sample_generations.json", "README.md"
 SCHEMAS = {SUMMARY: "eval_summary.schema.json", SAMPLES: "sample_generations.schema.json"}
 MAX_SIZE = 16 * 2**20
+MIN_WINDOWS = 2
+MARKER, MARKER_END = "<!-- tqformat-card:", "-->"
 TOLERANCE = 1e-6  # relative, of recomputed figures
 KINDS = {
     "duplicate_key": "JSON.DUPLICATE_KEY",
@@ -125,6 +128,10 @@ def evaluation_windows(repo: Subject) -> Iterator[Finding]:
         if counts is None:
             yield Finding("expected two tokens or more, and a stride of at most max_length", "/settings", name)
             return
+        if counts[0] < MIN_WINDOWS:
+            yield Finding(
+                f"expected an evaluation of {MIN_WINDOWS} windows or more, found {counts[0]}", "/windows", name
+            )
         for key, wanted in zip(("windows", "scored_tokens", "positions"), counts, strict=True):
             if summary[key] != wanted:
                 yield Finding(f"expected {wanted}, found {summary[key]}", join(key), name)
@@ -240,3 +247,51 @@ def _clean(raw: str, special_tokens: list[str]) -> str:
         if line or kept[-1:] != [""]:  # at most one empty line in a row
             kept.append(line)
     return "\n".join(kept).strip(" \t\n")
+
+
+@check(
+    "evaluation.card",
+    "L1",
+    "EVAL.CARD",
+    "TQ-EVAL-5",
+    "Write the card again from the files as they are (python -m reference_quantizer card REPO), or remove the line.",
+    needs=NAMED,
+)
+def evaluation_card(repo: Subject) -> Iterator[Finding]:
+    """The files whose figures the card states are the listed ones. Nothing else in the card is judged."""
+    if repo.folder.kind(CARD) != "file":
+        return
+    for offset, line in _card_lines(repo.folder.read(CARD, 0, min(repo.folder.size(CARD), MAX_SIZE + 1))):
+        stated = _stated(line)
+        if stated is None:
+            message = (
+                f"expected {MARKER} {{FILE: SHA-256, ...}} {MARKER_END} with a JSON object, found {brief(line, 100)}"
+            )
+            yield Finding(message, None, CARD, offset)
+        for name, digest in (stated or {}).items():
+            listed = repo.manifest["files"].get(name, {"sha256": "no such file"})["sha256"]
+            if digest != listed:
+                message = f"the card states figures of {brief(name, 140)} with the digest {brief(digest, 80)}; "
+                yield Finding(f"{message}`files` lists {listed}", None, CARD, offset)
+
+
+def _card_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """The marked lines of a card, each with the offset at which it begins; a line that MAX_SIZE cuts is left out."""
+    if len(data) > MAX_SIZE:
+        data = data[: data.rfind(b"\n", 0, MAX_SIZE) + 1]
+    offset = data.find(MARKER.encode())
+    while offset >= 0:
+        begin, end = data.rfind(b"\n", 0, offset) + 1, data.find(b"\n", offset)
+        end = end if end >= 0 else len(data)
+        line = data[begin:end].decode("utf-8", "replace").strip()
+        if line.startswith(MARKER):  # and not a line that speaks of it
+            yield begin, line
+        offset = data.find(MARKER.encode(), end)
+
+
+def _stated(line: str) -> dict[str, Any] | None:
+    """The object in a marked line, None where it has another form."""
+    if not line.endswith(MARKER_END):
+        return None
+    parsed = jsonio.read_object(line[len(MARKER) : -len(MARKER_END)].encode("utf-8"))
+    return None if parsed.findings else parsed.value

@@ -191,12 +191,15 @@ _shape("entries", "LIMIT.SIZE", "TQ-LIM-1", "Divide the model into repositories 
 
 @check("schema.reference", "L0", "SCHEMA.REFERENCE", "TQ-MAN-9", "Add the entry, or name another.", needs=SHAPED)
 def schema_reference(repo: Subject) -> Iterator[Finding]:
+    uses: dict[tuple[str, str], list[str]] = {}  # (kind of the table, id) -> where it is named
     for weight, entry in repo.quantized.items():
         for index, stage in enumerate(entry["stages"]):
             for key in ("codebook", "transform"):
                 if stage[key] not in repo.manifest[key + "s"]:
-                    pointer = join("tensors", weight, "stages", index, key)
-                    yield Finding(f"{brief(stage[key])} is no entry of `{key}s`", pointer)
+                    uses.setdefault((key, stage[key]), []).append(join("tensors", weight, "stages", index, key))
+    for (key, id), places in uses.items():
+        more = f", and is named in {len(places) - 1} more places" if len(places) > 1 else ""
+        yield Finding(f"{brief(id)} is no entry of `{key}s`{more}", places[0])
 
 
 @check("schema.unused", "L0", "SCHEMA.REFERENCE", "TQ-MAN-9", "Remove the entry.", needs=SHAPED)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 MANIFEST = "quant_manifest.json"
@@ -22,6 +26,33 @@ class Finding:
 
 class NotReachedError(Exception):
     """A check could not be carried out, which is no verdict on the repository: its level is INCOMPLETE."""
+
+
+def said(error: OSError) -> str:
+    """Which file, and what the system said of it."""
+    name = "" if error.filename is None else f"{brief(str(error.filename), 300)[1:-1]}: "
+    return name + (error.strerror or brief(" ".join(str(error).split()), 300)[1:-1] or type(error).__name__)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Gives an OSError of the block the name of the file, where it has none: a write does not know it."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str):
+            error.filename = name
+        raise
+
+
+def tell(text: str) -> None:
+    """Prints `text`. Where that fails the OSError names standard output, and what is left is not tried again at the end."""
+    try:
+        with named("standard output"):
+            print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def join(*parts: str | int) -> str:

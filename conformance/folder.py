@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from conformance.findings import NotReachedError
+from conformance.findings import NotReachedError, named
 
 CHUNK = 2**22  # bytes read at a time
 
@@ -31,7 +31,8 @@ class Folder:
 
     def names(self) -> list[str]:
         """The names of all entries, in order."""
-        return sorted(os.listdir(self._directory))
+        with named(str(self.path)):
+            return sorted(os.listdir(self._directory))
 
     def kind(self, name: str) -> str:
         """What `name` is: file, missing, link, directory, or something special; nothing is opened but the Hub's own links."""
@@ -66,20 +67,21 @@ class Folder:
         try:
             end = offset + size
             while offset < end:
-                length = min(chunk, end - offset)
-                data = os.pread(file, length, offset)
-                while len(data) < length:  # a signal or a network file system may cut a read short
-                    more = os.pread(file, length - len(data), offset + len(data))
-                    if not more:
-                        raise NotReachedError(f"{name} became shorter while it was judged")
-                    data += more
+                with named(name):
+                    data = _read(file, offset, min(chunk, end - offset))
+                if not data:
+                    raise NotReachedError(f"{name} became shorter while it was judged")
                 yield data
-                offset += length
+                offset += len(data)
         finally:
             os.close(file)
 
     def _open(self, name: str) -> int:
         """A descriptor of the regular file `name`."""
+        with named(name):
+            return self._open_regular(name)
+
+    def _open_regular(self, name: str) -> int:
         # the type first: opening a pipe would hang, and opening a device may do anything
         found = os.lstat(name, dir_fd=self._directory)
         if self.hub_cache and stat.S_ISLNK(found.st_mode):
@@ -99,6 +101,15 @@ class Folder:
             return _regular(os.open(name, _FLAGS | os.O_NONBLOCK, dir_fd=blobs), target)
         finally:
             os.close(blobs)
+
+
+def _read(file: int, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`, or none where the file ends before."""
+    data = os.pread(file, length, offset)
+    while data and len(data) < length:  # a signal or a network file system may cut a read short
+        more = os.pread(file, length - len(data), offset + len(data))
+        data = data + more if more else b""
+    return data
 
 
 def _regular(file: int, name: str) -> int:

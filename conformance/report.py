@@ -11,7 +11,7 @@ from conformance.findings import brief
 from conformance.subject import Subject
 
 MARKS = ("<!-- tqformat verdict -->", "<!-- end of tqformat verdict -->")
-SHOWN = 20  # violations of one check in the text report
+SHOWN = 10  # different violations of one check in the text report
 
 
 def verdict(judgement: Judgement, version: str) -> str:
@@ -26,7 +26,8 @@ def verdict(judgement: Judgement, version: str) -> str:
     if passed == judgement.level:
         return f"tqformat {version}: PASS {passed}"
     missing = next(level for level in LEVELS if judgement.state(level) != "PASS")
-    return f"tqformat {version}: {f'PASS {passed}' if passed else 'INCOMPLETE'} ({missing} not reached: {judgement.reason(missing)})"
+    reason = _plain(str(judgement.reason(missing)).partition("; ")[0])  # what to do about it is said above
+    return f"tqformat {version}: INCOMPLETE ({missing} not judged: {reason}{f'; {passed} passed' if passed else ''})"
 
 
 def with_verdict(card: str, line: str) -> str:
@@ -45,21 +46,22 @@ def text(judgement: Judgement, version: str) -> str:
         if found:
             lines += [stage, ""]
         for id, group in itertools.groupby(found, key=lambda violation: violation.check):
-            violations = list(group)
-            for violation in violations[:SHOWN]:
-                lines += [
-                    f"  {violation.code}  {place(violation)}  [{violation.rule}]",
-                    f"    {_plain(violation.message)}",
-                ]
-            if judgement.counts[id] > SHOWN:
-                lines.append(f"  and {judgement.counts[id] - SHOWN} more of this kind")
-            lines += [f"    -> {violations[0].advice}", ""]
+            alike: dict[tuple[str, str], list[Violation]] = {}
+            for violation in group:
+                alike.setdefault((violation.code, violation.message), []).append(violation)
+            shown = list(alike.values())[:SHOWN]
+            for first, *others in shown:
+                more = f" and {len(others)} more places" if others else ""
+                lines += [f"  {first.code}  {place(first)}{more}  [{first.rule}]", f"    {_plain(first.message)}"]
+            left = judgement.counts[id] - sum(map(len, shown))
+            lines += [f"  and {left} more of this kind"] * (left > 0)
+            lines += [f"    -> {shown[0][0].advice}", ""]
     for level, name in LEVELS.items():
         count = sum(n for id, n in judgement.counts.items() if CHECKS[id].level == level)
         state, why = judgement.state(level), judgement.reason(level)
         note = f"{count} violation{'s' if count > 1 else ''}" if count else ""
         if state == "INCOMPLETE":
-            note = why or _not_asked(judgement, level)
+            note = _plain(why or _not_asked(judgement, level))
         lines.append(f"{level} {name:<10} {state:<11} {note}".rstrip())
     return "\n".join([*lines, verdict(judgement, version)])
 

@@ -26,7 +26,6 @@ MAX_MANIFEST = 64 * 2**20
 class Options:
     """What the user allows."""
 
-    require_release: bool = False  # an embedded loader that is no known release is a violation
     run_loader: bool = False
     allow_network: bool = False
     loader_memory: int = 8 * 2**30  # bytes of address space
@@ -237,8 +236,7 @@ class Subject:
         """All bytes of a small payload tensor."""
         return self.folder.read(stored.file, stored.offset, stored.size)
 
-    def progress(self, label: str, total: int) -> tqdm.tqdm[Any]:
-        """A bar over `total` bytes, if the user watches."""
-        return tqdm.tqdm(
-            total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=not self.options.progress
-        )
+    def progress(self, label: str, total: int, unit: str = "B") -> tqdm.tqdm[Any]:
+        """A bar over `total` bytes, or what `unit` says, if the user watches."""
+        hidden = not self.options.progress
+        return tqdm.tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, disable=hidden)

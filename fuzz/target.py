@@ -197,7 +197,7 @@ def run_validator(folder: Any, reports: bool) -> tuple[Any, Any]:
         subject = Subject(folder)
         judgement = command.judge(subject, "L2")
         if reports:
-            code = command.exit_code(judgement, True)
+            code = command.exit_code(judgement)
             json.dumps(report.as_json(judgement, subject, "1.0", code), allow_nan=False).encode()
             ElementTree.fromstring(report.as_junit(judgement, subject).encode())
             report.text(judgement, "1.0").encode("ascii")

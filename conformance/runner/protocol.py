@@ -167,6 +167,7 @@ class Session:
         self.command, self.start_seconds = command, start_seconds
         self.about: Json = {}  # the answer to start
         self.starts = 0
+        self.asked = 0  # of the process that runs, or ran last
         self._process: subprocess.Popen[bytes] | None = None
         self._failed_starts = 0
 
@@ -190,7 +191,7 @@ class Session:
             )
         except OSError as error:
             raise StartError(f"{self.command[0]}: {error.strerror or error}") from None
-        self.starts += 1
+        self.starts, self.asked = self.starts + 1, 0
         self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._buffer, self._stderr = bytearray(), ""
         self._baseline: int | None = None
@@ -212,6 +213,7 @@ class Session:
             except StartError as error:
                 self._end()
                 return Answer("crash", {"reason": "died", "message": str(error)})
+        self.asked += 1
         return self._exchange(request, seconds, megabytes)
 
     def stop(self) -> None:
@@ -243,15 +245,14 @@ class Session:
         """Sends a line and waits for one."""
         process = self._process
         assert process is not None and process.stdin is not None
-        if self._buffer or not self._chunks.empty():
+        # what comes before start is the answer to start, as nobody knows which of the two was first
+        if request["command"] != "start" and (self._buffer or not self._chunks.empty()):
             return self._crash("malformed", "output, or the end, before a command was given", 0, None)
         measured = self._baseline is not None and megabytes is not None and reset_peak(process.pid)
         start = time.monotonic()
-        try:
+        with contextlib.suppress(OSError):  # of a process that has ended; what it said last is read below
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-        except OSError:
-            return self._crash("died", "the process ended before the command", 0, None)
         scanned = 0
         while (end := self._buffer.find(b"\n", scanned)) < 0:
             scanned = len(self._buffer)

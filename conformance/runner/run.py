@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -19,8 +19,9 @@ from typing import Any
 
 import tqdm
 
+from conformance.findings import named, tell
 from conformance.runner import describe, html
-from conformance.runner.protocol import Json, Session, StartError
+from conformance.runner.protocol import Answer, Json, Session, StartError
 from conformance.runner.score import SCORES, Case, Outcome, judge_load, said
 from conformance.runner.weaknesses import weaknesses
 from conformance.vectors import ROOT, load_case, materialise
@@ -44,12 +45,12 @@ scores, each over the cases where it applies:
 EPILOG = """\
 exit status:
   0  every score that applies is given
-  1  something failed
+  1  something failed, or a report could not be written
   2  usage: a wrong option, no case selected, or EXE does not start
 
 examples:
-  python -m conformance run --entrypoint "python -m conformance.adapters.reference" --html report.html
-  python -m conformance run --entrypoint ./my-adapter --select "valid/*" --select "invalid/json/*"
+  %(prog)s --entrypoint "python -m conformance.adapters.reference" --html report.html
+  %(prog)s --entrypoint ./my-adapter --select "valid/*" --select "invalid/json/*"
 """
 
 
@@ -72,15 +73,30 @@ def find_cases(root: Path, globs: list[str]) -> list[Case]:
     return [case for case in found if not globs or any(fnmatchcase(case.id, glob) for glob in globs)]
 
 
+def put(session: Session, request: Json, seconds: float, megabytes: int) -> Answer:
+    """The answer to load or write. If it seems to take too much memory, a fresh process is asked, whose answer counts:
+    one that collects its garbage late may have paid for what the cases before left in it."""
+    answer = session.ask(request, seconds, megabytes)
+    if session.asked > 1 and answer.megabytes is not None and answer.megabytes > megabytes:
+        session.stop()
+        made = Path(request["out" if request["command"] == "load" else "path"])
+        if made.is_dir() and not made.is_symlink():
+            shutil.rmtree(made)
+        else:
+            made.unlink(missing_ok=True)
+        answer = session.ask(request, seconds, megabytes)
+    return answer
+
+
 def run_case(session: Session, case: Case, slow_factor: float) -> Iterator[Outcome]:
     """Puts one case to the implementation: load, and write where it can and the case is a valid repository."""
     limits, features = case.about["limits"], set(session.about["features"])
     seconds = limits["seconds"] * slow_factor
-    with tempfile.TemporaryDirectory(prefix="tqformat-") as directory:
+    with tempfile.TemporaryDirectory(prefix="tqformat-") as directory, named(directory):
         place = Path(directory)
         repo, out = materialise(case.path, place / "repo"), place / "out"
         request = {"command": "load", "path": str(repo), "out": str(out)}
-        answer = session.ask(request, seconds, limits["megabytes"])
+        answer = put(session, request, seconds, limits["megabytes"])
         yield judge_load(case, answer, features, repo, out)
         if (
             "write" in session.about["operations"]
@@ -90,7 +106,7 @@ def run_case(session: Session, case: Case, slow_factor: float) -> Iterator[Outco
             description, written = place / "description.json", place / "written"
             description.write_text(json.dumps(describe.describe(repo)), "utf-8")
             request = {"command": "write", "description": str(description), "path": str(written)}
-            answer = session.ask(request, seconds, limits["megabytes"])
+            answer = put(session, request, seconds, limits["megabytes"])
             yield describe.judge_write(case, answer, repo, written)
 
 
@@ -266,7 +282,6 @@ def _positive(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """The subcommand `run`; returns the exit status."""
-    gc.enable()  # python -m conformance switches it off for `check`
     try:
         command = shlex.split(arguments.entrypoint)
         cases = find_cases(arguments.vectors, arguments.select)
@@ -274,11 +289,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("EXE is empty" if not command else f"no case is selected in {arguments.vectors}")
         report = as_json(run_cases(command, cases, arguments.slow_factor, arguments.jobs))
     except (ValueError, StartError) as error:
-        print(f"python -m conformance run: {plain(str(error))}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         return USAGE
+    tell(text(report))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with named(str(arguments.json)):
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if arguments.html:
-        arguments.html.write_text(html.page(report), encoding="utf-8")
-    print(text(report))
+        with named(str(arguments.html)):
+            arguments.html.write_text(html.page(report), encoding="utf-8")
     return GREEN if report["passed"] else RED

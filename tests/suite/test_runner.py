@@ -34,6 +34,7 @@ from conformance.vectors import load_case, materialise
 FEATURES = ["trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens"]
 HEAD = {"status": "results", "protocol": 1, "implementation": "fake", "version": "1", "operations": ["load"]}
 VALID, INVALID, ACCEPTABLE = "valid/codes/bits-2", "invalid/json/nan", "acceptable/json/depth-65"
+OTHER, IS_NAN = "invalid/json/comment", "'NaN' in open(request['path'] + '/quant_manifest.json').read()"
 PROTOCOL = json.loads((ROOT / "schemas" / "protocol.schema.json").read_text("utf-8"))
 REPORT = jsonschema.Draft202012Validator(json.loads((ROOT / "schemas" / "report.schema.json").read_text("utf-8")))
 
@@ -139,8 +140,8 @@ def test_output_between_commands_is_malformed(fake: Any) -> None:
 
 @pytest.mark.skipif(resident(os.getpid(), "VmRSS") is None, reason="this system does not tell a process's memory")
 def test_memory_is_measured_and_bound(fake: Any) -> None:
-    command = fake(f"block = bytearray(300 << 20) if count == 2 else b''\ndel block\n{REJECT}")
-    before, above, after = outcomes(command, INVALID, INVALID, INVALID)
+    command = fake(f"block = bytearray(300 << 20) if {IS_NAN} else b''\ndel block\n{REJECT}")
+    before, above, after = outcomes(command, OTHER, INVALID, OTHER)
     if before.answer.megabytes is None:
         pytest.skip("peaks cannot be reset here")
     assert before.answer.megabytes < 50 and after.answer.megabytes < 50  # the peak is that of the case alone
@@ -148,6 +149,28 @@ def test_memory_is_measured_and_bound(fake: Any) -> None:
     command = fake("blocks = []\nwhile True: blocks.append(bytearray(64 << 20)); time.sleep(0.02)")
     (found,) = outcomes(command, INVALID)
     assert found.answer.body["reason"] == "memory" and found.scores["bounded"] is False
+
+
+@pytest.mark.skipif(resident(os.getpid(), "VmRSS") is None, reason="this system does not tell a process's memory")
+def test_a_case_does_not_pay_for_what_those_before_left(fake: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = fake(f"""\
+        if {IS_NAN}:
+            garbage = bytearray(300 << 20)  # and kept
+        open({str(log)!r}, "a").write(f"{{os.getpid()}} {{os.path.exists(request['out'])}}\\n")
+        open(request["out"], "w").close()
+        {REJECT}
+    """)
+    before, bomb, after, last = outcomes(command, OTHER, INVALID, OTHER, OTHER)
+    if before.answer.megabytes is None:
+        pytest.skip("peaks cannot be reset here")
+    assert [o.scores["bounded"] for o in (before, bomb, after, last)] == [True, False, True, True]
+    assert after.answer.megabytes < 50
+    asked = [line.split() for line in log.read_text().splitlines()]
+    processes = list(dict.fromkeys(pid for pid, _ in asked))
+    # the bomb is put to a second process, as it was not the first case of its own; the case after it to a third
+    assert [processes.index(pid) for pid, _ in asked] == [0, 0, 1, 1, 2, 2]
+    assert {exists for _, exists in asked} == {"False"}  # what the first attempt wrote is gone
 
 
 def test_children_of_the_entry_point_are_measured_and_ended(fake: Any, tmp_path: Path) -> None:
@@ -183,6 +206,25 @@ def test_children_of_the_entry_point_are_measured_and_ended(fake: Any, tmp_path:
 def test_no_start(command: list[str], message: str) -> None:
     with Session(command) as session, pytest.raises(StartError, match=message):
         session.start()
+
+
+def test_a_process_that_is_faster_than_its_first_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = Session._exchange
+
+    def late(self: Session, *arguments: Any) -> Any:
+        assert self._process is not None
+        self._process.wait()
+        time.sleep(0.2)  # for what it said to be read
+        return exchange(self, *arguments)
+
+    monkeypatch.setattr(Session, "_exchange", late)
+    for program, message in (
+        ("pass", "ended with status 0"),
+        ("print('{}')", "malformed"),
+        ("1/0", "ZeroDivisionError"),
+    ):
+        with Session([sys.executable, "-c", program]) as session, pytest.raises(StartError, match=message):
+            session.start()
 
 
 def answers() -> Iterator[tuple[str, Any, bool]]:

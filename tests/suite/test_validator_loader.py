@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_validator import ROOT, Repo, judged, repo, stamped
 
+from conformance import isolate
+from conformance.__main__ import main
 from conformance.check import Judgement
 
 # decodes with the oracle and answers as open_repo() does; `spoil` is what a test puts in its place
@@ -167,16 +169,46 @@ def test_a_known_release_reaches_l3_without_being_run(tmp_path: Path) -> None:
     body = b"raise SystemExit('never run')\n"
     known = {"1.0.0": ["0" * 64, hashlib.sha256(body).hexdigest()]}
     assert judged(with_loader(stamped(body)).write(tmp_path / "a"), known_loaders=known).passed == "L3"
-    # unknown: no verdict, unless L3 was asked for
+    # unknown: no verdict
     other = with_loader(stamped(b"pass\n", "7.0")).write(tmp_path / "b")
     judgement = judged(other, known_loaders=known)
     assert (codes(judgement), judgement.passed, judgement.state("L3")) == ([], "L2", "INCOMPLETE")
-    assert codes(judged(other, known_loaders=known, require_release=True)) == [("BIND.LOADER", None)]
     # a stamp that is not the text's, or that claims a release
     changed = with_loader(stamped(body).replace(b"never", b"often")).write(tmp_path / "c")
     assert {code for code, _ in codes(judged(changed, known_loaders=known))} == {"BIND.LOADER"}
     claimed = with_loader(stamped(b"pass\n", "1.0.0")).write(tmp_path / "d")
     assert codes(judged(claimed, known_loaders=known)) == [("BIND.LOADER", None)]
+
+
+def test_a_loader_that_was_changed_and_hashed_anew_does_not_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = stamped((ROOT / "tqformat" / "load_quantized.py").read_bytes())
+    assert main(["check", str(with_loader(released).write(tmp_path / "a"))]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tqformat 1.0: PASS L3"
+    changed = with_loader(released + b"print('mine')\n").write(tmp_path / "b")
+    for arguments in ([], ["--level", "L3"]):
+        assert main(["check", str(changed), *arguments]) == 1
+        *_, level, verdict = capsys.readouterr().out.splitlines()
+        assert level.startswith("L3 decode     INCOMPLETE  load_quantized.py is no known release")
+        assert all(remedy in level for remedy in ("embed one", "--run-loader", "--level L2"))
+        reason = "load_quantized.py is no known release, and nobody knows what it does"
+        assert verdict == f"tqformat 1.0: INCOMPLETE (L3 not judged: {reason}; L2 passed)"
+    assert main(["check", str(changed), "--level", "L2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tqformat 1.0: PASS L2"
+
+
+def test_asking_to_run_what_cannot_be_run_does_not_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = repo().write(tmp_path / "a")
+    assert (main(["check", str(without)]), main(["check", str(without), "--run-loader"])) == (0, 1)
+    assert "embeds no load_quantized.py; leave out --run-loader" in capsys.readouterr().out
+    # a known release, and a system that cannot isolate it
+    released = with_loader(stamped((ROOT / "tqformat" / "load_quantized.py").read_bytes())).write(tmp_path / "b")
+    monkeypatch.setattr(isolate.Loader, "event", lambda self: {"event": "isolated", "given_up": []})
+    assert (main(["check", str(released)]), main(["check", str(released), "--run-loader"])) == (0, 1)
+    assert "the network cannot be shut off here" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_table_of_releases_has_its_shape() -> None:
