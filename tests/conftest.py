@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import CONFIG, Make
+from safetensors.torch import save_file
 
 from tqformat import RepoWriter, pack
 from tqformat.load_quantized import MANIFEST
@@ -194,3 +196,20 @@ def interrupted(function: Any, call: int) -> Any:
         return function(*args)
 
     return interrupt
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writes a checkpoint: `make(tensors)`, or `make({file: tensors}, ...)` for shards."""
+
+    def make(tensors: dict[str, Any], name: str = "model", config: dict[str, Any] | None = CONFIG) -> Path:
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        files = tensors if any(isinstance(v, dict) for v in tensors.values()) else {"model.safetensors": tensors}
+        for file, content in files.items():
+            save_file(content, path / file, metadata={"format": "pt"})
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reference_quantizer.codes import feedback
@@ -162,23 +161,6 @@ def sample_tensors() -> Tensors:
         "mask": torch.tensor([[True, False]]),
         "scalar": torch.tensor(1.5),
     }
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Writes a checkpoint: `make(tensors)`, or `make({file: tensors}, ...)` for shards."""
-
-    def make(tensors: dict[str, Any], name: str = "model", config: dict[str, Any] | None = CONFIG) -> Path:
-        path = tmp_path / name
-        path.mkdir(exist_ok=True)
-        files = tensors if any(isinstance(v, dict) for v in tensors.values()) else {"model.safetensors": tensors}
-        for file, content in files.items():
-            save_file(content, path / file, metadata={"format": "pt"})
-        if config is not None:
-            (path / "config.json").write_text(json.dumps(config))
-        return path
-
-    return make
 
 
 def files_of(path: Path) -> dict[str, str]:

@@ -28,7 +28,8 @@ EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
 TUNING_STEPS = 100  # of `tune`, and of the preset best, which ends with it
 INPUTS = ("original", "quantized", "paired")
-FEEDBACK_TOKENS = 32768  # of calibration text for error feedback, unless another number is given
+# of calibration text for error feedback, unless another number is given: what the model writes itself takes longer than what it reads
+FEEDBACK_TOKENS = {"self": 8192, "given": 32768}
 STYLE = argparse.RawDescriptionHelpFormatter
 
 
@@ -148,7 +149,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration (for the presets balanced and best, and for mixed precision)")
-    help_ = f"(default: {FEEDBACK_TOKENS} for feedback, 8192 for fisher, 1024 for perturbation; with feedback these two take no more)"
+    help_ = f"(default: {FEEDBACK_TOKENS['given']} for feedback, {FEEDBACK_TOKENS['self']} where the model writes them, 8192 for fisher, 1024 for perturbation; with feedback these two take no more)"
     add_text_arguments(group, help_)
     help_ = "what the layers are fitted to: what reaches them in the original model, in the quantized one, or both, so that each layer "
     help_ += "makes up for what the ones before it lost (default: %(default)s)"

@@ -12,11 +12,12 @@ from reference_quantizer.commands.settings import (
     find_loader_kind,
     find_plan,
     find_tuning_tokens,
+    settings,
     tuning_steps,
     without_walk,
 )
 from reference_quantizer.planning.expectations import expectations
-from reference_quantizer.planning.plan import Plan
+from reference_quantizer.planning.plan import Plan, make_plan
 from reference_quantizer.progress import tell
 from reference_quantizer.release import report
 from tqformat.load_quantized import MANIFEST, TQFormatError
@@ -48,6 +49,12 @@ def prepare_source(args: argparse.Namespace) -> Source:
 
 def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, Any] | None = None) -> None:
     """Quantize `source` to OUT and print what is in it; `extra` goes into the manifest."""
+    # torch takes seconds to import, and plan does without
+    from reference_quantizer.job.quantize import Target, quantize
+    from reference_quantizer.model.machine import check_device
+    from reference_quantizer.progress import Progress
+
+    check_device(args.device)
     loader_kind = find_loader_kind(args, source)
     imported = gguf_source.base_model(source.provenance)  # a name, a licence and where it comes from, for the manifest
     base_model = imported | {
@@ -55,18 +62,13 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
         "revision": source.revision,
         "license": args.license or support.find_license(source.path) or imported.get("license"),
     }
+    make_plan(source, settings(args))  # what is wrong with the options is told before a model is run
     args = without_walk(args, source)
     plan = find_plan(args, source)
     print_notes(plan, support.files_to_copy(source)[1])
     steps = tuning_steps(args, plan.settings, loader_kind)
     calibration = find_calibration(args, source, plan.settings)
 
-    # torch takes seconds to import, and plan does without
-    from reference_quantizer.job.quantize import Target, quantize
-    from reference_quantizer.model.machine import check_device
-    from reference_quantizer.progress import Progress
-
-    check_device(args.device)
     target = Target(
         args.out,
         base_model,

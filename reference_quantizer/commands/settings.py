@@ -178,12 +178,14 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
     if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
         advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
         raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
-    from reference_quantizer.calibration.tokens import find_tokens  # torch takes seconds to import
+    from reference_quantizer.calibration.tokens import SELF, find_tokens  # torch takes seconds to import
 
-    texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or FEEDBACK_TOKENS
-    return find_tokens(
-        source, find_loader_kind(args, source), texts, tokens, getattr(args, "cache_dir", None), args.device
-    )
+    texts, kind = tuple(args.calibration or (SELF,)), find_loader_kind(args, source)
+    if SELF in texts and kind not in support.KINDS:
+        advice = f"a model for {kind} writes no text; give some, or use --preset fast"
+        raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
+    tokens = args.calibration_tokens or FEEDBACK_TOKENS["self" if SELF in texts else "given"]
+    return find_tokens(source, kind, texts, tokens, getattr(args, "cache_dir", None), args.device)
 
 
 def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -> int:

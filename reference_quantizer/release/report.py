@@ -83,7 +83,8 @@ def print_table(rows: list[Row], accounting: dict[str, Any], title: str, error: 
 
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 160)
     largest = sorted(rows, key=lambda r: (-r.scalars, r.name))[:LARGEST]
-    table = Table(title=title, title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    console.print(title, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for head, justify in (("tensor", "left"), ("kind", "left"), ("bits", "right"), ("shape", "right")):
         table.add_column(head, justify=justify, overflow="fold", no_wrap=head != "tensor")  # type: ignore[arg-type]
     for head in ("scalars", "original", "stored"):

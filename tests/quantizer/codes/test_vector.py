@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import interrupted, run_python
-from helpers import (  # noqa: F401  (make is a fixture)
+from helpers import (
     Make,
     correlated,
     files_of,
     gaussian,
     keep_decoded,
-    make,
     make_checkpoint,
     make_text,
     manifest_of,
@@ -307,7 +306,7 @@ JOBS: list[tuple[list[str], str, set[str]]] = [
 @pytest.mark.usefixtures("quick_books")
 @pytest.mark.parametrize("options, method, features", JOBS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_every_combination_conforms(
-    make: Make,  # noqa: F811
+    make: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -317,6 +316,7 @@ def test_every_combination_conforms(
 ) -> None:
     path, out, said = make(sample_tensors()), tmp_path / "out", []
     monkeypatch.setattr(encoding, "encode_stages", keeping(said))
+    options = [*options, "--uniform"]
     assert main(["plan", str(path), *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(["quantize", str(path), str(out), *options, "--quiet"]) == 0
@@ -382,7 +382,7 @@ def test_a_calibrated_repository_conforms(
 
 @pytest.mark.usefixtures("quick_books")
 def test_an_interrupted_job_of_stages_continues_with_the_same_bytes(
-    make: Make,  # noqa: F811
+    make: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -397,7 +397,7 @@ def test_an_interrupted_job_of_stages_continues_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("quick_books")
-def test_the_card_says_what_the_codes_are(make: Make, tmp_path: Path) -> None:  # noqa: F811
+def test_the_card_says_what_the_codes_are(make: Make, tmp_path: Path) -> None:
     path, out = make(sample_tensors()), tmp_path / "out"
     assert main(["quantize", str(path), str(out), "--stages", "2,sign", "--dimension", "2", "--quiet"]) == 0
     assert main(["card", str(out)]) == 0
@@ -407,7 +407,7 @@ def test_the_card_says_what_the_codes_are(make: Make, tmp_path: Path) -> None:  
 
 
 def test_rows_that_p_does_not_divide_have_a_smaller_one(
-    make: Make,  # noqa: F811
+    make: Make,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = make({"a.weight": torch.zeros(4, 24), "b.weight": torch.zeros(4, 20), "c.weight": torch.zeros(4, 9)})
@@ -420,7 +420,7 @@ def test_rows_that_p_does_not_divide_have_a_smaller_one(
     assert sum("8 do not divide them" in note for note in plan["notes"]) == 2
 
 
-def test_a_sign_without_rotation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_sign_without_rotation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(make({"a.weight": torch.zeros(4, 7)})), "--stages", "2,sign", "--json"]) == 0
     assert any("not unbiased" in note for note in json.loads(capsys.readouterr().out)["notes"])
 
@@ -438,7 +438,7 @@ def test_a_sign_without_rotation_is_told(make: Make, capsys: pytest.CaptureFixtu
     ],
 )
 def test_what_cannot_be_is_refused(
-    make: Make,  # noqa: F811
+    make: Make,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     word: str,

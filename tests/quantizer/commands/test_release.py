@@ -39,7 +39,19 @@ class Lab:
         self.text = make_text(path / "text.txt", 300)
 
     def command(self, *options: Any, out: Path | None = None) -> list[str]:
-        settings = ["--bits", "4", "--max-length", "32", "--stride", "16", "--max-windows", "5", "--quiet"]
+        settings = [
+            "--bits",
+            "4",
+            "--preset",
+            "fast",
+            "--max-length",
+            "32",
+            "--stride",
+            "16",
+            "--max-windows",
+            "5",
+            "--quiet",
+        ]
         paths = ["--dataset", str(self.text), "--cache-dir", str(self.path / "cache")]
         return ["release", str(self.base), str(out or self.out), *settings, *paths, *map(str, options)]
 

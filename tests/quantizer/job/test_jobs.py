@@ -30,7 +30,7 @@ INVENTORY = ROOT / "tests" / "data" / "inventory_0_8b.json"  # [shape, dtype, co
 
 
 def run(*args: Any) -> int:
-    return main(["quantize", *map(str, args), "--quiet"])
+    return main(["quantize", "--preset", "fast", *map(str, args), "--quiet"])
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -126,13 +126,13 @@ def test_plan_decides_by_names_shapes_and_dtypes(make: Make) -> None:
     assert protected["odd.weight"] is protected["model.layers.0.q_proj.weight"] is None
     protected = kinds(protect=("odd.weight",), protect_fragments=("layers.0",), protected_bits=6)
     assert protected["odd.weight"] == protected["model.layers.0.q_proj.weight"] == 6
-    assert protected["model.layers.0.norm.weight"] is None and protected["one_row.weight"] == 2
+    assert protected["model.layers.0.norm.weight"] is None and protected["one_row.weight"] == 4
 
 
 def test_plan_tells_what_departs_from_the_request(make: Make) -> None:
     source = open_source(str(make({"a": torch.ones(2, 96), "b": torch.ones(2, 96), "c": torch.ones(2, 7)})))
     notes = "\n".join(
-        make_plan(source, Settings(vector_length=40, include=("*", "x*"), protect_fragments=("q",))).notes
+        make_plan(source, Settings(vector_length=40, exclude=("x*",), protect_fragments=("q",))).notes
     )
     assert "rows of 96: vectors of 32, their largest divisor up to 40 (2 tensors)" in notes
     assert "vectors of 7: not rotated" in notes and "'x*'" in notes and "'q'" in notes
@@ -560,7 +560,20 @@ print(calls)
 
 
 def run_killed(module: str, name: str, when: str, count: int, *args: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, module, name, when, str(count), "quantize", *map(str, args), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        module,
+        name,
+        when,
+        str(count),
+        "quantize",
+        "--preset",
+        "fast",
+        *map(str, args),
+        "--quiet",
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 

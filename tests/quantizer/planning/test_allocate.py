@@ -184,7 +184,9 @@ def test_relative_errors_are_those_of_the_finished_repository(checkpoint: Path, 
     errors = relative_errors(source, plans, names)
     for k, bits in enumerate((2, 5)):
         out = tmp_path / str(bits)
-        assert command_line.main(["quantize", str(checkpoint), str(out), "--bits", str(bits), "--quiet"]) == 0
+        assert (
+            command_line.main(["quantize", str(checkpoint), str(out), "--bits", str(bits), "--uniform", "--quiet"]) == 0
+        )
         tensors = json.loads((out / MANIFEST).read_text())["tensors"]
         assert errors[:, k] == pytest.approx([tensors[name]["extra"]["relative_error"] for name in names], rel=1e-4)
 

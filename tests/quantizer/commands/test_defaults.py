@@ -1,0 +1,142 @@
+"""What the commands do when nothing is said: a model that works, a reason where it cannot, and what to expect of it."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import MODELS, Make, make_checkpoint, manifest_of, sample_tensors
+
+from reference_quantizer.__main__ import main
+from reference_quantizer.commands import settings as choices
+from reference_quantizer.planning import expectations
+from tqformat import open_repo
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tiny model writes less text than the default, and keeps it nowhere but here."""
+    monkeypatch.setattr(choices, "FEEDBACK_TOKENS", {"self": 1024, "given": 1024})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_without_options_a_model_gets_four_bits_with_feedback(tmp_path: Path, capsys: Capture) -> None:
+    base, out = make_checkpoint(tmp_path / "base"), tmp_path / "out"
+    assert main(["quantize", str(base), str(out), "--quiet"]) == 0
+    quantization, tensors = manifest_of(out)["quantization"], manifest_of(out)["tensors"]
+    assert (quantization["method"], quantization["bits"], quantization["extra"]["preset"]) == (
+        "feedback",
+        4,
+        "balanced",
+    )
+    assert quantization["calibration"]["source"] == "self" and quantization["calibration"]["tokens"] == 1024
+    bits = {name: entry["effective_bits"] for name, entry in tensors.items() if entry["kind"] == "quantized"}
+    assert all(b == (4 if ".layers." in name else 8) for name, b in bits.items())
+    assert {name for name, b in bits.items() if b == 8} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all("output_error" in tensors[name]["extra"] for name, b in bits.items() if b == 4)
+    said = capsys.readouterr().err
+    assert (
+        "embed_tokens.weight, lm_head.weight: 8 bits" in said and "about 1.08 times" in said and "warning" not in said
+    )
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        ("bert", "a model for feature-extraction writes no text"),
+        ("gpt2", "the blocks of the model have no linear layers"),
+    ],
+)
+def test_where_blocks_cannot_be_walked_it_is_fast_and_says_why(
+    tmp_path: Path, capsys: Capture, model: str, reason: str
+) -> None:
+    import transformers
+
+    base = make_checkpoint(tmp_path / "base")  # for its tokenizer
+    if model == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    else:
+        MODELS[model][0]().save_pretrained(base)
+    assert main(["quantize", str(base), str(tmp_path / "out"), "--quiet"]) == 0
+    said, quantization = capsys.readouterr().err, manifest_of(tmp_path / "out")["quantization"]
+    assert f"the preset is fast: {reason}" in said
+    assert (quantization["extra"]["preset"], quantization["bits"]) == ("fast", 4) and "calibration" not in quantization
+
+
+def test_a_model_that_cannot_be_built_is_fast_and_says_why(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["quantize", str(make(sample_tensors())), str(tmp_path / "out"), "--quiet"]) == 0
+    assert "note: no error feedback, the preset is fast: " in capsys.readouterr().err
+    assert manifest_of(tmp_path / "out")["tensors"]["model.embed_tokens.weight"]["effective_bits"] == 8
+
+
+def test_a_model_that_is_too_large_is_fast_and_says_why(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reference_quantizer.model.machine.free_memory", lambda: 1000)
+    assert main(["quantize", str(make_checkpoint(tmp_path / "base")), str(tmp_path / "out"), "--quiet"]) == 0
+    assert "give text with --calibration" in capsys.readouterr().err
+
+
+def test_what_was_asked_for_is_never_replaced(tmp_path: Path, capsys: Capture) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    MODELS["bert"][0]().save_pretrained(base)
+    for options in (["--preset", "balanced"], ["--calibration-tokens", "512"]):
+        assert main(["quantize", str(base), str(tmp_path / "out"), "--quiet", *options]) == 1
+        assert "preset is fast" not in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+@pytest.mark.parametrize("bits, warned", [(1, True), (2, True), (3, True), (4, False)])
+def test_few_bits_without_feedback_are_warned_of(
+    tmp_path: Path, capsys: Capture, command: str, bits: int, warned: bool
+) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    out = [str(tmp_path / "out"), "--quiet"] if command == "quantize" else []
+    assert main([command, str(base), *out, "--preset", "fast", "--bits", str(bits)]) == 0
+    said = capsys.readouterr().err
+    assert ("warning: the preset fast" in said and "babbles" in said) == warned
+
+
+def test_expectations_are_the_published_figures() -> None:
+    with open(ROOT / "benchmarks" / "quality.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"].startswith(expectations.MODEL)]
+    for (preset, bits), ratio in expectations.RATIOS.items():
+        (found,) = [row for row in rows if (row["family"], row["candidate"]) == (preset, str(bits))]
+        assert float(found["perplexity_ratio"]) == ratio
+
+
+def test_uniform_gives_every_weight_the_same_bits(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    assert (
+        main(["quantize", str(make(sample_tensors())), str(tmp_path / "out"), "--uniform", "--bits", "3", "--quiet"])
+        == 0
+    )
+    assert "embed_tokens.weight: 8 bits" not in capsys.readouterr().err
+    with open_repo(tmp_path / "out") as repo:
+        floats = {
+            n: w for n, w in repo.manifest.tensors.items() if len(w.shape) >= 2 and w.dtype in ("F16", "BF16", "F32")
+        }
+        found = {w.effective_bits for w in floats.values() if w.shape[-1] > 0}
+    assert found == {3} and manifest_of(tmp_path / "out")["quantization"]["method"] == "turboquant_mse"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--preset", "best"], ["--target-bpw", "4"], ["--protect", "lm_head.weight"], ["--protect-fragment", "embed"]],
+)
+def test_uniform_beside_what_contradicts_it(tmp_path: Path, capsys: Capture, options: list[Any]) -> None:
+    assert main(["plan", str(make_checkpoint(tmp_path / "base")), "--uniform", *options]) == 1
+    assert f"error [SCHEMA.VALUE] {options[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_an_include_pattern_must_match(make: Make, tmp_path: Path, capsys: Capture, command: str) -> None:
+    out = [str(tmp_path / "out"), "--quiet"] if command == "quantize" else []
+    base = make({"a.weight": torch.randn(8, 16)})
+    assert main([command, str(base), *out, "--include", "*.weight", "--include", "nothing*"]) == 1
+    assert "error [SCHEMA.REFERENCE] --include nothing*: no tensor has such a name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
