@@ -165,9 +165,9 @@ def test_fitted_scales_are_the_best(g: int) -> None:
     chosen = y * (1 + 0.2 * gaussian(8, 64, 2))
     best = fit_scales(y, chosen, h, torch.ones(8, 64 // g))
 
-    def error(scales: Tensor) -> Tensor:
-        d = chosen * scales.repeat_interleave(g, 1) - y
-        return ((d @ h) * d).sum()
+    def error(scales: Tensor) -> Tensor:  # in float64: what a step changes is lost in the last place of float32
+        d = chosen.double() * scales.double().repeat_interleave(g, 1) - y.double()
+        return ((d @ h.double()) * d).sum()
 
     least = error(best)
     for k in range(best.numel()):
