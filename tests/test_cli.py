@@ -464,6 +464,17 @@ def test_the_console_scripts_are_there() -> None:
         assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_threads_wait_asleep(settings_repo: Path) -> None:
+    """OpenMP reads the variable when torch is imported, which is later; a choice of the user stays."""
+    code = (
+        "import os, sys, tqformat.__main__ as m; m.main(['inspect', sys.argv[1]]); "
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = run_python("-c", code, str(settings_repo), env=given)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == wanted, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 def test_a_closed_pipe_is_quiet(settings_repo: Path) -> None:
     done = subprocess.run(

@@ -297,6 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.run is embed and args.repo is None and not args.print:
         parser().error("embed: expected REPO, or --print")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # torch's threads wait asleep: beside other jobs spinning takes minutes
     try:
         args.run(args)
         sys.stdout.flush()
