@@ -217,7 +217,7 @@ def test_an_unknown_name_says_what_is_not_there_and_what_the_hub_said(hub: Hub, 
     code, out, err = ask(
         hub, tmp_path, "try: tqformat.load('owner/name')\nexcept tqformat.TQFormatError as e: print(e)"
     )
-    assert code == 0 and "such a directory here" in out and "404" in out, (out, err)
+    assert code == 0 and "expected such a directory" in out and "404" in out, (out, err)
 
 
 def test_both_downloads_are_of_one_commit(hub: Hub, published: Path, tmp_path: Path) -> None:

@@ -324,6 +324,7 @@ def test_other_options(attention: str, repos: Callable[..., tuple[Path, Path]]) 
         ({"device_map": "somewhere"}, "BIND.MODEL", ["device_map", "somewhere"]),
         ({"device_map": {"": "disk"}}, "BIND.MODEL", ["offload"]),
         ({"vocab_size": 7}, "BIND.MODEL", ["mismatched"]),
+        ({"dtype": "float17"}, "BIND.MODEL", ["dtype"]),
     ],
 )
 def test_wrong_options(
@@ -528,6 +529,8 @@ def test_a_device_that_is_not_there(copied: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
         tqformat.load(copied, device="cuda")
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
+        tqformat.load(copied, device=["cpu"])
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])

@@ -756,7 +756,9 @@ def open_repo(path: "PathLike", verify: bool = True) -> Repo:
     return Repo(path, verify)
 
 
-def load_state_dict(path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True) -> Extra:
+def load_state_dict(
+    path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True
+) -> dict[str, Any]:
     """All weights of a repository directory by name; the aliases of tied weights share their tensors [TQ-TIE-1]."""
     with open_repo(path, verify) as repo:
         state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
@@ -786,8 +788,7 @@ def load(
     from_pretrained (max_memory, offload_folder, attn_implementation ...); they may be keys of the configuration, too.
     """
     refused = ", ".join(sorted(REFUSED & options.keys()))
-    wanted = "no option that means other weights (the Hub's own are HF_TOKEN, HF_HOME, HF_HUB_OFFLINE)"
-    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, wanted)
+    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
     device_map = options.pop("device_map", None)
     require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
     device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
@@ -850,8 +851,7 @@ def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = 
                 if problem and not constants.HF_HUB_OFFLINE:
                     warnings.warn(f"{name}: commit {path.name} comes from the cache; the Hub: {problem}", stacklevel=3)
                 return path
-        wanted = f"such a directory here, or all of it in the cache; the Hub: {problem}"
-        require(not problem, "BIND.MISSING_FILE", name, wanted)
+        require(not problem, "BIND.MISSING_FILE", name, f"such a directory, or all in the cache; the Hub: {problem}")
         path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
         return Path(snapshot_download(name, revision=path.name, allow_patterns=needed(path)))  # the same commit
 
@@ -861,7 +861,7 @@ def find_device(device: Any) -> "torch.device":
 
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         advice = f"expected a device that this machine and this build of torch have ({str(error).splitlines()[0]})"
         raise TQFormatError("UNSUPPORTED.DEVICE", str(device), advice) from None
 
