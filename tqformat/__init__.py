@@ -1,11 +1,13 @@
 """tqformat: an open format for low-bit model weights. `tqformat.load("repo_dir", device="cuda")` gives a ready model.
 
 The reading order: load_quantized.py (all of reading, in the order of SPEC.md), writer.py (packing and publishing),
-embed.py (the loader as a file of a model repository), __main__.py (the command line).
+embed.py (the loader as a file of a model repository), support.py (the other files beside the weights), __main__.py (the
+command line).
 """
 
 from typing import Any
 
+from . import embed
 from .load_quantized import (
     Manifest,
     Repo,
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022 (by use)
     "RepoWriter",
     "pack",
     "add_files",
+    "embed",
     "Manifest",
     "Repo",
     "TQFormatError",

@@ -1,6 +1,7 @@
-"""The command line: python -m tqformat inspect | verify | dequantize | embed."""
+"""The command line: python -m tqformat (or tqformat) inspect | verify | dequantize | embed | update."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -8,10 +9,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .load_quantized import DTYPES, Repo, TQFormatError, __version__, fetch, open_repo
+from .load_quantized import DTYPES, MANIFEST, Repo, TQFormatError, __version__, fetch, open_repo
 
+WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, not of a read
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -221,9 +224,21 @@ def embed(args: argparse.Namespace) -> None:
     )
 
 
+def update(args: argparse.Namespace) -> None:
+    from .support import update_files
+
+    lines = update_files(args.repo, args.dry_run)
+    if args.json:
+        print(json.dumps({"repo": str(args.repo), "changes": lines, "written": bool(lines) and not args.dry_run}))
+        return
+    print(*map(printable, lines), sep="\n", end="\n" if lines else "")
+    done = "nothing was written (--dry-run)" if args.dry_run else f"{MANIFEST} of {args.repo} fits again"
+    print(done if lines else f"{MANIFEST} of {args.repo} fits already")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m tqformat",
+        prog="tqformat" if Path(sys.argv[0]).stem == "tqformat" else "python -m tqformat",
         description="Read tqformat repositories: low-bit model weights that anybody can check and decode.",
         epilog="REPO is a directory, or a Hub id such as owner/name. Exit status: 0 done, 1 the repository is at fault, 2 usage.",
     )
@@ -255,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
     text = "Put this release's load_quantized.py into a repository directory and its manifest."
     sub = command("embed", embed, text, {"nargs": "?", "help": "repository directory; not needed with --print"})
     sub.add_argument("--print", action="store_true", help="write the stamped loader to standard output instead")
+    text = "Make the manifest fit support files, documents and code that you edited, added or removed; weights stay."
+    sub = command("update", update, text, {"help": "repository directory"})
+    sub.add_argument("--dry-run", action="store_true", help="say what would change, write nothing")
     return top
 
 
@@ -279,15 +297,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.run is embed and args.repo is None and not args.print:
         parser().error("embed: expected REPO, or --print")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # torch's threads wait asleep: beside other jobs spinning takes minutes
     try:
         args.run(args)
+        sys.stdout.flush()
     except TQFormatError as error:
         return fail(args, f"error {error}", error.code, error.where, error.message)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except ImportError as error:
+        message = f"needs {error.name}, one of the packages that tqformat depends on"
+        return fail(args, f"error [UNSUPPORTED.LIBRARY] {message}", "UNSUPPORTED.LIBRARY", str(error.name), message)
     except OSError as error:
-        return fail(args, f"error: {error}", None, str(error.filename or args.repo), str(error))
+        ours = error.filename is None and error.errno in WRITING  # the writer names its files
+        if ours:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at its end
+        if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has seen enough
+            return 0
+        where = "standard output" if ours else str(error.filename or args.repo)
+        message = error.strerror or str(error)
+        return fail(args, f"error {where}: {message}" if error.strerror else f"error: {message}", None, where, message)
     return 0
 
 

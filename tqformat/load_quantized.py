@@ -18,8 +18,9 @@ import os
 import re
 import threading
 import typing
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -43,11 +44,10 @@ class TQFormatError(ValueError):
         self.code, self.where, self.message = code, where, message
 
 
-def require(ok: object, code: str, where: str, expected: str, found: object = None) -> None:
+def require(ok: object, code: str, where: str, expected: str, found: object = None, advice: str = "") -> None:
     if not ok:
-        raise TQFormatError(
-            code, where, f"expected {expected}" + (f", got {str(found)[:80]}" if found is not None else "")
-        )
+        got = "" if found is None else f", got {str(found)[:80]}"
+        raise TQFormatError(code, where, f"expected {expected}{got}{advice}")
 
 
 # 3 JSON ---------------------------------------------------------------------------------------------------------------
@@ -106,12 +106,13 @@ LOADER_KINDS = {  # [TQ-MAN-5]
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
-Name = Annotated[str, r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f]{1,512}"]  # [TQ-MAN-4]
 Count = Annotated[int, (0, 2**53 - 1)]
 Size = Annotated[int, (1, 2**20)]
-FileName = Annotated[
-    str, r"(?!(quant_manifest\.json|README\.md)\Z)[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", "PATH.NAME"
-]  # [TQ-REPO-2]
+_NAME = r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f]{1,512}"
+Name = Annotated[str, _NAME, "1 to 512 characters, none a control character, no path, not __metadata__"]  # [TQ-MAN-4]
+_FILE = r"(?!(quant_manifest\.json|README\.md)\Z)[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+_FILE_TEXT = "1 to 128 of A-Z a-z 0-9 . _ -, no . or - in front, and neither quant_manifest.json nor README.md"
+FileName = Annotated[str, _FILE, _FILE_TEXT, "PATH.NAME"]  # a pattern, in words, and its error's code [TQ-REPO-2]
 Extra = dict[str, Any]
 
 
@@ -119,7 +120,7 @@ Extra = dict[str, Any]
 class File:
     role: Literal["payload", "support", "code", "document"]
     size: Count
-    sha256: Annotated[str, "[0-9a-f]{64}"]
+    sha256: Annotated[str, "[0-9a-f]{64}", "64 lower-case hexadecimal digits"]
     extra: Extra = field(default_factory=dict)
 
 
@@ -128,7 +129,7 @@ class Transform:
     kind: Literal["identity", "hadamard", "dense", "givens"]
     size: Size
     factors: tuple[Size, ...] | None = None
-    signs: Annotated[str, "[0-9a-f]*"] | None = None
+    signs: Annotated[str, "[0-9a-f]*", "lower-case hexadecimal digits"] | None = None
     seed: Count | None = None
     matrix: Name | None = None
     pairs: Name | None = None
@@ -203,10 +204,8 @@ class Manifest:
         ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", text)  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
         require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
         for feature in features if isinstance(features, list) else ():  # [TQ-VER-2]
-            ok = feature in FEATURES or not isinstance(feature, str)
-            require(
-                ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"one of {', '.join(FEATURES)} (or a newer reader)", feature
-            )
+            ok, wanted = feature in FEATURES or not isinstance(feature, str), f"one of {', '.join(FEATURES)}"
+            require(ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"{wanted} (or a newer reader)", feature)
         for key in ("files", "transforms", "codebooks", "tensors", "tied_weights"):  # [TQ-LIM-1]
             ok = not isinstance(data.get(key), dict) or len(data[key]) <= 2**20
             require(ok, "LIMIT.SIZE", key, "at most 2^20 entries")
@@ -234,18 +233,19 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if origin is Annotated:
         value = typed(args[0], value, where)
         if isinstance(value, str):
-            ok, wanted = bool(re.fullmatch(args[1], value)), f"text of the form {args[1]}"
+            ok, wanted = bool(re.fullmatch(args[1], value)), args[2]
         else:
             ok, wanted = args[1][0] <= value <= args[1][1], f"an integer from {args[1][0]} to {args[1][1]}"
-        require(ok, args[2] if len(args) > 2 else "SCHEMA.VALUE", where, wanted, repr(value))
+        require(ok, args[3] if len(args) > 3 else "SCHEMA.VALUE", where, wanted, repr(value))
         return value
     if origin is Literal:
         require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
         return value
     json_type = dict if is_dataclass(kind) else {dict: dict, tuple: list}.get(origin, kind)
     ok = kind is Any or type(value) is json_type or (kind is float and type(value) is int)
-    names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
-    require(ok, "SCHEMA.TYPE", where, names.get(json_type, "another type"), json.dumps(value))
+    if not ok:
+        names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
+        require(False, "SCHEMA.TYPE", where, names.get(json_type, "another type"), json.dumps(value, default=repr))
     if origin is tuple:
         return tuple(typed(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
@@ -275,11 +275,9 @@ KEYS = {  # [TQ-MAN-6] the keys that belong to one kind only
 def _check_keys(item: Transform | Weight, where: str) -> None:
     for kind, keys in KEYS.items():
         for key in keys if hasattr(item, keys[0]) else ():
-            given, code = (
-                getattr(item, key) is not None,
-                "SCHEMA.MISSING_FIELD" if kind == item.kind else "SCHEMA.AMBIGUOUS",
-            )
-            require(given == (kind == item.kind), code, f"{where}.{key}", f"this key for {kind}, and only there")
+            ok = (getattr(item, key) is not None) == (kind == item.kind)
+            code = "SCHEMA.MISSING_FIELD" if kind == item.kind else "SCHEMA.AMBIGUOUS"
+            require(ok, code, f"{where}.{key}", f"this key for {kind}, and only there")
 
 
 def check_transform(t: Transform, where: str) -> None:
@@ -289,12 +287,8 @@ def check_transform(t: Transform, where: str) -> None:
     ok = (t.kind != "dense" or t.size <= 4096) and (t.kind != "givens" or t.size % 2 == 0)  # [TQ-TRAN-7, TQ-TRAN-8]
     require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
     if t.factors is not None and t.signs is not None:  # [TQ-TRAN-4, TQ-TRAN-5]
-        ok = (
-            1 <= len(t.factors) <= 20
-            and 1 not in t.factors
-            and math.prod(t.factors) == t.size
-            and all(map(_order_kind, t.factors))
-        )
+        ok = 1 <= len(t.factors) <= 20 and 1 not in t.factors and math.prod(t.factors) == t.size
+        ok = ok and all(map(_order_kind, t.factors))
         require(ok, "SCHEMA.VALUE", f"{where}.factors", f"Sylvester or Paley orders with product {t.size}", t.factors)
         ok = len(t.signs) == 2 * -(-t.size // 8) and (t.size % 8 == 0 or int(t.signs[-2:], 16) >> t.size % 8 == 0)
         require(ok, "SCHEMA.VALUE", f"{where}.signs", f"{t.size} bits, the unused ones zero", t.signs)
@@ -302,9 +296,7 @@ def check_transform(t: Transform, where: str) -> None:
 
 def check_codebook(c: Codebook, where: str) -> None:
     size = c.entries * c.dimension
-    require(
-        c.values is None or c.tensor is None, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both"
-    )  # [TQ-BOOK-1]
+    require(None in (c.values, c.tensor), "SCHEMA.AMBIGUOUS", where, "values or tensor, not both")  # [TQ-BOOK-1]
     require(c.values is not None or c.tensor is not None, "SCHEMA.MISSING_FIELD", f"{where}.values", "values or tensor")
     require(size <= 2**20, "SCHEMA.VALUE", f"{where}.entries", "at most 2^20 levels", size)  # [TQ-BOOK-5]
     ok = c.values is None or (len(c.values) == size <= 4096 and c.rows is None)  # [TQ-BOOK-3]
@@ -339,13 +331,10 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
         ok = cols % g == 0 and g % p == 0 and g % size == 0  # [TQ-NUM-1, TQ-CODE-2, TQ-TRAN-1]
         require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p} and {size}", g)
         ok = book.entries == 2**window if window > s.bits else book.entries <= 2**window  # [TQ-BOOK-4]
-        require(
-            ok and book.rows in (None, rows), "SCHEMA.VALUE", f"{at}.codebook", f"window {window}, {rows} rows", book
-        )
-    height = math.lcm(*(s.layout(cols)[2] for s in w.stages))
-    require(
-        height * cols <= 2**22, "SCHEMA.VALUE", f"{where}.stages", "tile rows times columns within 2^22", height * cols
-    )
+        ok = ok and book.rows in (None, rows)
+        require(ok, "SCHEMA.VALUE", f"{at}.codebook", f"window {window}, {rows} rows", book)
+    area = math.lcm(*(s.layout(cols)[2] for s in w.stages)) * cols
+    require(area <= 2**22, "SCHEMA.VALUE", f"{where}.stages", "tile rows times columns within 2^22", area)
 
 
 # 5 Payload container --------------------------------------------------------------------------------------------------
@@ -438,10 +427,8 @@ def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
     import torch
 
     whole, rest = divmod(n * bits, 8)
-    if rest and bool((codes[:, -1] >> rest).any()):
-        raise TQFormatError(
-            "PACK.PADDING", "codes", "expected the unused high bits of each tile's last byte to be zero"
-        )
+    ok = not rest or not bool((codes[:, -1] >> rest).any())
+    require(ok, "PACK.PADDING", "codes", "the unused high bits of each tile's last byte to be zero")
     groups = -(-n // 8)  # eight symbols take `bits` whole bytes
     stream = codes.new_zeros(len(codes), groups * bits + 3, dtype=torch.int32)
     stream[:, : codes.shape[1]] = codes
@@ -575,12 +562,12 @@ class Repo:
 
     def __init__(self, path: "PathLike", verify: bool = True) -> None:
         self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
+        self._advice = f"; if you changed it yourself: python -m tqformat update {path}"
         self.manifest = m = read_manifest(self.path)
         known = {MANIFEST, "README.md", "__pycache__", *m.files}
         extra = [entry for entry in sorted(os.listdir(self.path)) if entry[0] != "." and entry not in known]
-        require(
-            not extra, "BIND.EXTRA_FILE", str(self.path), "only files that the manifest lists", extra
-        )  # [TQ-REPO-5]
+        wanted = "only files that the manifest lists"  # [TQ-REPO-5]
+        require(not extra, "BIND.EXTRA_FILE", str(self.path), wanted, extra, self._advice)
         self.spans: dict[str, Span] = {}
         self._files: list[BinaryIO] = []
         self._tables: dict[str, Any] = {}
@@ -621,14 +608,15 @@ class Repo:
     def check_file(self, name: str) -> Path:
         """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4]."""
         path, listed, digest = self.path / name, self.manifest.files[name], hashlib.sha256()
+        advice = self._advice * (listed.role != "payload")
         require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
         require(path.is_file(), "PATH.TYPE", name, "a regular file")
-        require(path.stat().st_size == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", path.stat().st_size)
+        require((n := path.stat().st_size) == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", n, advice)
         with open(path, "rb") as file:
             while block := file.read(1 << 20) if self._verify else b"":
                 digest.update(block)
         ok = not self._verify or digest.hexdigest() == listed.sha256
-        require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest())
+        require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest(), advice)
         return path
 
     def check_roles(self, *roles: str) -> None:
@@ -754,8 +742,11 @@ class Repo:
 
 def read_manifest(path: "PathLike") -> Manifest:
     """The checked manifest of a repository directory; needs no torch."""
-    file = Path(path) / MANIFEST
-    require(file.is_file(), "BIND.MISSING_FILE", str(file), "a directory with a manifest")
+    file, path = Path(path) / MANIFEST, Path(path)
+    found = ", ".join(sorted(os.listdir(path))) if path.is_dir() else "no directory"
+    plain = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    hint = f"; load this plain checkpoint with transformers, or python -m reference_quantizer quantize {path} OUT"
+    require(file.is_file(), "BIND.MISSING_FILE", str(path), f"a directory with {MANIFEST}", found, hint * plain)
     require(file.stat().st_size <= 2**26, "LIMIT.SIZE", MANIFEST, "at most 64 MiB", file.stat().st_size)  # [TQ-LIM-1]
     return Manifest.from_dict(parse_json(file.read_bytes(), MANIFEST))
 
@@ -776,26 +767,45 @@ def load_state_dict(
 
 # Models: transformers maps weights to modules by its own rules; this code hands it the weights -------------------------
 
+REFUSED = {"token", "cache_dir", "local_files_only", "force_download", "subfolder", "variant", "gguf_file"}
+REFUSED |= {"quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config"}
+LIBRARIES = "needs transformers 5 or newer, accelerate and huggingface_hub (the extra `models` of tqformat)"
+_building = threading.Lock()  # transformers changes what is global while it builds a model: torch.nn.init, its logging
+
 
 def load(
     repo_or_hub_id: "PathLike",
-    device: Any = "cpu",
+    device: Any = None,
     dtype: "Dtype" = None,
     revision: str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> Any:
-    """The ready model, in eval mode, of a repository directory or Hub id; `dtype` defaults to the configuration's."""
-    device = find_device(device)
+    """The ready model, in eval mode, of a repository directory or Hub id; `dtype` defaults to the configuration's.
+
+    It is built on `device`, the CPU by default, or as `device_map` says. Other `options` are those of transformers'
+    from_pretrained (max_memory, offload_folder, attn_implementation ...); they may be keys of the configuration, too.
+    """
+    refused = ", ".join(sorted(REFUSED & options.keys()))
+    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
+    device_map = options.pop("device_map", None)
+    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
+    device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
     with open_repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
         repo.check_roles("support", *["code"] * trust_remote_code)
-        return build_model(repo, device, dtype, trust_remote_code)
+        with _building:
+            model = build_model(repo, device_map, dtype, trust_remote_code, options)
+    model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)  # the base model's name, for PEFT
+    return model
 
 
-def load_quantized_model(path: "PathLike" = ".", device: Any = "cpu", **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_quantized_model(path: "PathLike" = ".", device: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """(model, manifest as parsed JSON): the call that model cards of this kind show; `options` are those of load."""
-    path = fetch(path, options.pop("revision", None), options.get("trust_remote_code", False))
-    return load(path, device, **options), parse_json((path / MANIFEST).read_bytes(), MANIFEST)
+    folder = fetch(path, options.pop("revision", None), options.get("trust_remote_code", False))
+    model = load(folder, device, **options)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model, parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
 
 
 def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None, verify: bool = True) -> Any:
@@ -804,27 +814,46 @@ def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None
     with open_repo(path, verify=False) as repo:
         repo._verify = verify
         repo.check_roles("support")
+        names = [name for name, file in repo.manifest.files.items() if file.role == "support"]
+    ok = any(re.search(r"tokenizer|vocab|merges|\.(model|spm|tiktoken)\Z", name) for name in names)
+    require(ok, "BIND.MISSING_FILE", str(path), "files of a tokenizer; this repository has none", ", ".join(names))
     with translated("tokenizer_config.json"):
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = False) -> Path:
-    """The directory of a repository; from a Hub id, downloads the files that loading needs [TQ-REPO-3]."""
-    path = Path(repo_or_hub_id)
+    """The directory of a repository; of a Hub id, in the cache, with the files that loading needs [TQ-REPO-3].
+
+    The Hub is asked once, which commit `revision` is (never, if it is a commit); what the cache lacks of it is downloaded.
+    Without an answer a complete snapshot in the cache is taken, with a warning.
+    """
+    path, name = Path(repo_or_hub_id), str(repo_or_hub_id)
     if path.is_dir():
         return path
-    name = str(repo_or_hub_id)
-    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./"
-    require(ok, "BIND.MISSING_FILE", name, "a directory, or a Hub id such as owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise TQFormatError("UNSUPPORTED.LIBRARY", name, "expected: pip install huggingface_hub") from None
+    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in ".~" and not path.parent.exists()
+    require(ok, "BIND.MISSING_FILE", name, "a directory or a Hub id such as owner/name, and this is neither")
     with translated(name, "BIND.MISSING_FILE"):
+        from huggingface_hub import HfApi, constants, snapshot_download
+
+        def needed(path: Path) -> list[str]:
+            roles, files = ("payload", "support", *["code"] * code), read_manifest(path).files.items()
+            return [MANIFEST, *(key for key, file in files if file.role in roles)]
+
+        commit, problem = revision, "not asked (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+        if not problem and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+            try:
+                commit = HfApi().model_info(name, revision=revision, timeout=10).sha
+            except Exception as error:
+                problem = " ".join(str(error).split())[:300] or type(error).__name__
+        with suppress(OSError):  # the cache lacks this commit
+            path = Path(snapshot_download(name, revision=commit, allow_patterns=[MANIFEST], local_files_only=True))
+            if (path / MANIFEST).exists() and all((path / key).exists() for key in needed(path)):
+                if problem and not constants.HF_HUB_OFFLINE:
+                    warnings.warn(f"{name}: commit {path.name} comes from the cache; the Hub: {problem}", stacklevel=3)
+                return path
+        require(not problem, "BIND.MISSING_FILE", name, f"such a directory, or all in the cache; the Hub: {problem}")
         path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
-        files = read_manifest(path).files.items()
-        wanted = [key for key, file in files if file.role in ("payload", "support") or (code and file.role == "code")]
-        return Path(snapshot_download(name, revision=path.name, allow_patterns=[MANIFEST, *wanted]))  # the same commit
+        return Path(snapshot_download(name, revision=path.name, allow_patterns=needed(path)))  # the same commit
 
 
 def find_device(device: Any) -> "torch.device":
@@ -832,35 +861,38 @@ def find_device(device: Any) -> "torch.device":
 
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         advice = f"expected a device that this machine and this build of torch have ({str(error).splitlines()[0]})"
         raise TQFormatError("UNSUPPORTED.DEVICE", str(device), advice) from None
 
 
 def import_transformers() -> Any:
-    try:
+    with translated("transformers", "UNSUPPORTED.LIBRARY"):
         import accelerate  # noqa: F401 (with it transformers places weights on a device)
         import transformers
-    except ImportError as error:
-        advice = "expected: pip install 'transformers>=5' accelerate"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", str(error.name), advice) from None
-    found = transformers.__version__
-    require(int(found.split(".")[0]) >= 5, "UNSUPPORTED.LIBRARY", "transformers", "version 5 or newer", found)
-    return transformers
+
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"transformers is {transformers.__version__}")
+        return transformers
 
 
 @contextmanager
 def translated(where: str, code: str = "BIND.MODEL") -> Iterator[None]:
-    """What transformers and huggingface_hub say about files that they cannot use or find, as an error of ours."""
+    """What transformers and huggingface_hub say about what they cannot use or find, as an error of ours."""
     try:
         yield
-    except TQFormatError:
-        raise
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            advice = "this is program text of the repository: read it, then load the model with trust_remote_code=True"
-            raise TQFormatError("UNSUPPORTED.REMOTE_CODE", where, advice) from None
-        raise TQFormatError(code, where, " ".join(str(error).split())[:300]) from error
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, (TQFormatError, MemoryError)) or "out of memory" in text:
+            raise
+        if isinstance(error, ImportError):
+            code, text = "UNSUPPORTED.LIBRARY", f"{LIBRARIES}: {text}"
+        elif "trust_remote_code" in str(error):
+            code = "UNSUPPORTED.REMOTE_CODE"
+            text = "this is program text of the repository: read it, then load the model with trust_remote_code=True"
+        elif "keyword argument" in text:  # an option that nobody knows, or that is the loader's
+            code = "SCHEMA.UNKNOWN_FIELD"
+        raise TQFormatError(code, where, text) from error
 
 
 class LazyWeight:
@@ -876,59 +908,53 @@ class LazyWeight:
     def to(self, device: Any = None, dtype: "Dtype" = None) -> "Tensor":
         import torch
 
-        if torch.device(device or "cpu").type == "meta":
-            return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-        return self.repo.dequantize(self.name, device or "cpu", dtype)
+        if str(device) == "meta":
+            return torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
+        return self.repo.dequantize(self.name, "cpu" if device is None else device, dtype)  # 0 is a GPU
 
 
-def build_model(repo: Repo, device: "torch.device", dtype: "Dtype", trust_remote_code: bool) -> Any:
+def build_model(repo: Repo, device_map: Any, dtype: Any, trust_remote_code: bool, options: Extra) -> Any:
     """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
     import torch
 
     transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
-    with translated("config.json"):
-        config = transformers.AutoConfig.from_pretrained(repo.path, local_files_only=True, **trust)
+    with translated(" with ".join(["config.json", *options])):  # an option may be a key of the configuration
+        options = {**options, "local_files_only": True, "return_unused_kwargs": True, **trust}
+        config, options = transformers.AutoConfig.from_pretrained(repo.path, **options)
         with torch.device("meta"):
             model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
-    if dtype is None:
-        largest = max(
-            ((math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS), default=(0, "F32")
-        )[1]
-        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
+    if dtype in (None, "auto"):
+        floats = [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS]
+        largest = torch_dtype(max(floats, default=(0, "F32"))[1])
+        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or largest
 
-    def place(where: Any, names: list[str]) -> Any:
-        state = {name: LazyWeight(repo, name) for name in names}
-        options = {
-            "dtype": dtype,
-            "device_map": {"": where},
-            "ignore_mismatched_sizes": True,
-            "output_loading_info": True,
-        }
-        return model_class.from_pretrained(None, config=config, state_dict=state, **options)
+    def place(device_map: Any, names: list[str]) -> Any:
+        fixed = {"config": config, "state_dict": {name: LazyWeight(repo, name) for name in names}}
+        fixed |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        with translated(" with ".join([model_class.__name__, *options])):
+            return model_class.from_pretrained(None, dtype=dtype, device_map=device_map, **fixed, **options)
 
     logging, names = transformers.utils.logging, repo.names()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:  # first on the meta device, which allocates nothing: does every weight find its place? [TQ-SEC-4]
-        with translated(model_class.__name__):
-            _, info = place("meta", names)
-        needed = [alias for alias in m.tied_weights if alias in info["missing_keys"]]  # [TQ-TIE-2]
-        if needed:
+        _, info = place({"": "meta"}, names)
+        if needed := [alias for alias in m.tied_weights if alias in info["missing_keys"]]:  # [TQ-TIE-2]
             names += needed
-            _, info = place("meta", names)
+            _, info = place({"": "meta"}, names)
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             found = ", ".join(sorted(map(str, info[key])))
             require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
         if bars:
             logging.enable_progress_bar()
-        model, _ = place(device, names)
+        model, _ = place(device_map, names)
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    require(not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
-    if "generation_config.json" in m.files:
+    require(offloaded or not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
+    if "generation_config.json" in m.files and "generation_config" not in options:
         model.generation_config = transformers.GenerationConfig.from_pretrained(repo.path, local_files_only=True)
-    model.config.name_or_path = str(repo.path)
     return model.eval()

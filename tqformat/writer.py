@@ -1,27 +1,19 @@
 """Write tqformat 1.0 repositories: pack codes, stream tensors into safetensors shards, and publish all or nothing.
 
-A third-party quantizer needs only RepoWriter:
-
-    with RepoWriter("out", base_model={"id": "org/model"}, loader_kind="text-generation",
-                    quantization={"method": "mine", "bits": 2}, generator="mine 0.1") as writer:
-        writer.add_transform("h", "hadamard", 1024, factors=[1024], signs=hex_signs)
-        writer.add_codebook("c", levels)                                     # [entries] or [entries, p]
-        writer.add_quantized("a.weight", [4096, 1024], "BF16", [
-            {"bits": 2, "codebook": "c", "transform": "h", "codes": pack(symbols, 2), "scales": scales}])
-        writer.add_passthrough("norm.weight", norm)
-        writer.add_file("base/config.json", "support")
-        writer.finish()
+A third-party quantizer needs only RepoWriter, whose docstring is a complete example, and pack.
 """
 
 import ctypes
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +28,11 @@ except ImportError:  # not on Windows
 from .load_quantized import (
     DTYPES,
     FEATURES,
-    LOADER_KINDS,
     MANIFEST,
     Codebook,
     FileName,
     Manifest,
+    Name,
     TQFormatError,
     Transform,
     Weight,
@@ -49,6 +41,7 @@ from .load_quantized import (
     check_weight,
     open_repo,
     parse_json,
+    require,
     stored_tensors,
     torch_dtype,
     typed,
@@ -65,7 +58,10 @@ def pack(symbols: torch.Tensor, bits: int, window: int | None = None) -> torch.T
 
     With window > bits the symbols must overlap as the trellis demands; ValueError otherwise, and for symbols out of range.
     """
-    window, (tiles, n) = window or bits, symbols.shape
+    symbols, window = _tensor(symbols, "symbols"), window or bits
+    if symbols.dim() != 2 or symbols.is_floating_point():
+        raise ValueError(f"symbols: expected integers [tiles, n], got {symbols.dtype} {list(symbols.shape)}")
+    tiles, n = symbols.shape
     if symbols.numel() and not 0 <= int(symbols.min()) <= int(symbols.max()) < 1 << window:
         raise ValueError(f"expected symbols from 0 to {(1 << window) - 1}")
     groups = -(-n // 8)  # eight symbols take `bits` whole bytes
@@ -82,8 +78,49 @@ def pack(symbols: torch.Tensor, bits: int, window: int | None = None) -> torch.T
     return codes
 
 
-def _tensor(data: Data) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(data)) if isinstance(data, np.ndarray) else data.detach()
+def _tensor(data: Data, where: str = "data") -> torch.Tensor:
+    """`data` as a tensor of a dtype that the format knows; SCHEMA.TYPE for anything else."""
+    tensor: Any = data
+    if isinstance(data, np.ndarray):
+        with suppress(TypeError, ValueError):  # torch has no such dtype
+            tensor = torch.from_numpy(np.asarray(data, order="C"))
+    ok = isinstance(tensor, torch.Tensor) and tensor.dtype in DTYPE_NAMES
+    found = f"{type(data).__name__} {getattr(data, 'dtype', '')}"
+    require(ok, "SCHEMA.TYPE", where, "a tensor or array of a known dtype", found)
+    return tensor.detach()  # type: ignore[no-any-return]
+
+
+def _pieces(data: Data | Iterable[Data], where: str) -> Iterable[Data]:
+    """The chunks that `data` consists of; a tensor or array is one."""
+    if isinstance(data, (torch.Tensor, np.ndarray)):
+        return [data]
+    ok = isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict))
+    require(ok, "SCHEMA.TYPE", where, "a tensor, an array or an iterable of them", type(data).__name__)
+    return data
+
+
+def _dims(shape: Iterable[int], where: str) -> list[int]:
+    try:
+        return [operator.index(n) for n in shape]
+    except TypeError:
+        raise TQFormatError("SCHEMA.TYPE", where, f"expected a list of integers, got {shape!r}") from None
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TQFormatError("SCHEMA.TYPE", where, f"expected what JSON can say ({error})") from None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the system that names no file, as that of a full disk, is about `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -108,7 +145,7 @@ def write_safetensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
+    with _naming(path), open(path, "wb") as file:
 
         def put(block: memoryview | bytes) -> int:
             digest.update(block)
@@ -225,6 +262,30 @@ def _sync_directory(path: Path) -> None:
 class RepoWriter:
     """Builds a repository beside `path` and renames it into place in finish(); a crash leaves the old state or the new one.
 
+    A complete quantizer: 16 even levels, one scale per row, no rotation.
+
+        import torch
+        from tqformat import RepoWriter, embed, pack
+
+        weights = {"model.embed_tokens.weight": torch.randn(64, 32), "model.norm.weight": torch.ones(32)}
+        head = {"base_model": {"id": "org/model"}, "quantization": {"method": "even levels", "bits": 4}}
+        with RepoWriter("my-model-4bit", loader_kind="text-generation", generator="mine 0.1", **head) as writer:
+            writer.add_transform("none", "identity", 1)
+            writer.add_codebook("even", torch.linspace(-1, 1, 16))                    # [entries], or [entries, p]
+            for name, weight in weights.items():
+                if weight.dim() == 1:
+                    writer.add_passthrough(name, weight)
+                    continue
+                scales = weight.abs().amax(1, keepdim=True)                           # [rows, 1]
+                symbols = ((weight / scales + 1) * 7.5).round().int()                 # [rows, cols], from 0 to 15
+                stage = {"bits": 4, "codebook": "even", "transform": "none", "codes": pack(symbols, 4), "scales": scales}
+                writer.add_quantized(name, weight.shape, "BF16", [stage])
+            writer.add_file(b'{"model_type": "llama"}', "support", "config.json")     # or the path of a file
+            writer.add_file(embed.stamped_loader(), "code", "load_quantized.py")
+            writer.finish()
+
+    Leaving the `with` block without finish() is an error. Wrong arguments raise TQFormatError or another ValueError.
+
     Tensors go to a spool in `.<name>.partial` as they are added. With a `resume_key`, a text that identifies the job, a
     later writer with the same key finds them there again: `done` names the weights that need not be added once more.
     Tables and files are simply added again. The result does not depend on the order of the calls.
@@ -246,11 +307,10 @@ class RepoWriter:
         resume_key: str | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
+        require(isinstance(path, (str, os.PathLike)), "SCHEMA.TYPE", "path", "a path", repr(path))
         self.path = Path(os.path.realpath(path))
         if self.path.exists() and not overwrite:
             raise FileExistsError(f"{self.path} exists; choose another place, or overwrite it explicitly")
-        if loader_kind not in LOADER_KINDS:
-            raise ValueError(f"loader_kind: expected one of {', '.join(LOADER_KINDS)}, got {loader_kind!r}")
         self._head = {
             "format": "tqformat",
             "format_version": FORMAT_VERSION,
@@ -261,6 +321,15 @@ class RepoWriter:
             "pipeline_tag": pipeline_tag or loader_kind,
             "quantization": quantization,
         }
+        self._manifest()  # the types
+        _json([self._head, typed(dict[str, Any] | None, extra, "extra")], "base_model, quantization, extra")
+        for key, needed in (("base_model", ("id",)), ("quantization", ("method", "bits"))):
+            for name in needed:
+                ok = self._head[key].get(name) is not None  # type: ignore[attr-defined]
+                require(ok, "SCHEMA.MISSING_FIELD", f"{key}.{name}", "this key to be given")
+        ok = type(max_shard_bytes) is int and max_shard_bytes > 0
+        require(ok, "SCHEMA.VALUE", "max_shard_bytes", "a number of bytes", repr(max_shard_bytes))
+        typed(str | None, resume_key, "resume_key")
         self._extra, self._max_shard_bytes, self._overwrite, self._resumable = (
             extra,
             max_shard_bytes,
@@ -273,6 +342,7 @@ class RepoWriter:
         self._parts: dict[str, list[Any]] = {}  # storage name -> [dtype, shape, offset in the spool]
         self._tied: dict[str, str] = {}
         self._sources: dict[str, tuple[str, Path | bytes]] = {}
+        self._finished = False
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._lock()
         self._open_spool(json.dumps({"tqformat": FORMAT_VERSION, "key": resume_key}))
@@ -330,16 +400,24 @@ class RepoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close()
-        if not self._resumable:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        self._unlock()
+        try:
+            self._close()
+        except OSError:
+            if kind is None:  # otherwise the first error tells more, such as a full disk
+                raise
+        finally:
+            if not self._resumable:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            self._unlock()
+        if kind is None and not self._finished:
+            kept = f"what was added stays in {self._partial} for a writer with the same resume_key"
+            kept = kept if self._resumable else "nothing was kept"
+            raise RuntimeError(f"{self.path} was not written, {kept}: call finish() at the end of the with block")
 
     def _close(self) -> None:
         if not self._spool.closed:
-            self.commit()
-            self._spool.close()
-            self._journal.close()
+            with self._spool, self._journal:
+                self.commit()
 
     def _add(
         self, table: str, id: str, entry: dict[str, Any], parts: dict[str, tuple[str, tuple[int, ...], Iterable[Data]]]
@@ -348,7 +426,7 @@ class RepoWriter:
         if id in self._tables[table]:
             if table == "tensors":
                 raise ValueError(f"the weight {id!r} was added before; `done` names those that a resumed writer has")
-            data = b"".join(raw_bytes(_tensor(chunk)) for _, _, chunks in parts.values() for chunk in chunks)
+            data = b"".join(raw_bytes(_tensor(chunk, id)) for _, _, chunks in parts.values() for chunk in chunks)
             if self._tables[table][id] != entry or self._digests[table, id] != hashlib.sha256(data).hexdigest():
                 raise ValueError(f"{table}[{id!r}] was added before with another content")
             return
@@ -360,56 +438,86 @@ class RepoWriter:
                 raise ValueError(f"the storage name {name!r} is taken")
             record["parts"][name] = [dtype, list(shape), self._end]
             for chunk in chunks:
-                if DTYPE_NAMES[_tensor(chunk).dtype] not in (dtype, "U8"):
-                    raise ValueError(f"{name}: expected {dtype} data, got {_tensor(chunk).dtype}")
-                if name in nonnegative and not bool((_tensor(chunk).isfinite() & (_tensor(chunk) >= 0)).all()):
+                tensor = _tensor(chunk, name)
+                if DTYPE_NAMES[tensor.dtype] not in (dtype, "U8"):
+                    raise ValueError(f"{name}: expected {dtype} data, got {tensor.dtype}")
+                if name in nonnegative and not bool((tensor.isfinite() & (tensor >= 0)).all()):
                     raise ValueError(f"{name}: scales must be finite and not negative [TQ-NUM-1]")
                 if table != "tensors":
-                    digest.update(raw_bytes(_tensor(chunk)))
-                self._end += self._spool.write(raw_bytes(_tensor(chunk)))
+                    digest.update(raw_bytes(tensor))
+                with _naming(self._partial):
+                    self._end += self._spool.write(raw_bytes(tensor))
             wanted = math.prod(shape) * DTYPES[dtype]
             if self._end - record["parts"][name][2] != wanted:
                 self._end, found = start, self._end - record["parts"][name][2]
                 self._spool.truncate(start)
                 raise ValueError(f"{name}: expected {wanted} bytes for {dtype} {list(shape)}, got {found}")
         record |= {"end": self._end, "sha256": digest.hexdigest()}
+        line = _json(record, f"{table}[{id!r}]") + "\n"
         self._tables[table][id], self._digests[table, id] = entry, record["sha256"]
         self._parts |= record["parts"]
-        self._pending.append(json.dumps(record, ensure_ascii=False) + "\n")
+        self._pending.append(line)
         if time.monotonic() - self._committed > self.COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
         """Makes what was added so far survive a crash: the data first, then the journal that speaks of it."""
-        self._spool.flush()
-        os.fsync(self._spool.fileno())
-        self._journal.write("".join(self._pending).encode())
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with _naming(self._partial):
+            self._spool.flush()
+            os.fsync(self._spool.fileno())
+            self._journal.write("".join(self._pending).encode())
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
         self._pending, self._committed = [], time.monotonic()
 
     def add_transform(self, id: str, kind: str, size: int, **keys: Any) -> None:
         """Adds a transform [SPEC section 8]: keys factors, signs, seed, or matrix, or pairs and angles (as tensors), extra."""
+        where = f"transforms[{id!r}]"
+        typed(Name, id, where)
         entry: dict[str, Any] = {"kind": kind, "size": size}
         parts: dict[str, Any] = {}
         for key, value in keys.items():
             if key in ("matrix", "pairs", "angles") and value is not None:
-                data = _tensor(value)
+                data = _tensor(value, f"{where}.{key}")
                 entry[key] = f"{id}.{key}"
                 parts[entry[key]] = (DTYPE_NAMES[data.dtype], tuple(data.shape), [data])
             elif value is not None:
                 entry[key] = value
-        check_transform(typed(Transform, entry, f"transforms[{id!r}]"), f"transforms[{id!r}]")
+        check_transform(typed(Transform, entry, where), where)
+        for name, dtypes, shape, at in stored_tensors(self._manifest(transforms={id: entry})):
+            found, dims, _ = parts[name]
+            ok = (
+                found in dtypes
+                and len(dims) == len(shape)
+                and all(n in (-1, d) for n, d in zip(shape, dims, strict=True))
+            )
+            require(ok, "BIND.TENSOR", at, f"{' or '.join(dtypes)} {list(shape)}", f"{found} {list(dims)}")
         self._add("transforms", id, entry, parts)
 
     def add_codebook(
-        self, id: str, values: Data | list[float], *, origin: dict[str, Any] | None = None, stored: bool | None = None
+        self,
+        id: str,
+        values: Data | Sequence[float],
+        *,
+        origin: dict[str, Any] | None = None,
+        stored: bool | None = None,
     ) -> None:
         """Adds a codebook, [entries], [entries, p] or, one per row, [rows, entries, p]; F16 or F32 if stored, else inline.
 
         `stored` defaults to what the format requires: large codebooks and codebooks per row go to the payload.
         """
-        levels = _tensor(values) if not isinstance(values, list) else torch.tensor(values, dtype=torch.float64)
+        where = f"codebooks[{id!r}]"
+        typed(Name, id, where)
+        try:
+            numbers = torch.tensor(values, dtype=torch.float64) if isinstance(values, (list, tuple)) else values
+        except (TypeError, ValueError):
+            raise TQFormatError("SCHEMA.TYPE", f"{where}.values", "expected numbers, as many in each row") from None
+        levels = _tensor(numbers, f"{where}.values")  # type: ignore[arg-type]
+        ok = 1 <= levels.dim() <= 3
+        require(
+            ok, "SCHEMA.VALUE", f"{where}.values", "[entries], [entries, p] or [rows, entries, p]", list(levels.shape)
+        )
+        require(bool(levels.isfinite().all()), "DATA.NON_FINITE", f"{where}.values", "finite numbers")
         levels = levels[:, None] if levels.dim() == 1 else levels
         entry: dict[str, Any] = {"entries": levels.shape[-2], "dimension": levels.shape[-1]}
         parts: dict[str, Any] = {}
@@ -422,7 +530,7 @@ class RepoWriter:
         else:
             entry["values"] = levels.float().double().flatten().tolist()
         entry |= {"origin": origin} if origin else {}
-        check_codebook(typed(Codebook, entry, f"codebooks[{id!r}]"), f"codebooks[{id!r}]")
+        check_codebook(typed(Codebook, entry, where), where)
         self._add("codebooks", id, entry, parts)
 
     def add_quantized(
@@ -440,36 +548,32 @@ class RepoWriter:
         dimension, and `scale_dtype` then names the dtype of the scales. All codes of a stage are taken before its scales.
         `extra` is recorded once everything has been taken, so an encoder may still fill it in while it yields chunks.
         """
-        entry: dict[str, Any] = {
-            "kind": "quantized",
-            "shape": list(shape),
-            "dtype": dtype,
-            "effective_bits": 0,
-            "stages": [],
-        }
+        where = f"tensors[{name!r}]"
+        typed(Name, name, where)
+        entry: dict[str, Any] = {"kind": "quantized", "shape": _dims(shape, f"{where}.shape"), "dtype": dtype}
+        entry |= {"effective_bits": 0, "stages": []}
+        ok = isinstance(stages, (list, tuple)) and all(isinstance(stage, dict) for stage in stages)
+        require(ok, "SCHEMA.TYPE", f"{where}.stages", "a list of dictionaries", repr(stages))
         data: dict[str, tuple[str, Iterable[Data]]] = {}
         for i, stage in enumerate(stages):
             suffix = f".{i}" if len(stages) > 1 else ""
             record = {k: v for k, v in stage.items() if k not in ("codes", "scales", "scale_dtype") and v is not None}
             for key in ("codes", "scales"):
-                chunks = [stage[key]] if isinstance(stage[key], (torch.Tensor, np.ndarray)) else stage[key]
-                first = (
-                    DTYPE_NAMES[_tensor(chunks[0]).dtype]
-                    if isinstance(chunks, list) and chunks
-                    else stage.get("scale_dtype")
-                )
+                at = f"{where}.stages[{i}].{key}"
+                require(stage.get(key) is not None, "SCHEMA.MISSING_FIELD", at, "this key to be given")
+                chunks = _pieces(stage[key], at)
+                first = chunks[0] if isinstance(chunks, list) and chunks else None
+                found = stage.get("scale_dtype") if first is None else DTYPE_NAMES[_tensor(first, at).dtype]
                 record[key] = f"{name}.{key}{suffix}"
-                data[record[key]] = ("U8" if key == "codes" else str(first), chunks)
+                data[record[key]] = ("U8" if key == "codes" else str(found), chunks)
             entry["stages"].append(record)
-            book = self._tables["codebooks"].get(record["codebook"], {"dimension": 1})
-            bits = record["bits"] / book["dimension"]
-            entry["effective_bits"] += int(bits) if bits == int(bits) else bits
         if column_scale is not None:
             entry["column_scale"] = f"{name}.column_scale"
-            data[entry["column_scale"]] = (DTYPE_NAMES[_tensor(column_scale).dtype], [column_scale])
+            found = DTYPE_NAMES[_tensor(column_scale, f"{where}.column_scale").dtype]
+            data[entry["column_scale"]] = (found, [column_scale])
         if extra:
             entry["extra"] = extra
-        weight = typed(Weight, entry, f"tensors[{name!r}]")
+        weight = typed(Weight, entry, where)
         named = {
             table: {
                 stage[key]: self._tables[table][stage[key]]
@@ -478,16 +582,17 @@ class RepoWriter:
             }
             for table, key in (("transforms", "transform"), ("codebooks", "codebook"))
         }
-        check_weight(weight, f"tensors[{name!r}]", self._manifest(**named))
+        check_weight(weight, where, self._manifest(**named))
+        bits = sum(stage["bits"] / named["codebooks"][stage["codebook"]]["dimension"] for stage in entry["stages"])
+        entry["effective_bits"] = int(bits) if bits == int(bits) else bits
         parts: dict[str, Any] = {}
-        for key, dtypes, part_shape, where in stored_tensors(
+        for key, dtypes, part_shape, at in stored_tensors(
             self._manifest(codebooks=named["codebooks"], tensors={name: entry})
         ):
             if key not in data:
                 continue
             found, chunks = data[key]
-            if found not in dtypes:
-                raise ValueError(f"{where}: expected {' or '.join(dtypes)}, got {found}")
+            require(found in dtypes, "BIND.TENSOR", at, f"{' or '.join(dtypes)} (scale_dtype says which)", found)
             parts[key] = (found, part_shape, chunks)
         self._add("tensors", name, entry, parts)
 
@@ -495,30 +600,45 @@ class RepoWriter:
         self, name: str, data: Data | Iterable[Data], *, shape: Iterable[int] | None = None, dtype: str | None = None
     ) -> None:
         """Adds a tensor as it is; an iterable of chunks (of the dtype, or raw uint8) needs `shape` and `dtype`."""
-        chunks: Iterable[Data]
+        where = f"tensors[{name!r}]"
+        typed(Name, name, where)
+        chunks = _pieces(data, f"{where}.data")
         if isinstance(data, (torch.Tensor, np.ndarray)):
-            tensor = _tensor(data)
-            shape, dtype, chunks = shape or tensor.shape, dtype or DTYPE_NAMES[tensor.dtype], [tensor]
-        else:
-            chunks = data
+            tensor = _tensor(data, f"{where}.data")
+            shape = tensor.shape if shape is None else shape
+            dtype, chunks = dtype or DTYPE_NAMES[tensor.dtype], [tensor]
         if shape is None or dtype is None:
-            raise ValueError(f"{name}: shape and dtype are needed with chunks")
-        dims = tuple(shape)
-        entry = {"kind": "passthrough", "shape": list(dims), "dtype": dtype, "data": name}
-        self._add("tensors", name, entry, {name: (dtype, dims, chunks)})
+            raise ValueError(f"{where}: shape and dtype are needed with chunks")
+        entry: dict[str, Any] = {
+            "kind": "passthrough",
+            "shape": _dims(shape, f"{where}.shape"),
+            "dtype": dtype,
+            "data": name,
+        }
+        check_weight(typed(Weight, entry, where), where, self._manifest())
+        self._add("tensors", name, entry, {name: (dtype, tuple(entry["shape"]), chunks)})
 
     def tie(self, alias: str, source: str) -> None:
         """Records that the weight `alias` is the weight `source` [TQ-TIE-1]."""
+        for name in (alias, source):
+            typed(Name, name, f"tied_weights[{name!r}]")
         self._tied[alias] = source
 
     def add_file(self, source: str | os.PathLike[str] | bytes, role: str, name: str | None = None) -> None:
         """Adds a file, role support, code or document [TQ-REPO-3]; `name` defaults to the source's."""
-        name = name or Path(os.fsdecode(source) if not isinstance(source, bytes) else "").name
+        path = None if isinstance(source, bytes) else source
+        ok = path is None or isinstance(path, (str, os.PathLike))
+        require(ok, "SCHEMA.TYPE", "source", "bytes, or the path of a file", repr(source))
+        name = Path(path or "").name if name is None else name
         typed(FileName, name, f"files[{name!r}]")
+        roles = ("support", "code", "document")
+        require(role in roles, "SCHEMA.VALUE", f"files[{name!r}].role", f"one of {', '.join(roles)}", repr(role))
+        ok = path is None or Path(path).is_file()
+        require(ok, "BIND.MISSING_FILE", f"files[{name!r}]", "the path of a file", path)
         for other in self._sources:
             if other != name and other.lower() == name.lower():
                 raise TQFormatError("PATH.COLLISION", f"files[{name!r}]", f"differs from {other!r} in case alone")
-        self._sources[name] = (role, source if isinstance(source, bytes) else Path(source))
+        self._sources[name] = (role, source if path is None else Path(path))  # type: ignore[assignment]
 
     def _manifest(self, **tables: dict[str, Any]) -> Manifest:
         empty: dict[str, dict[str, Any]] = {
@@ -545,6 +665,8 @@ class RepoWriter:
         What a reader may leave to validators ([TQ-ERR-3]: provenance, signs and their seed, levels and their origin) is
         the caller's word; `python -m conformance check` judges it.
         """
+        if self._finished:
+            raise RuntimeError(f"{self.path}: finish() was called before")
         self._close()
         built = self._partial / "release"
         shutil.rmtree(built, ignore_errors=True)
@@ -576,13 +698,14 @@ class RepoWriter:
         _write_synced(built / MANIFEST, manifest_text(manifest).encode())
         open_repo(built, verify=False).close()
         publish(built, self.path, self._overwrite)
+        self._finished = True
         shutil.rmtree(self._partial)
         self._unlock()
         return self.path
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with _naming(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -595,12 +718,21 @@ def add_files(repo: str | os.PathLike[str], sources: dict[str, tuple[str, bytes]
     Manifest.from_dict(manifest)
     for name, (role, content) in sources.items():
         manifest["files"][name] = {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    replace_files(path, manifest, {name: content for name, (_, content) in sources.items()})
+
+
+def replace_files(path: Path, manifest: dict[str, Any], contents: dict[str, bytes]) -> None:
+    """Puts files and a manifest into a finished repository: all are written beside it first, the manifest comes last."""
     Manifest.from_dict(manifest)
-    for name, (_, content) in sources.items():
-        _write_synced(path / f".{name}.new", content)
-    _write_synced(path / f".{MANIFEST}.new", manifest_text(manifest).encode())
-    for name in (*sources, MANIFEST):
-        os.replace(path / f".{name}.new", path / name)
+    new = {**contents, MANIFEST: manifest_text(manifest).encode()}
+    try:
+        for name, content in new.items():
+            _write_synced(path / f".{name}.new", content)
+        for name in new:
+            os.replace(path / f".{name}.new", path / name)
+    finally:
+        for name in new:
+            (path / f".{name}.new").unlink(missing_ok=True)
     _sync_directory(path)
 
 

@@ -1,18 +1,23 @@
 """The command line: what it prints, its exit codes, and one line instead of a traceback."""
 
+import errno
+import importlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import edit_manifest, run_python
+from conftest import ROOT, edit_manifest, run_python
 from safetensors.torch import load_file
 
 from tqformat import add_files, load_state_dict
 from tqformat.__main__ import main, size_text, table_text
 from tqformat.embed import LOADER, stamped_loader
+from tqformat.support import role_of
 
 PAYLOAD = "turboquant_weights.safetensors"
 
@@ -181,9 +186,122 @@ def test_embed(settings_repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert done.stdout.encode() == stamped_loader()
 
 
+# ------------------------------------------------------------------------------------------------ update
+
+
+@pytest.fixture
+def edited(settings_repo: Path) -> Path:
+    """A repository with a file edited (its size as it was), one removed and three added."""
+    files = {"config.json": ("support", b'{"a": 1}'), "LICENSE": ("document", b"x"), "vocab.json": ("support", b"{}")}
+    add_files(settings_repo, {**files, LOADER: ("code", stamped_loader()), "eval_summary.json": ("document", b"{ }")})
+    edit_manifest(settings_repo, lambda m: m["files"]["config.json"].update(extra={"note": "kept"}))
+    (settings_repo / "config.json").write_bytes(b'{"a": 2}')
+    (settings_repo / "vocab.json").unlink()
+    (settings_repo / "notes.txt").write_bytes(b"notes")
+    (settings_repo / "tokenizer_config.json").write_bytes(b"{}")
+    (settings_repo / "modeling.py").write_bytes(b"1")
+    (settings_repo / "README.md").write_bytes(b"not listed")
+    return settings_repo
+
+
+CHANGES = [
+    "changed config.json (support), 8 bytes",
+    "dropped vocab.json (support): it is gone",
+    "added modeling.py (code), 1 bytes: read it before you trust it",
+    "added notes.txt (document), 5 bytes",
+    "added tokenizer_config.json (support), 2 bytes",
+]
+
+
+def test_update(edited: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = edited / "quant_manifest.json"
+    before = {path.name: path.read_bytes() for path in edited.iterdir()}
+    assert main(["verify", str(edited)]) == 1
+    assert f"python -m tqformat update {edited}\n" in capsys.readouterr().err  # the way here
+    assert main(["update", str(edited), "--dry-run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert sorted(out[:-1]) == sorted(CHANGES) and "--dry-run" in out[-1]
+    assert {path.name: path.read_bytes() for path in edited.iterdir()} == before
+
+    assert main(["update", str(edited), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sorted(report.pop("changes")) == sorted(CHANGES) and report == {"repo": str(edited), "written": True}
+    after = {path.name: path.read_bytes() for path in edited.iterdir()}
+    assert before.pop(manifest.name) != after.pop(manifest.name) and before == after
+    files = json.loads(manifest.read_text())["files"]
+    assert files["config.json"]["extra"] == {"note": "kept"} and "README.md" not in files
+    assert {name: files[name]["role"] for name in ("notes.txt", "modeling.py", "tokenizer_config.json")} == {
+        "notes.txt": "document", "modeling.py": "code", "tokenizer_config.json": "support",
+    }  # fmt: skip
+    assert main(["verify", str(edited)]) == 0
+    stamp = manifest.stat().st_mtime_ns
+    assert main(["update", str(edited)]) == 0 and "fits already" in capsys.readouterr().out
+    assert manifest.stat().st_mtime_ns == stamp  # nothing to do, nothing written
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("payload", "BIND.DIGEST"), ("no payload", "BIND.MISSING_FILE"), ("loader", "BIND.LOADER"), ("weights", "BIND.EXTRA_FILE"),
+        ("folder", "PATH.TYPE"), ("name", "PATH.NAME"), ("case", "PATH.COLLISION"), ("no repository", "BIND.MISSING_FILE"),
+    ],
+)  # fmt: skip
+def test_update_refuses(edited: Path, kind: str, code: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if kind == "payload":
+        data = bytearray((edited / PAYLOAD).read_bytes())
+        data[-1] ^= 1
+        (edited / PAYLOAD).write_bytes(data)
+    elif kind == "no payload":
+        (edited / PAYLOAD).unlink()
+    elif kind == "loader":
+        (edited / LOADER).write_bytes(b"import evil\n" + (edited / LOADER).read_bytes())
+    elif kind == "weights":
+        (edited / "model.safetensors").write_bytes(b"x")
+    elif kind == "folder":
+        (edited / "originals").mkdir()
+    elif kind == "name":
+        (edited / "my notes.txt").touch()
+    elif kind == "case":
+        (edited / "license").touch()
+    before = (edited / "quant_manifest.json").read_bytes()
+    assert main(["update", str(edited / "nowhere" if kind == "no repository" else edited)]) == 1
+    out, err = capfd.readouterr()
+    assert err.startswith(f"error [{code}]") and one_line(err) and out == "" and "(?" not in err
+    assert (edited / "quant_manifest.json").read_bytes() == before
+    if kind == "loader":  # the remedy works
+        assert f"python -m tqformat embed {edited}" in err
+        assert main(["embed", str(edited)]) == main(["update", str(edited)]) == main(["verify", str(edited)]) == 0
+
+
+def test_update_is_all_or_nothing(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in edited.iterdir()}
+
+    def full(path: object, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            assert main(["update", str(edited)]) == 1
+        assert {path.name: path.read_bytes() for path in edited.iterdir()} == before
+
+
+def test_files_by_their_names() -> None:
+    names = {
+        "support": ["config.json", "Tokenizer.json", "chat_template.jinja", "spiece.model", "preprocessor_config.json"],
+        "document": ["LICENSE", "Notice.txt", "USE_POLICY.md"],
+        "code": ["modeling_x.py", LOADER],
+        "weights": ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.gguf"],
+        None: ["notes.txt", "figure.svg", "requirements.txt", "eval_summary.json"],
+    }
+    assert {name: role_of(name) for group in names.values() for name in group} == {
+        name: role for role, group in names.items() for name in group
+    }
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
-COMMANDS = [["inspect"], ["verify"], ["dequantize"], ["embed"]]
+COMMANDS = [["inspect"], ["verify"], ["dequantize"], ["embed"], ["update"]]
 
 
 def arguments(command: list[str], repo: Path, tmp_path: Path) -> list[str]:
@@ -223,6 +341,55 @@ def test_an_offline_hub_is_one_line(tmp_path: Path) -> None:
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = run_python("-m", "tqformat", "inspect", "owner/name", env=env, cwd=tmp_path)
     assert done.returncode == 1 and one_line(done.stderr) and "owner/name" in done.stderr, done.stderr
+
+
+def failing(number: int) -> Any:
+    """Any call of the system, as it fails with this error."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("command", [["dequantize"], ["embed"]])
+def test_a_target_that_cannot_be_written(
+    settings_repo: Path, tmp_path: Path, command: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Full or read-only (for root, too): the place and the reason, and nothing is left."""
+    there = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "fsync", failing(number))
+    for json_output in (False, True):
+        assert main([*arguments(command, settings_repo, tmp_path), *["--json"] * json_output]) == 1
+        out, err = capfd.readouterr()
+        if json_output:
+            report = json.loads(out)
+            assert (report["ok"], report["message"]) == (False, os.strerror(number)) and str(tmp_path) in report[
+                "where"
+            ]
+        else:
+            assert one_line(err) and os.strerror(number) in err and f"error {tmp_path}" in err and "INTERNAL" not in err
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.parametrize("options", ["", "--all --json"])
+def test_an_output_that_is_full(settings_repo: Path, tmp_path: Path, options: str) -> None:
+    """The limit of a file's size stands for a full disk."""
+    command = f"ulimit -f 0; '{sys.executable}' -m tqformat inspect {options} '{settings_repo}' > '{tmp_path / 'out'}'"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and (tmp_path / "out").read_bytes() == b""
+    assert done.stderr == ("" if options else f"error standard output: {os.strerror(errno.EFBIG)}\n")
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_library_that_is_not_there(settings_repo: Path, tmp_path: Path, library: str) -> None:
+    code = f"import sys, runpy; sys.modules[{library!r}] = None; runpy.run_module('tqformat', run_name='__main__', alter_sys=True)"
+    done = run_python("-c", code, "dequantize", str(settings_repo), str(tmp_path / "out"))
+    assert done.returncode == 1 and one_line(done.stderr), done.stderr
+    assert done.stderr == f"error [UNSUPPORTED.LIBRARY] needs {library}, one of the packages that tqformat depends on\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -270,6 +437,42 @@ def test_usage() -> None:
         assert caught.value.code == 2
     done = cli("--version")
     assert (done.returncode, done.stdout) == (0, "tqformat 1.0.0\n")
+
+
+def test_the_help_names_the_command_as_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a module, and as the console script, whose file may end with .exe."""
+    started = {
+        "/x/tqformat/__main__.py": "python -m tqformat",
+        "/x/bin/tqformat": "tqformat",
+        "tqformat.exe": "tqformat",
+    }
+    for argv0, name in started.items():
+        monkeypatch.setattr(sys, "argv", [argv0])
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {name} [")
+
+
+def test_the_console_scripts_are_there() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8").split("[project.scripts]\n")[1].split("\n\n")[0]
+    scripts = dict(line.replace('"', "").split(" = ") for line in text.splitlines())
+    assert scripts.keys() == {"tqformat", "tqformat-quantize", "tqformat-conformance"}
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_threads_wait_asleep(settings_repo: Path) -> None:
+    """OpenMP reads the variable when torch is imported, which is later; a choice of the user stays."""
+    code = (
+        "import os, sys, tqformat.__main__ as m; m.main(['inspect', sys.argv[1]]); "
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = run_python("-c", code, str(settings_repo), env=given)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == wanted, done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")

@@ -140,3 +140,14 @@ def test_alone_it_builds_the_model(tmp_path: Path) -> None:
         assert torch.equal(got.pop("logits"), want(torch.tensor([[1, 2, 3]])).logits)
     state = want.state_dict()
     assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
+
+
+def test_the_package_offers_it_without_torch() -> None:
+    """README's `tqformat.embed.stamped_loader()`."""
+    code = (
+        "import sys, tqformat\n"
+        "sys.stdout.buffer.write(tqformat.embed.stamped_loader())\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.encode() == stamped_loader()

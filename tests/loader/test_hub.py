@@ -140,10 +140,10 @@ def hub(published: Path) -> Iterator[Hub]:
     assert len(stand_in.requests) <= LIMIT
 
 
-def ask(hub: Hub, tmp_path: Path, code: str, online: bool = True) -> tuple[int, str, str]:
-    """Runs code in a process whose Hub is the stand-in; exit code, output and errors."""
+def ask(hub: Hub, tmp_path: Path, code: str, online: bool = True, url: str = "") -> tuple[int, str, str]:
+    """Runs code in a process whose Hub is the stand-in (or `url`); exit code, output and errors."""
     env = {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0" if online else "1", "NO_PROXY": "*",
+        "HF_ENDPOINT": url or hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0" if online else "1", "NO_PROXY": "*",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": "",
     }  # fmt: skip
     done = run_python("-c", "import tqformat\n" + code, env=env, cwd=tmp_path)
@@ -154,7 +154,8 @@ LOAD = """
 import torch
 model = tqformat.load("owner/name")
 torch.save(dict(model.state_dict()), "out.pt")
-print(model.config.name_or_path)
+assert model.name_or_path == model.config.name_or_path == "owner/name"
+print(tqformat.fetch("owner/name"))
 """
 
 
@@ -167,11 +168,56 @@ def test_load_asks_for_what_it_needs_and_no_more(hub: Hub, published: Path, tmp_
     got, want = torch.load(tmp_path / "out.pt", weights_only=True), load(published).state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
-    for online in (True, False):  # from the cache, also without a Hub
+    # from the cache: one question, none if told to be offline or if the revision is a commit
+    for online, revision, questions in ((True, None, 1), (False, None, 0), (True, COMMITS[0], 0)):
         count = len(hub.requests)
-        code, again, err = ask(hub, tmp_path, "print(tqformat.fetch('owner/name'))", online)
-        assert (code, again) == (0, out), err
-        assert not [path for _, path in hub.requests[count:] if online is False or "/resolve/" in path]
+        code, again, err = ask(hub, tmp_path, f"print(tqformat.fetch('owner/name', {revision!r}))", online)
+        assert (code, again, err) == (0, out, "")
+        assert len(hub.requests[count:]) == questions
+
+
+DEAD = "http://127.0.0.1:9"
+
+
+def test_without_a_network_the_cache_is_enough(hub: Hub, tmp_path: Path) -> None:
+    assert ask(hub, tmp_path, "tqformat.fetch('owner/name')")[0] == 0
+    code, _, err = ask(hub, tmp_path, LOAD, url=DEAD)
+    assert code == 0, err
+    assert "UserWarning: owner/name: commit " + COMMITS[0] in err and "comes from the cache" in err
+    assert "Retrying" not in err  # huggingface_hub waits between attempts, which it announces
+    code, _, err = ask(hub, tmp_path, f"tqformat.load('owner/name', revision={COMMITS[0]!r})", url=DEAD)
+    assert (code, "Warning" in err, "Retrying" in err) == (0, False, False), err
+
+
+def test_what_comes_from_the_cache_is_checked_too(hub: Hub, tmp_path: Path) -> None:
+    _, out, _ = ask(hub, tmp_path, "print(tqformat.fetch('owner/name'))")
+    payload = (Path(out) / "turboquant_weights.safetensors").resolve()
+    data = payload.read_bytes()
+    payload.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for url in (DEAD, hub.url):
+        code, out, err = ask(hub, tmp_path, CAUGHT % "", url=url)
+        assert code == 0 and out.startswith("BIND.DIGEST"), err
+
+
+def test_a_snapshot_in_the_cache_that_lacks_a_file(hub: Hub, tmp_path: Path) -> None:
+    """Without the Hub it is no repository; with it, the file is fetched again."""
+    _, folder, _ = ask(hub, tmp_path, "print(tqformat.fetch('owner/name'))")
+    for name in ("config.json", "quant_manifest.json"):
+        (Path(folder) / name).resolve().unlink()
+        (Path(folder) / name).unlink()
+        for options in ({"url": DEAD}, {"online": False}):
+            code, out, err = ask(hub, tmp_path, CAUGHT % "", **options)  # type: ignore[arg-type]
+            assert code == 0 and out.startswith("BIND.MISSING_FILE owner/name"), (out, err)
+        code, out, err = ask(hub, tmp_path, "print(tqformat.fetch('owner/name'))")
+        assert (code, out) == (0, folder) and (Path(folder) / name).is_file(), err
+
+
+def test_an_unknown_name_says_what_is_not_there_and_what_the_hub_said(hub: Hub, tmp_path: Path) -> None:
+    hub.commits = {}
+    code, out, err = ask(
+        hub, tmp_path, "try: tqformat.load('owner/name')\nexcept tqformat.TQFormatError as e: print(e)"
+    )
+    assert code == 0 and "expected such a directory" in out and "404" in out, (out, err)
 
 
 def test_both_downloads_are_of_one_commit(hub: Hub, published: Path, tmp_path: Path) -> None:
@@ -180,7 +226,7 @@ def test_both_downloads_are_of_one_commit(hub: Hub, published: Path, tmp_path: P
     add_files(newer, {"config.json": ("support", b'{"model_type": "bert"}')})
     hub.commits[COMMITS[1]] = newer
     hub.moves_to = COMMITS[1]
-    code, out, err = ask(hub, tmp_path, LOAD)
+    code, out, err = ask(hub, tmp_path, "print(tqformat.fetch('owner/name'))")
     assert code == 0, err
     assert Path(out).name == COMMITS[0] and hub.head == COMMITS[1]
     assert {revision for revision, _ in hub.touched()} == {COMMITS[0]}
@@ -231,7 +277,9 @@ def test_errors(hub: Hub, published: Path, tmp_path: Path, kind: str) -> None:
         assert "manifest" in out and not hub.fetched()
 
 
-@pytest.mark.parametrize("name", ["no/such/path", "name", "./missing", "/missing", "../a", "own er/name", ""])
+@pytest.mark.parametrize(
+    "name", ["no/such/path", "name", "./missing", "/missing", "../a", "own er/name", "~/name", "there/name"]
+)
 def test_what_is_neither_a_directory_nor_an_id_asks_nobody(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,5 +289,7 @@ def test_what_is_neither_a_directory_nor_an_id_asks_nobody(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
-    with pytest.raises(TQFormatError, match=r"BIND\.MISSING_FILE"):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda *_, **__: pytest.fail("the Hub was asked"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(TQFormatError, match=r"BIND\.MISSING_FILE.*and this is neither"):
         load(name)

@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_load_equals_the_plain_checkpoint(name: str, device: str, repos: Callabl
     assert_same(model, reference(name, plain))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {t.device.type for t in tensors(model).values()} == {device}
-    assert model.device.type == device and model.config.name_or_path == str(repo)
+    assert model.device.type == device
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "t5"])
@@ -167,7 +169,139 @@ def test_other_float_types_and_shards(tmp_path: Path) -> None:
     assert_same(tqformat.load(repo), transformers.AutoModelForCausalLM.from_pretrained(plain))
 
 
+def test_the_model_tells_where_it_comes_from(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT records `name_or_path` of a model's own attributes as the base model of an adapter."""
+    monkeypatch.chdir(copied.parent)
+    for given in (copied, "copy"):
+        for model in (tqformat.load(given), tqformat.load_quantized_model(given)[0]):
+            config = model.config
+            assert {vars(model)["name_or_path"], config.name_or_path, config._name_or_path} == {str(given)}
+
+
+def test_three_threads_load_at_once(repos: Callable[..., tuple[Path, Path]]) -> None:
+    repo, plain = repos("llama-tied")  # without a lock, tied weights count as missing
+    start = threading.Barrier(3)
+
+    def load(_: int) -> Any:
+        start.wait()
+        return tqformat.load(repo)
+
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(load, range(3)))
+    for model in models:
+        assert_same(model, reference("llama-tied", plain))
+
+
+# ------------------------------------------------------------------------------------------------ options of transformers
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", {"": torch.device("cpu")}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto chooses the GPU")
+def test_device_map(device_map: Any, repos: Callable[..., tuple[Path, Path]]) -> None:
+    repo, plain = repos("mixtral")
+    model = tqformat.load(repo, device_map=device_map)
+    assert_same(model, reference("mixtral", plain))
+    assert {t.device.type for t in tensors(model).values()} == {"cpu"}
+    assert tqformat.load_quantized_model(repo, device_map=device_map)[0].device.type == "cpu"
+
+
+SPLIT = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+SPLIT |= dict.fromkeys(("model.layers", "lm_head"), "disk")
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto", "max_memory": {"cpu": 25_000}}, {"device_map": SPLIT}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device map would name the GPU")
+def test_weights_on_disk(options: dict[str, Any], repos: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """What does not fit lies in offload_folder, decoded, and comes in as it is used."""
+    repo, plain = repos("llama-untied")
+    model = tqformat.load(repo, offload_folder=tmp_path / "spill", **options)
+    assert "disk" in model.hf_device_map.values() and any(p.stat().st_size for p in (tmp_path / "spill").iterdir())
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference("llama-untied", plain)(ids).logits)
+
+
+def test_each_weight_is_decoded_where_it_goes(
+    repos: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is an index, as in the maps that accelerate makes, is not mistaken for the CPU."""
+    repo, _ = repos("llama-untied")
+    asked: list[Any] = []
+    monkeypatch.setattr(Repo, "dequantize", lambda _self, _name, device, _dtype: asked.append(device))
+    places = [0, 1, "cuda:2", torch.device("cuda", 3), "cpu", None]
+    with open_repo(repo) as opened:
+        weight = load_quantized.LazyWeight(opened, "lm_head.weight")
+        for device in places:
+            weight.to(device=device)
+        assert asked == [*places[:-1], "cpu"] and weight.to("meta").is_meta and weight.to(torch.device("meta")).is_meta
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_other_options(attention: str, repos: Callable[..., tuple[Path, Path]]) -> None:
+    repo, _ = repos("llama-tied")
+    model = tqformat.load(repo, attn_implementation=attention, use_cache=False, dtype="float32")
+    assert model.config._attn_implementation == attention
+    assert model.model.layers[0].self_attn.config._attn_implementation == attention
+    assert (
+        model.config.use_cache is False and model.dtype == torch.float32
+    )  # a key of the configuration; a dtype's name
+    assert tqformat.load(repo, dtype="auto").dtype == tqformat.load(repo).dtype == torch.bfloat16
+    assert tqformat.load(repo, torch_dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"attn_implementation": "telepathy"}, "BIND.MODEL", ["attn_implementation", "telepathy"]),
+        ({"no_such_option": 1}, "SCHEMA.UNKNOWN_FIELD", ["no_such_option"]),
+        ({"state_dict": {}}, "SCHEMA.UNKNOWN_FIELD", ["state_dict"]),
+        ({"config": None}, "SCHEMA.UNKNOWN_FIELD", ["config"]),
+        ({"token": "secret"}, "SCHEMA.UNKNOWN_FIELD", ["token", "HF_TOKEN"]),
+        ({"tp_plan": "auto"}, "SCHEMA.UNKNOWN_FIELD", ["tp_plan"]),
+        ({"device_map": "auto", "device": "cpu"}, "SCHEMA.AMBIGUOUS", ["device", "not both"]),
+        ({"device_map": "somewhere"}, "BIND.MODEL", ["device_map", "somewhere"]),
+        ({"device_map": {"": "disk"}}, "BIND.MODEL", ["offload"]),
+        ({"vocab_size": 7}, "BIND.MODEL", ["mismatched"]),
+        ({"dtype": "float17"}, "BIND.MODEL", ["dtype"]),
+    ],
+)
+def test_wrong_options(
+    options: dict[str, Any], code: str, words: list[str], repos: Callable[..., tuple[Path, Path]]
+) -> None:
+    with pytest.raises(TQFormatError) as caught:
+        tqformat.load(repos("llama-tied")[0], **options)
+    assert caught.value.code == code and "secret" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 # ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_directory_that_is_no_repository(repos: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    """A plain checkpoint is named as one; of another directory it is said what was looked for."""
+    plain = repos("llama-tied")[1]
+    with pytest.raises(TQFormatError, match=r"plain checkpoint.*transformers.*reference_quantizer quantize") as caught:
+        tqformat.load(plain)
+    assert caught.value.code == "BIND.MISSING_FILE" and str(plain) in str(caught.value)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(TQFormatError, match=r"quant_manifest\.json.*notes\.txt") as caught:
+        tqformat.load(tmp_path)
+    assert "plain" not in caught.value.message
+
+
+def test_the_tokenizer_of_a_repository_without_one(copied: Path) -> None:
+    with pytest.raises(TQFormatError, match="this repository has none") as caught:
+        tqformat.load_tokenizer(copied)
+    assert caught.value.code == "BIND.MISSING_FILE" and "config.json" in caught.value.message
+
+
+@pytest.mark.parametrize("library", ["transformers", "accelerate", "huggingface_hub"])
+def test_a_library_that_is_not_there(copied: Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    where = copied if library != "huggingface_hub" else "owner/name"
+    with pytest.raises(TQFormatError, match="the extra `models` of tqformat") as caught:
+        tqformat.load(where)
+    assert caught.value.code == "UNSUPPORTED.LIBRARY" and library in caught.value.message
 
 
 @pytest.fixture
@@ -333,6 +467,8 @@ def test_a_device_that_is_not_there(copied: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
         tqformat.load(copied, device="cuda")
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.DEVICE"):
+        tqformat.load(copied, device=["cpu"])
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])

@@ -21,7 +21,7 @@ from conftest import DEVICES, edit_manifest, every_setting, new_writer, random_s
 
 from conformance import oracle
 from conformance.vectors import cases, load_case, materialise
-from tqformat import TQFormatError, load_quantized, load_state_dict, open_repo, pack, read_manifest
+from tqformat import TQFormatError, add_files, load, load_quantized, load_state_dict, open_repo, pack, read_manifest
 from tqformat.load_quantized import MANIFEST, Repo, parse_json, torch_dtype
 
 PAYLOAD = "turboquant_weights.safetensors"
@@ -627,3 +627,38 @@ def test_a_claim_of_a_huge_weight_allocates_nothing(fresh: Path) -> None:
 def test_pack_is_not_needed_to_read() -> None:
     assert not hasattr(load_quantized, "pack") and callable(pack) and issubclass(Repo, object)
     assert math.isclose(float(load_quantized.__version__[0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("config.json", b"{} ", "BIND.SIZE"),
+        ("config.json", b"[]", "BIND.DIGEST"),
+        ("notes.txt", b"", "BIND.EXTRA_FILE"),
+        ("turboquant_weights.safetensors", b"", "BIND.SIZE"),
+    ],
+)
+def test_who_changed_a_file_learns_the_remedy(settings_repo: Path, name: str, content: bytes, code: str) -> None:
+    """But weights are not to be changed."""
+    add_files(settings_repo, {"config.json": ("support", b"{}")})
+    (settings_repo / name).write_bytes(content)
+    with pytest.raises(TQFormatError) as caught:
+        load(settings_repo)
+    remedy = f"; if you changed it yourself: python -m tqformat update {settings_repo}"
+    assert caught.value.code == code and str(caught.value).endswith(remedy) is (name[0] != "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["files"].update({"a b.json": m["files"]["turboquant_weights.safetensors"]}), "1 to 128 of A-Z"),
+        (lambda m: m["files"]["turboquant_weights.safetensors"].update(sha256="x"), "64 lower-case hexadecimal digits"),
+        (lambda m: m["transforms"]["h"].update(signs="xyz"), "expected lower-case hexadecimal digits"),
+        (lambda m: m["tensors"].update({"../w": m["tensors"]["plain"]}), "no path"),
+    ],
+)
+def test_rules_for_text_are_told_in_words(settings_repo: Path, change: Any, words: str) -> None:
+    edit_manifest(settings_repo, change)
+    with pytest.raises(TQFormatError) as caught:
+        open_repo(settings_repo)
+    assert words in caught.value.message and not set("()[]{}\\") & set(caught.value.message.split(", got")[0])

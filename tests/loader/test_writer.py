@@ -1,10 +1,16 @@
 """The writer: packing, every setting, the same bytes for the same input, and a crash at any point."""
 
+import errno
+import io
 import json
 import os
+import pydoc
 import random
+import re
 import signal
+import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance import oracle
+from conformance.__main__ import main as conformance_main
 from tqformat import RepoWriter, TQFormatError, add_files, dequantize_repo, load_state_dict, open_repo, pack
 from tqformat.load_quantized import DTYPES, MANIFEST, torch_dtype, unpack
 from tqformat.writer import accounting, features_in_use, shard_names, split_shards
@@ -244,13 +251,21 @@ def apply(writer: RepoWriter, recorded: list[tuple[str, tuple[Any, ...], dict[st
         getattr(writer, name)(*args, **keys)
 
 
+@contextmanager
+def stopped(path: Path, key: str = "job") -> Iterator[RepoWriter]:
+    """The writer of a job that somebody interrupts before finish()."""
+    with suppress(KeyboardInterrupt), new_writer(path, resume_key=key) as writer:
+        yield writer
+        raise KeyboardInterrupt
+
+
 def test_resume(tmp_path: Path) -> None:
     recorded = calls(0)
     with new_writer(tmp_path / "whole") as writer:
         apply(writer, recorded)
         whole = contents(writer.finish())
 
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         assert writer.done == set()
         apply(writer, recorded[:14])
         done = writer.done
@@ -265,7 +280,7 @@ def test_resume(tmp_path: Path) -> None:
 
 
 def test_a_resumed_writer_takes_tables_again_but_no_weight_twice(tmp_path: Path) -> None:
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         apply(writer, calls(0))
     with new_writer(tmp_path / "repo", resume_key="job") as writer:
         size = (tmp_path / ".repo.partial" / "spool").stat().st_size
@@ -279,12 +294,32 @@ def test_a_resumed_writer_takes_tables_again_but_no_weight_twice(tmp_path: Path)
 
 @pytest.mark.parametrize("second", ["another job", None])
 def test_another_job_starts_anew(tmp_path: Path, second: str | None) -> None:
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         writer.add_passthrough("old", torch.ones(3))
     with new_writer(tmp_path / "repo", resume_key=second) as writer:
         assert writer.done == set()
         writer.add_passthrough("new", torch.ones(3))
         assert load_state_dict(writer.finish()).keys() == {"new"}
+
+
+def test_leaving_without_finish_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"nothing was kept: call finish\(\)"),
+        new_writer(tmp_path / "repo") as writer,
+    ):
+        writer.add_passthrough("a", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(RuntimeError, match=r"resume_key: call finish\(\)"),
+        new_writer(tmp_path / "repo", resume_key="job") as writer,
+    ):
+        writer.add_passthrough("a", torch.ones(3))
+    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        assert writer.done == {"a"}
+        writer.finish()
+        with pytest.raises(RuntimeError, match="before"):
+            writer.finish()
+    assert load_state_dict(tmp_path / "repo")["a"].tolist() == [1.0] * 3
 
 
 def test_nothing_is_left_without_a_resume_key(tmp_path: Path) -> None:
@@ -296,14 +331,14 @@ def test_nothing_is_left_without_a_resume_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 20, 40])
 def test_a_half_written_journal_line_is_ignored(tmp_path: Path, cut: int) -> None:
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         writer.add_passthrough("first", torch.arange(5.0))
         writer.add_passthrough("zweite Gewichtsmatrix \u00e4\u00f6\u00fc\U0001f600" * 3, torch.arange(7.0))
     journal = tmp_path / ".repo.partial" / "journal.jsonl"
     lines = journal.read_bytes().split(b"\n")
     journal.write_bytes(journal.read_bytes()[:-cut])
     assert len(lines) == 4
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         assert writer.done == {"first"}
         writer.add_passthrough("second", torch.arange(9.0))
     with new_writer(tmp_path / "repo", resume_key="job") as writer:
@@ -313,7 +348,7 @@ def test_a_half_written_journal_line_is_ignored(tmp_path: Path, cut: int) -> Non
 
 
 def test_a_journal_cut_anywhere_is_no_obstacle(tmp_path: Path) -> None:
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         for k in range(3):
             writer.add_passthrough(f"w\u20ac{k}", torch.full((4,), float(k)))
     journal = tmp_path / ".repo.partial" / "journal.jsonl"
@@ -322,19 +357,67 @@ def test_a_journal_cut_anywhere_is_no_obstacle(tmp_path: Path) -> None:
         (tmp_path / ".repo.partial").mkdir(exist_ok=True)
         journal.write_bytes(whole[:length])
         (tmp_path / ".repo.partial" / "spool").write_bytes(spool)
-        with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        with stopped(tmp_path / "repo") as writer:
             assert len(writer.done) == max(0, whole[:length].count(b"\n") - 1)
 
 
 def test_a_lost_spool_is_never_taken_for_zeros(tmp_path: Path) -> None:
-    with new_writer(tmp_path / "repo", resume_key="job") as writer:
+    with stopped(tmp_path / "repo") as writer:
         writer.add_passthrough("a", torch.ones(1000))
     (tmp_path / ".repo.partial" / "spool").write_bytes(b"")
     try:
-        with new_writer(tmp_path / "repo", resume_key="job") as writer:
+        with stopped(tmp_path / "repo") as writer:
             assert writer.done == set()
     except OSError as error:
         assert "start again" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ the example
+
+
+def test_the_example_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`help(tqformat.RepoWriter)` shows a quantizer that runs as it stands."""
+    text = pydoc.plain(pydoc.render_doc(RepoWriter)).replace("\n |  ", "\n")
+    blocks = [block for block in re.findall(r"(?:^ {4,}.*\n|^ *\n)+", text, re.MULTILINE) if "RepoWriter(" in block]
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(textwrap.dedent(blocks[0]), scope)
+    with open_repo("my-model-4bit") as repo:
+        assert repo.manifest.base_model == {"id": "org/model"} and "load_quantized.py" in repo.manifest.files
+        for name, weight in scope["weights"].items():
+            error = (repo.dequantize(name).float() - weight).abs() / weight.abs().amax(-1, keepdim=True)
+            assert error.max() < 1 / 15 + 2**-7, name  # half a step between the levels, and BF16's rounding
+    assert conformance_main(["check", "my-model-4bit", "--level", "L2"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------ full disks
+
+
+class FullDisk(io.BufferedWriter):
+    """A file on a disk that has room for 100 bytes more."""
+
+    room = 100
+
+    def write(self, data: Any) -> int:
+        self.room -= memoryview(data).nbytes
+        self.flush()
+        return super().write(data)
+
+    def flush(self) -> None:
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().flush()
+
+
+def test_a_full_disk_names_the_target(tmp_path: Path) -> None:
+    """Not the source of the weights; and what fails on the way out does not hide it."""
+    with pytest.raises(OSError, match="No space left on device") as caught, new_writer(tmp_path / "repo") as w:
+        w._spool = FullDisk(io.FileIO(w._partial / "spool", "a"))
+        w.add_passthrough("a", torch.ones(5))
+        w.add_passthrough("b", torch.ones(500))
+    assert caught.value.filename == str(tmp_path / ".repo.partial") and caught.traceback[-1].name == "flush"
+    assert "add_passthrough" in [entry.name for entry in caught.traceback] and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------ crashes
@@ -471,7 +554,7 @@ def test_kill(kills: tuple[Path, dict[str, list[str]]], kill: str) -> None:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[RepoWriter]:
-    with new_writer(tmp_path / "repo") as w:
+    with suppress(RuntimeError), new_writer(tmp_path / "repo") as w:  # most of the tests do not get to finish()
         w.add_transform("i", "identity", 1)
         w.add_codebook("c", [-1.0, 1.0])
         yield w
@@ -523,6 +606,94 @@ def test_bad_stages_are_refused_and_leave_no_trace(writer: RepoWriter, kind: str
 def test_bad_weights_are_refused(writer: RepoWriter, shape: list[int], dtype: str) -> None:
     with pytest.raises(TQFormatError, match="SCHEMA"):
         writer.add_quantized("w", shape, dtype, [good()])
+
+
+WRONG: dict[str, Any] = {  # what a caller may get wrong -> the place that the error names
+    "writer: base_model.id": ("", {"base_model": {}}),
+    "writer: base_model": ("", {"base_model": "org/model"}),
+    "writer: quantization.method": ("", {"quantization": {"bits": 4}}),
+    "writer: quantization.bits": ("", {"quantization": {"method": "mine"}}),
+    "writer: quantization, extra": ("", {"quantization": {"method": "mine", "bits": 4, "extra": {"x": np.float32(1)}}}),
+    "writer: loader_kind": ("", {"loader_kind": ["text-generation"]}),
+    "writer: generator": ("", {"generator": None}),
+    "writer: extra": ("", {"extra": [1]}),
+    "writer: max_shard_bytes": ("", {"max_shard_bytes": "5G"}),
+    "writer: resume_key": ("", {"resume_key": {"a": 1}}),
+    "writer: path": ("", {"path": None}),
+    "transforms['t'].size": ("add_transform", ("t", "identity", "1")),
+    "transforms['t'].kind": ("add_transform", ("t", "fourier", 1)),
+    "transforms['t'].colour": ("add_transform", ("t", "identity", 1), {"colour": torch.ones(1)}),
+    "transforms['t'].matrix": ("add_transform", ("t", "dense", 2), {"matrix": [[1, 0], [0, 1]]}),
+    "transforms['t'].matrix: shape": ("add_transform", ("t", "dense", 2), {"matrix": torch.ones(3, 3)}),
+    "transforms['t'].pairs": ("add_transform", ("t", "givens", 2), {"pairs": torch.ones(1, 1, 2), "angles": torch.ones(1, 1)}),
+    "transforms['../t']": ("add_transform", ("../t", "identity", 1)),
+    "transforms[[]]": ("add_transform", ([], "identity", 1)),
+    "codebooks['b'].values: text": ("add_codebook", ("b", ["a", "b"])),
+    "codebooks['b'].values: ragged": ("add_codebook", ("b", [[1.0], [1.0, 2.0]])),
+    "codebooks['b'].values: rank": ("add_codebook", ("b", torch.tensor(1.0))),
+    "codebooks['b'].values: nan": ("add_codebook", ("b", [1.0, float("nan")])),
+    "codebooks['b'].values: None": ("add_codebook", ("b", None)),
+    "codebooks['b'].values: complex": ("add_codebook", ("b", torch.ones(2, dtype=torch.complex64))),
+    "codebooks['b'].origin": ("add_codebook", ("b", [1.0]), {"origin": "paper"}),
+    "tensors['w'].stages: dict": ("add_quantized", ("w", [4, 8], "F32", good())),
+    "tensors['w'].stages: text": ("add_quantized", ("w", [4, 8], "F32", ["codes"])),
+    "tensors['w'].stages: None": ("add_quantized", ("w", [4, 8], "F32", None)),
+    "tensors['w'].stages[0].codes": ("add_quantized", ("w", [4, 8], "F32", [{"bits": 1}])),
+    "tensors['w'].stages[0].bits": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "bits": "1"}])),
+    "tensors['w'].stages[0].bits: none": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "bits": None}])),
+    "tensors['w'].stages[0].codebook": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "codebook": [1]}])),
+    "tensors['w'].stages[0].colour": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "colour": torch.ones(1)}])),
+    "tensors['w'].stages[0].scales": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "scales": "ones"}])),
+    "tensors['w'].stages[0].codes: list": ("add_quantized", ("w", [4, 8], "F32", [{**good(), "codes": [0, 0, 0, 0]}])),
+    "tensors['w'].column_scale": ("add_quantized", ("w", [4, 8], "F32", [good()], [1.0] * 8)),
+    "tensors['w'].shape": ("add_quantized", ("w", 32, "F32", [good()])),
+    "tensors['w'].shape: floats": ("add_quantized", ("w", [4.0, 8.0], "F32", [good()])),
+    "tensors['w'].dtype": ("add_quantized", ("w", [4, 8], torch.float32, [good()])),
+    "tensors['w'].dtype: name": ("add_quantized", ("w", [4, 8], "float32", [good()])),
+    "tensors[7]": ("add_quantized", (7, [4, 8], "F32", [good()])),
+    "tensors['p'].data": ("add_passthrough", ("p", None)),
+    "tensors['p'].data: text": ("add_passthrough", ("p", "ones"), {"shape": [1], "dtype": "F32"}),
+    "tensors['p'].dtype": ("add_passthrough", ("p", iter([])), {"shape": [1], "dtype": "float"}),
+    "tensors['p'].shape": ("add_passthrough", ("p", iter([])), {"shape": "ab", "dtype": "F32"}),
+    "tied_weights[None]": ("tie", (None, "w")),
+    "tied_weights[['w']]": ("tie", ("alias", ["w"])),
+    "files['config.json']": ("add_file", (Path("nowhere") / "config.json", "support")),
+    "files['x'].role": ("add_file", (b"", "payload", "x")),
+    "files['x'].role: list": ("add_file", (b"", ["support"], "x")),
+    "files['']": ("add_file", (b"", "support")),
+    "files[5]": ("add_file", (b"", "support", 5)),
+    "source": ("add_file", (5, "support", "x")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", WRONG)
+def test_wrong_arguments_are_told_with_their_place(writer: RepoWriter, tmp_path: Path, place: str) -> None:
+    method, arguments, *keys = WRONG[place]
+    with pytest.raises(ValueError) as caught:
+        if method:
+            getattr(writer, method)(*arguments, **(keys[0] if keys else {}))
+        else:
+            new_writer(**{"path": tmp_path / "other", **arguments})
+    where = place.removeprefix("writer: ").split(": ")[0]
+    assert isinstance(caught.value, TQFormatError) and where in caught.value.where, caught.value
+    assert "(?" not in str(caught.value) and "expected" in caught.value.message  # no regular expression
+    assert writer.done == set() and not (tmp_path / ".other.partial").exists()
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    assert torch.equal(load_state_dict(writer.finish())["w"], -torch.ones(4, 8))
+
+
+def test_wrong_symbols() -> None:
+    for symbols in (torch.ones(2, 3), torch.ones(3, dtype=torch.int32), [[1]]):
+        with pytest.raises(ValueError, match="symbols"):
+            pack(symbols, 2)  # type: ignore[arg-type]
+    assert torch.equal(pack(np.ones((2, 3), dtype=np.int32), 2), pack(torch.ones(2, 3).int(), 2))  # type: ignore[arg-type]
+
+
+def test_an_array_without_dimensions_keeps_none(writer: RepoWriter) -> None:
+    writer.add_passthrough("p", np.array(7))
+    writer.add_quantized("w", [4, 8], "F32", [good()])
+    state = load_state_dict(writer.finish())
+    assert state["p"].shape == () and state["p"].item() == 7
 
 
 def test_duplicates_are_refused(writer: RepoWriter) -> None:
