@@ -1,24 +1,17 @@
 """What surrounds the weights of a checkpoint: support files, licence, and which class builds the model."""
 
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
+from tqformat.support import role_of
 
 REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5\n"  # what the loader imports
 
-PATTERNS = {  # role -> file names, compared in lower case
-    "support": [
-        *("*config*.json", "*token*.json", "vocab*", "merges*.txt", "*chat_template*", "*.jinja", "normalizer.json"),
-        *("tokenizer*", "*.model", "*.spm", "*.tiktoken"),
-    ],
-    "document": ["licen[cs]e*", "notice*", "copying*", "copyright*", "use_policy*", "*_license*", "*_licence*"],
-}
-NEVER = ["quant_manifest.json", "readme.md", "load_quantized.py", "*.safetensors", "*.index.json", "*.bin", "*.pt"]
-NEVER += ["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "eval_summary.json", "sample_generations.json"]
+# Of a source they are never copied: what they say is about another set of weights, or is written anew.
+NEVER = ("quant_manifest.json", "readme.md", "load_quantized.py", "eval_summary.json", "sample_generations.json")
 FRONT_LICENSE = r"^license:[ \t]*\n?[ \t]*(?:-[ \t]*)?[\"']?([\w.+-]+)"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # [TQ-REPO-2]
 
@@ -62,13 +55,8 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
 
 
 def _role(name: str, remote_code: bool) -> str | None:
-    lower = name.lower()
-    if any(fnmatchcase(lower, pattern) for pattern in NEVER):
-        return None
-    if lower.endswith(".py"):
-        return "code" if remote_code else None
-    matches = (role for role, patterns in PATTERNS.items() if any(fnmatchcase(lower, p) for p in patterns))
-    return next(matches, None)
+    role = None if name.lower() in NEVER else role_of(name)
+    return role if role in ("support", "document") or (role == "code" and remote_code) else None
 
 
 def find_loader_kind(config: dict[str, Any] | None) -> str:
