@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types pytest clean
+# Tests of arithmetic, which processors with other instructions round otherwise: CI runs them once more without any.
+NUMERICAL := tests/test_spec.py tests/loader/test_reader.py tests/suite/test_oracle.py tests/quantizer/codes tests/quantizer/calibration
+PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal
+
+.PHONY: demo test lint types pytest numerical clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python demo/run.py
@@ -18,7 +22,10 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+numerical: $(VENV)/.dev-installed
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMERICAL)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

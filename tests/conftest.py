@@ -19,7 +19,8 @@ from tqformat import RepoWriter, pack
 from tqformat.load_quantized import MANIFEST
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine are slow
+# The tensors are small, and threads that wait for each other on a busy machine are slow; so it is in processes that tests start.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 HEAD: dict[str, Any] = {
     "base_model": {"id": "org/base"},
     "quantization": {"method": "test", "bits": 4},
