@@ -1,7 +1,6 @@
 """What the options ask for: settings, a plan, calibration text, how to evaluate."""
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
 from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.libraries import need
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
@@ -128,9 +128,8 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
     """The tokens that a preset with error feedback needs; None for the others."""
     if chosen.preset == "fast":
         return None
-    if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
+    if args.device == "cpu":
+        need(f"--preset {chosen.preset}", "numba")  # told before hours of work
     from reference_quantizer.calibration.tokens import find_tokens  # torch takes seconds to import
 
     texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or FEEDBACK_TOKENS
