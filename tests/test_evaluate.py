@@ -158,7 +158,7 @@ def test_corpus_of_the_hub_in_parquet(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert not any(same_data(entry, *other) for other in others)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TQFormatError, match="pip install pyarrow"):
+    with pytest.raises(TQFormatError, match="pyarrow cannot be imported; it comes with the extra `quantizer`"):
         read_corpus("owner/name:c")
 
 

@@ -303,4 +303,4 @@ def test_rope_tables_are_left_out_and_told(tmp_path: Path) -> None:
 def test_without_the_libraries(small: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, message = refused(small[0], tmp_path)
-    assert code == "UNSUPPORTED.LIBRARY" and "pip install gguf" in message
+    assert code == "UNSUPPORTED.LIBRARY" and "the extra `gguf` of tqformat" in message

@@ -292,9 +292,10 @@ def test_what_cannot_succeed_is_told_at_once(lab: Lab, capsys: pytest.CaptureFix
 def test_missing_libraries_are_told_at_once(
     lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "LIBRARIES", ("jinja2", "no_such_library"))
-    code, _, err = run(lab, capsys)
-    assert code == 1 and "UNSUPPORTED.LIBRARY" in err and "no_such_library" in err and "jinja2" not in err
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, stages, err = run(lab, capsys, "--bits", "3", "--overwrite")
+    wanted = "error [UNSUPPORTED.LIBRARY] release: pyyaml cannot be imported; it comes with the extra `quantizer` of tqformat\n"
+    assert (code, stages, err) == (1, set(), wanted)
 
 
 def test_requirements_are_what_the_loader_imports() -> None:
@@ -343,7 +344,7 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
     points = [
         ("reference_quantizer.job.encoding.encode_stages", 3, lambda: not out.exists()),
         ("reference_quantizer.evaluation.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
-        ("reference_quantizer.evaluation.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
+        ("reference_quantizer.evaluation.evaluate.add_documents", 1, lambda: (out / "eval_summary.json").exists()),
         ("reference_quantizer.release.card.write_card", 1, lambda: not (out / release.STATE).exists()),
     ]
     for place, count, reached in points:

@@ -7,7 +7,6 @@ and the settings; and `.release.json` in the repository holds the digest of the 
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shlex
 import sys
@@ -27,13 +26,14 @@ from reference_quantizer.commands.options import (
 )
 from reference_quantizer.commands.quantize import prepare_source, write_repository
 from reference_quantizer.commands.settings import evaluation_options, evaluation_settings, find_loader_kind
+from reference_quantizer.disk import replace_text
 from reference_quantizer.model.text import read_corpus
+from reference_quantizer.progress import program
 from reference_quantizer.release import report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 CARD, SUMMARY = "README.md", "eval_summary.json"
 STATE = ".release.json"  # hidden, so that it is no part of the release [TQ-REPO-5]
-LIBRARIES = ("conformance", "jsonschema", "jinja2", "yaml", "matplotlib", "transformers")
 LEVEL = "L3"
 SHOWN = 5  # findings of a failed check
 DESCRIPTION = """Quantize, evaluate, write the card and check, in one command.
@@ -51,7 +51,6 @@ def run_release(args: argparse.Namespace) -> int:
     def stage(number: int, title: str) -> None:
         print(f"=== {number}/4 {title}  [{time.monotonic() - start:.0f} s]", flush=True)
 
-    _check_libraries()
     if args.repo_id is not None and not HUB_ID.fullmatch(args.repo_id):
         raise TQFormatError("SCHEMA.VALUE", args.repo_id, "expected a Hub id such as owner/name")
     stage(1, "quantize")
@@ -175,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _base(args: argparse.Namespace) -> Source:
     """The checkpoint that was quantized; a GGUF file's import is beside OUT until the evaluation is done."""
     if gguf_source.is_gguf(args.source):
-        return gguf_source.prepared(args.source, args.out)
+        return gguf_source.prepared(args.source, args.out, args.quiet)
     return open_source(args.source, args.revision)
 
 
@@ -208,7 +207,7 @@ def _write_card(args: argparse.Namespace) -> Path:
     (out / STATE).unlink(missing_ok=True)  # so that a card that is half done is never taken for one edited by hand
     card = write_card(out, args.overwrite, args.repo_id)
     state = {"manifest": file_sha256(out / MANIFEST), "repo_id": args.repo_id, "card": file_sha256(card)}
-    (out / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+    replace_text(out / STATE, json.dumps(state) + "\n")
     return card
 
 
@@ -237,16 +236,8 @@ def describe(out: Path, repo_id: str | None) -> str:
             lines.append(f"KL (nats)   mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
     else:
         lines.append("perplexity  not measured")
-    push = f"python -m reference_quantizer push {shlex.quote(str(out))} {repo_id or 'OWNER/NAME'} --private"
+    push = f"{program()} push {shlex.quote(str(out))} {repo_id or 'OWNER/NAME'} --private"
     return "\n".join([*lines, f"publish     {push}"])
-
-
-def _check_libraries() -> None:
-    """UNSUPPORTED.LIBRARY at once, and not after hours of work."""
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        advice = "install tqformat[encoders,conformance]"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", "release", f"{', '.join(missing)} cannot be imported; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------ command

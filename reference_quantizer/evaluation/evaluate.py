@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reference_quantizer.checkpoint.source import Source, file_sha256, weights_sha256
 from reference_quantizer.checkpoint.support import KINDS
+from reference_quantizer.disk import add_documents, writing
 from reference_quantizer.evaluation import samples
 from reference_quantizer.evaluation.metrics import Result, compare, next_logits, score_alone, summarize
 from reference_quantizer.evaluation.windows import Window, batches, sliding_windows
@@ -44,7 +45,6 @@ from tqformat.load_quantized import (
     load_tokenizer,
     read_manifest,
 )
-from tqformat.writer import add_files
 
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
@@ -100,7 +100,7 @@ def evaluate(
     settings = (settings or Settings()).complete()
     check_device(settings.device)
     manifest, cache = read_manifest(repo), cache_dir or default_cache()
-    source = find_base(base, base_revision, cache)
+    source = find_base(base, base_revision, cache, quiet)
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
@@ -163,7 +163,7 @@ def evaluate(
     generations |= {"settings": {"device": settings.device, "dtype": settings.dtype}, **machine}
     if read_manifest(repo).files != manifest.files:
         raise TQFormatError("BIND.DIGEST", str(repo), "the repository was changed while it was evaluated; run it again")
-    add_files(repo, {SUMMARY: ("document", to_text(summary)), SAMPLES: ("document", to_text(generations))})
+    add_documents(repo, {SUMMARY: to_text(summary), SAMPLES: to_text(generations)})
     partial.unlink(missing_ok=True)
     return summary
 
@@ -230,7 +230,7 @@ class Runner:
         size = sum(len(result.to_line()) for result in results[:done])
         results = results[:done]
         progress.advance(done)
-        with open(partial, "ab") as file:
+        with writing(partial), open(partial, "ab") as file:
             file.truncate(size)
             for group in groups[ends.index(done) :]:
                 found = self.score(group)
@@ -313,8 +313,12 @@ def save_base(cache: Path, key: str, results: list[Result], logits: Tensor) -> N
     path = cache / f"base-{key}.npz"
     new = path.with_name(f".{path.name}.{os.getpid()}.npz")
     top1 = np.concatenate([r.top1 for r in results])
-    np.savez(new, nll=np.array([r.base_nll for r in results]), top1=top1, logits=logits.numpy())
-    os.replace(new, path)
+    try:
+        with writing(path):
+            np.savez(new, nll=np.array([r.base_nll for r in results]), top1=top1, logits=logits.numpy())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ surroundings

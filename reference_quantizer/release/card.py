@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import HUB_ID
+from reference_quantizer.disk import add_documents, replace_text
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
 from reference_quantizer.release.report import LARGEST
@@ -89,14 +90,9 @@ def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) 
         raise TQFormatError(
             "PATH.COLLISION", str(card), "this program did not write it; pass --overwrite to replace it"
         )
-    from tqformat.writer import add_files  # brings torch
-
-    drawn = figures.draw(card_facts(repo))
-    add_files(repo, {name: ("document", svg) for name, svg in drawn.items()})
+    add_documents(repo, figures.draw(card_facts(repo)))
     text = render(card_facts(repo, repo_id), conformance(repo))  # the facts again: the figures are files now
-    new = card.with_name(f".{CARD}.new")
-    new.write_text(text, "utf-8", newline="\n")
-    os.replace(new, card)
+    replace_text(card, text)
     return card
 
 
