@@ -281,6 +281,7 @@ def test_what_cannot_succeed_is_told_at_once(lab: Lab, capsys: pytest.CaptureFix
         assert status == 1 and f"error [{code}]" in err and not lab.out.exists(), err
 
     expect("BIND.MISSING_FILE", "--dataset", "nowhere.txt")
+    expect("SCHEMA.VALUE", "--max-length", "300", "--max-windows", "2")  # the text has as many tokens
     expect("SCHEMA.VALUE", "--loader-kind", "feature-extraction")
     expect("SCHEMA.VALUE", "--protected-bits", "8")
     expect("SCHEMA.VALUE", "--repo-id", "no-owner")

@@ -73,8 +73,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     windows.add_argument("--max-length", metavar="N", type=integer(2, 2**31), default=512, help=help_)
     help_ = "tokens from one window's begin to the next (default: %(default)s)"
     windows.add_argument("--stride", metavar="N", type=integer(1, 2**31), default=256, help=help_)
-    help_ = "stop after this many (default: full pass)"
-    windows.add_argument("--max-windows", metavar="N", type=integer(1, 2**53 - 1), help=help_)
+    help_ = "stop after this many, 2 or more (default: full pass)"
+    windows.add_argument("--max-windows", metavar="N", type=integer(2, 2**53 - 1), help=help_)
     help_ = "auto puts a BOS token, which is not scored, in front of each window where the tokenizer itself puts one in"
     help_ += " front of a text (default: %(default)s)"
     windows.add_argument("--bos", choices=("auto", "never"), default="auto", help=help_)

@@ -147,6 +147,14 @@ def _quantize(args: argparse.Namespace, job: str) -> None:
     if not args.skip_evaluation and (kind := find_loader_kind(args, source)) not in support.KINDS:
         advice = f"a model for {kind} does not predict the next token; pass --skip-evaluation"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", advice)
+    if not args.skip_evaluation:
+        from reference_quantizer.evaluation.evaluate import cut_text
+        from reference_quantizer.model.base import load_tokenizer
+
+        corpus = read_corpus(args.dataset, args.split, args.dataset_revision)
+        cut_text(
+            corpus, load_tokenizer(source.path), evaluation_settings(args)
+        )  # a text that is too short is told at once
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
     write_repository(args, source, {"release": recorded})
 

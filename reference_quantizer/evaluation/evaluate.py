@@ -36,7 +36,7 @@ from reference_quantizer.model.base import (
     running_models,
 )
 from reference_quantizer.model.machine import check_device, default_cache, hardware, libraries, locked
-from reference_quantizer.model.text import read_corpus, same_data
+from reference_quantizer.model.text import Corpus, read_corpus, same_data
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
     Manifest,
@@ -48,6 +48,7 @@ from tqformat.load_quantized import (
 
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
+ROUGH_WINDOWS = 20  # below which the figures would be others on a little more text
 ROLE = "sanity-test"  # of the data set: a small text that tells a sound model from a broken one, no benchmark
 
 
@@ -100,20 +101,15 @@ def evaluate(
     settings = (settings or Settings()).complete()
     check_device(settings.device)
     manifest, cache = read_manifest(repo), cache_dir or default_cache()
-    source = find_base(base, base_revision, cache, quiet)
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
-    check_same_model(source, manifest)
     corpus = read_corpus(dataset, split, dataset_revision)
-    with running_models():
-        tokenizer = load_tokenizer(repo)
-        ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer = load_tokenizer(repo)
+    tokens, windows = cut_text(corpus, tokenizer, settings)
+    source = find_base(base, base_revision, cache, quiet)
+    check_same_model(source, manifest)
     bos = find_bos(tokenizer) if settings.bos == "auto" else None
-    tokens = np.array(ids, dtype="<i4")  # [tokens]
-    windows = sliding_windows(len(tokens), settings.max_length, settings.stride, settings.max_windows)
-    if sum(w.scored for w in windows) < 1:
-        raise TQFormatError("SCHEMA.VALUE", corpus.id, f"expected a text to score, found {len(tokens)} tokens")
     tokens_sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     payload = payload_digests(manifest)
 
@@ -135,8 +131,7 @@ def evaluate(
         cosines = samples.cosines(logits, samples.prompt_logits(model, tokenizer, settings.device))
         if base_model is not None:
             save_base(cache, kept.key, results, logits)
-            del base_model, runner
-        generated = samples.generate(model, tokenizer, settings.device)
+        generated = samples.generate(model, base_model, tokenizer, settings.device)
         seconds = sum(r.seconds for r in results) + time.monotonic() - before
 
     subject = {"base_model": manifest.base_model["id"], "payload": payload}
@@ -166,6 +161,21 @@ def evaluate(
     add_documents(repo, {SUMMARY: to_text(summary), SAMPLES: to_text(generations)})
     partial.unlink(missing_ok=True)
     return summary
+
+
+def cut_text(corpus: Corpus, tokenizer: Any, settings: Settings) -> tuple[np.ndarray, list[Window]]:
+    """The tokens of the corpus, int32 [tokens], and its windows; SCHEMA.VALUE for fewer than two, which say nothing of a model."""
+    with running_models():
+        ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
+    length, stride = settings.max_length, settings.stride
+    windows = sliding_windows(len(ids), length, stride, settings.max_windows)
+    if settings.max_windows == 1:
+        raise TQFormatError("SCHEMA.VALUE", "--max-windows", "expected at least 2, got 1")
+    if len(windows) < 2:  # the first one ends where the text does, or beyond
+        message = f"two windows of --max-length {length} and --stride {stride} take at least {length + 1} tokens"
+        advice = "give a longer text, or a smaller --max-length"
+        raise TQFormatError("SCHEMA.VALUE", corpus.id, f"{message}, the text has {len(ids)}; {advice}")
+    return np.array(ids, dtype="<i4"), windows
 
 
 def payload_digests(manifest: Manifest) -> dict[str, str]:
@@ -345,6 +355,10 @@ def describe(summary: dict[str, Any]) -> str:
         f"logit cosine  {summary['logit_cosine']['mean']:.6f}",
         f"took          {summary['seconds']:.0f} s on {summary['hardware']['description']}",
     ]
+    if summary["windows"] < ROUGH_WINDOWS:
+        lines.append(
+            f"note          fewer than {ROUGH_WINDOWS} windows: the figures are rough; more text gives better ones"
+        )
     if kl:
         lines.insert(2, f"KL (nats)     mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
     return "\n".join(lines)
