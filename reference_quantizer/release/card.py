@@ -22,7 +22,7 @@ from reference_quantizer.checkpoint.source import HUB_ID
 from reference_quantizer.disk import add_documents, replace_text
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
-from reference_quantizer.release.report import LARGEST
+from reference_quantizer.release.report import LARGEST, natural, read_manifest
 from tqformat.__main__ import size_text
 from tqformat.load_quantized import DTYPES, LOADER_KINDS, MANIFEST, Repo, TQFormatError, Weight, open_repo, parse_json
 
@@ -30,6 +30,7 @@ CARD, SUMMARY, SAMPLES = "README.md", "eval_summary.json", "sample_generations.j
 MARKER = (
     "<!-- tqformat card: written by `python -m reference_quantizer card`, which replaces it when it is run again -->"
 )
+EVALUATION = re.compile(r"^<!-- tqformat-card: (\{.*\}) -->$", re.MULTILINE)  # the evaluation that a card speaks of
 DAMAGED, COLLAPSED = 1.25, 2.0  # perplexity ratios from which the card warns, and omits the samples
 GENERATING = ("text-generation", "image-text-to-text", "text2text-generation")
 LAYER = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")  # stack of layers, index, what follows
@@ -42,6 +43,7 @@ PURPOSES = {
     "config.json": "architecture of the model",
     "generation_config.json": "defaults of generation",
     **figures.PURPOSES,
+    **{figures.vector_name(name): "the same as a vector graphic" for name in figures.PURPOSES},
 }
 GENERATOR = "reference_quantizer "  # how the manifest names this program; a version follows
 KNOBS = ("rotation", "vector_length", "seed", "grid_size", "iterations", "scale_dtype", "protected_bits")
@@ -61,6 +63,20 @@ ALLOCATION = {  # keys of allocation.extra in words
     "text": "Text that the sensitivities were measured on",
     "tokens": "Tokens of that text",
 }
+RELATED = (  # name, arXiv id, what it does
+    ("TurboQuant", "2504.19874", "random rotations and optimal scalar quantizers, for vectors that arrive one by one"),
+    ("GPTQ", "2210.17323", "column by column, each error made up for in the columns that follow"),
+    ("AWQ", "2306.00978", "channels scaled by the activations, so that those that count lose less"),
+    ("QuIP", "2307.13304", "incoherent weights and adaptive rounding (LDLQ)"),
+    ("QuIP#", "2402.04396", "Hadamard rotations on both sides, codebooks on the E8 lattice"),
+    ("QTIP", "2406.11235", "trellis-coded quantization after a random rotation"),
+    ("AQLM", "2401.06118", "sums of entries of several learned codebooks"),
+    ("HIGGS", "2411.17525", "Hadamard rotations and grids that are optimal for Gaussian weights"),
+    ("QuaRot", "2404.00456", "rotations without outliers, for weights and activations alike"),
+    ("SpinQuant", "2405.16406", "rotations that are learned"),
+    ("GPTAQ", "2504.02692", "error feedback towards the outputs of the original model"),
+    ("YAQA", "2505.22988", "rounding by the curvature of the whole model's prediction"),
+)
 ROLES = {"payload": "weights", "support": "copied from the base model", "code": "program", "document": "document"}
 # What the Hub accepts as `license`; it refuses a card with another identifier, which goes into `license_name`.
 HUB_LICENSES = """
@@ -96,6 +112,19 @@ def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) 
     return card
 
 
+def evaluation_mark(files: dict[str, Any]) -> str:
+    """The line by which a card names the evaluation files whose figures it states; `files` is the manifest's table."""
+    digests = {name: files[name]["sha256"] for name in (SUMMARY, SAMPLES) if name in files}
+    return f"<!-- tqformat-card: {json.dumps(digests)} -->"
+
+
+def is_stale(repo: Path) -> bool:
+    """Whether the card in `repo` speaks of other evaluation files than the manifest lists; one without the line never is."""
+    card = repo / CARD
+    found = EVALUATION.search(card.read_text("utf-8", "replace")) if card.is_file() else None
+    return found is not None and found[0] != evaluation_mark(read_manifest(repo)["files"])
+
+
 # ------------------------------------------------------------------------------------------------ facts
 
 
@@ -103,7 +132,8 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
     """Everything that the card states about the repository in `path`, as numbers and names."""
     raw = parse_json((path / MANIFEST).read_bytes(), MANIFEST)
     with open_repo(path, verify=False) as repo:
-        weights = [_weight(repo, name, weight) for name, weight in repo.manifest.tensors.items()]
+        named = sorted(repo.manifest.tensors.items(), key=lambda item: natural(item[0]))
+        weights = [_weight(repo, name, weight) for name, weight in named]
         scale_dtypes = Counter(
             repo.spans[s.scales].dtype for w in repo.manifest.tensors.values() for s in w.stages or ()
         )
@@ -131,6 +161,12 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "generates": raw["loader_kind"] in GENERATING,
         "chat": _has_chat_template(path, raw["files"]),
         "quantization": quantization,
+        "ours": raw["generator"].startswith(GENERATOR),
+        "uncalibrated": _uses_no_text(raw),
+        "rotated": any(raw["transforms"][id]["kind"] != "identity" for w in quantized for id in w["transforms"]),
+        "programs": sorted(
+            n for n, file in raw["files"].items() if file["role"] == "code" and n != "load_quantized.py"
+        ),
         "turboquant": raw["generator"].startswith(GENERATOR) or "turboquant" in quantization["method"],
         "accounting": accounting,
         "saved": accounting["original_bytes"] - accounting["stored_bytes"],
@@ -149,12 +185,13 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "widths": _groups(quantized, lambda w: w["bits"]),
         "projections": _groups(quantized, lambda w: w["label"]),
         "storage": _storage(weights, accounting),
-        "largest": sorted(weights, key=lambda w: (-w["scalars"], w["name"]))[:LARGEST],
+        "largest": sorted(weights, key=lambda w: -w["scalars"])[:LARGEST],
         "tables": _tables(raw, weights),
         "allocation": _allocation(quantization, quantized),
         "protection": _protection(quantization, weights),
         "summary": summary,
         "samples": samples,
+        "base_answers": samples is not None and all("base" in sample for sample in samples["samples"]),
         "quality": _quality(summary),
         "thresholds": {"damaged": DAMAGED, "collapsed": COLLAPSED},
         "figures": [name for name in figures.PURPOSES if name in raw["files"]],
@@ -162,6 +199,13 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "more_options": _more_options(quantization),
         "configuration": _configuration(raw, quantized, summary, samples),
     }
+
+
+def _uses_no_text(raw: dict[str, Any]) -> bool:
+    """Whether the weights were quantized without any text: known of this program's preset `fast` without a target."""
+    method = raw["quantization"]
+    fast = raw["generator"].startswith(GENERATOR) and method.get("extra", {}).get("preset") == "fast"
+    return fast and not method.get("calibration") and not method.get("allocation")
 
 
 def rate(nbytes: int, scalars: int) -> float:
@@ -261,7 +305,7 @@ def _tables(raw: dict[str, Any], weights: list[dict[str, Any]]) -> dict[str, lis
             {"id": key, "uses": uses[key], "made_by": (entry.get("origin") or {}).get("method") or "not stated"} | entry
             for key, entry in raw[kind].items()
         ]
-        found[kind] = sorted(entries, key=lambda entry: (-entry["uses"], entry["id"]))
+        found[kind] = sorted(entries, key=lambda entry: (-entry["uses"], natural(entry["id"])))
     return found
 
 
@@ -497,12 +541,15 @@ def render(facts: dict[str, Any], verdict: dict[str, Any]) -> str:
         "percent": lambda value: f"{100 * value:.2f} %",
         "code": code,
         "plain": plain,
-        "fence": fence,
+        "quote": quote,
         "widths": lambda widths: ", ".join(f"{bits:g} bit: {count:,}" for bits, count in widths.items()),
         "configuration": configuration_text,
     }
-    names = {"facts": facts, "verdict": verdict, "marker": MARKER, "front_matter": front_matter(facts)}
-    text = environment.get_template("card.md.j2").render(names | {"captions": figures.CAPTIONS, "levels": LEVELS})
+    marks = f"{MARKER}\n{evaluation_mark(facts['manifest']['files'])}"
+    names = {"facts": facts, "verdict": verdict, "marker": marks, "front_matter": front_matter(facts)}
+    text = environment.get_template("card.md.j2").render(
+        names | {"captions": figures.CAPTIONS, "levels": LEVELS, "related": RELATED}
+    )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
@@ -520,6 +567,21 @@ def code(text: str) -> str:
 def plain(text: str) -> str:
     """`text` as Markdown that shows it as it is, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
+
+
+def quote(text: str) -> str:
+    """`text` as a Markdown quotation that wraps, and shows each line as it is."""
+    lines = [_literal(line) for line in text.split("\n")]
+    ends = ["\\" if line and after else "" for line, after in zip(lines, [*lines[1:], ""], strict=True)]  # a break
+    return "\n".join(f"> {line}{end}".rstrip() for line, end in zip(lines, ends, strict=True))
+
+
+def _literal(line: str) -> str:
+    """A line as Markdown that shows it as it is, with its indentation."""
+    words = line.lstrip(" \t")
+    indent = "&nbsp;" * len(line[: len(line) - len(words)].expandtabs(4))
+    words = re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", words)
+    return indent + re.sub(r"^(?:(\d+)(?=[.)])|(?=[-+=]))", r"\1\\", words)  # no list, no line below a heading
 
 
 def fence(text: str) -> str:
