@@ -5,6 +5,7 @@ evaluation files. `check` wants all of them in the card and takes them out; what
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -21,7 +22,8 @@ import jsonschema
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, every_setting, new_writer, random_stage, run_python
+from conftest import ROOT, edit_manifest, every_setting, new_writer, random_stage, run_python
+from PIL import Image
 
 from conformance import report
 from reference_quantizer import __main__ as command_line
@@ -466,7 +468,7 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
         line("Mean last-token logit cosine", cosine),
         line(
             "Measured on",
-            f"`{data['id']}`, full pass ({e['windows']} windows, {e['scored_tokens']:,} tokens), as a sanity-test",
+            f"`{data['id']}`, full pass ({e['windows']} windows, {e['scored_tokens']:,} tokens), as a sanity-test; so few windows give rough figures",
         ),
         line(
             "Average negative log-likelihood (nats)",
@@ -654,6 +656,7 @@ def test_the_text_fits_the_case(case: tuple[str, Path]) -> None:
         f"]({figures.METRICS})": kind != "foreign",
         "python -m reference_quantizer quantize": kind != "foreign",
         "not an official release": True,
+        "\n\nThe digests protect": True,  # a paragraph of its own
     }
     assert {phrase: phrase in text for phrase in has} == has
 
@@ -702,6 +705,16 @@ def test_figures(case: tuple[str, Path]) -> None:
     for name in pages:
         assert drawn[name].startswith(b"\x89PNG") and len(drawn[name]) < 100_000
         assert not re.search(rb"tEXt|tIME|iTXt", drawn[name])  # no date, no version
+        with Image.open(io.BytesIO(drawn[name])) as image:
+            colors = {color for _, color in image.convert("RGB").getcolors(10**6)}
+        wanted = {
+            figures.LAYERS: figures.COLORS[0],
+            figures.STORAGE: figures.PARTS[1],
+            figures.METRICS: figures.QUANTIZED,
+        }
+        color = [int(wanted[name][i : i + 2], 16) for i in (1, 3, 5)]
+        if (kind, name) != ("foreign", figures.LAYERS):  # which has no errors to draw
+            assert min(max(abs(a - b) for a, b in zip(color, c, strict=True)) for c in colors) < 10, name
         svg = drawn[figures.vector_name(name)]
         assert ElementTree.fromstring(svg).tag.endswith("svg") and len(svg) < 100_000 and b"dc:date" not in svg
         text = (repo / "README.md").read_text("utf-8")
@@ -733,6 +746,19 @@ def test_layers_are_in_natural_order(tmp_path: Path) -> None:
     text = card.write_card(layered(tmp_path / "repo", (4,), layers=12)).read_text("utf-8")
     part = text.partition("### Largest tensors")[2].partition("## Artifact")[0]
     assert re.findall(r"layers\.(\d+)\.mlp\.up_proj", part) == [str(n) for n in range(4)]
+
+
+def test_an_import_is_told(tmp_path: Path) -> None:
+    """A model that was made from a quantized GGUF file is not made from the model that its card links to."""
+    repo = layered(tmp_path / "repo", (4,), layers=1)
+    facts = {"file": "a model.Q4_1.gguf", "tensor_types": {"F32": 3, "Q4_1": 9}, "quantized": True}
+    edit_manifest(repo, lambda m: m["base_model"].update(extra={"imported_from": facts}))
+    text = card.write_card(repo).read_text("utf-8")
+    assert (
+        "| Made from | `a model.Q4_1.gguf`, a GGUF file (F32: 3, Q4\\_1: 9), read as BF16; it was quantized before"
+        in text
+    )
+    assert "$ python -m reference_quantizer quantize 'a model.Q4_1.gguf' OUT --base-model org/base-1 " in text
 
 
 def test_the_statements_follow_from_the_manifest(tmp_path: Path) -> None:

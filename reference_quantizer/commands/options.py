@@ -162,8 +162,8 @@ def add_target_arguments(group: Any) -> None:
     """The targets, into the group of `--bits`, which each of them replaces."""
     help_ = "mixed precision: at most this many bits per weight, over all weights and all that is stored"
     group.add_argument("--target-bpw", metavar="B", type=positive(float), help=help_)
-    help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes)"
-    group.add_argument("--target-bytes", metavar="N", type=positive(int), help=help_)
+    help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes), or with K, M or G"
+    group.add_argument("--target-bytes", metavar="SIZE", type=byte_count, help=help_)
 
 
 def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from reference_quantizer.checkpoint.support import KINDS
 from reference_quantizer.disk import add_documents, writing
 from reference_quantizer.evaluation import samples
 from reference_quantizer.evaluation.metrics import Result, compare, next_logits, score_alone, summarize
-from reference_quantizer.evaluation.windows import Window, batches, sliding_windows
+from reference_quantizer.evaluation.windows import ROUGH_WINDOWS, Window, batches, sliding_windows
 from reference_quantizer.model.base import (
     DTYPES,
     check_length,
@@ -48,7 +48,6 @@ from tqformat.load_quantized import (
 
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
-ROUGH_WINDOWS = 20  # below which the figures would be others on a little more text
 ROLE = "sanity-test"  # of the data set: a small text that tells a sound model from a broken one, no benchmark
 
 

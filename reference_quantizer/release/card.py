@@ -18,8 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.checkpoint.source import HUB_ID
+from reference_quantizer.checkpoint.source import HUB_ID, file_sha256
 from reference_quantizer.disk import add_documents, replace_text
+from reference_quantizer.evaluation.windows import ROUGH_WINDOWS
+from reference_quantizer.libraries import need
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
 from reference_quantizer.release.report import LARGEST, natural, read_manifest
@@ -27,6 +29,7 @@ from tqformat.__main__ import size_text
 from tqformat.load_quantized import DTYPES, LOADER_KINDS, MANIFEST, Repo, TQFormatError, Weight, open_repo, parse_json
 
 CARD, SUMMARY, SAMPLES = "README.md", "eval_summary.json", "sample_generations.json"
+STATE = ".release.json"  # hidden, so that it is no part of the release [TQ-REPO-5]
 MARKER = (
     "<!-- tqformat card: written by `python -m reference_quantizer card`, which replaces it when it is run again -->"
 )
@@ -94,22 +97,41 @@ openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) -> Path:
     """Writes the figures and README.md into the finished repository `repo`; returns the card's path.
 
-    A README.md that this function did not write is replaced only with `overwrite` (PATH.COLLISION). `repo_id` is the Hub
-    id under which the repository will be published, if that is known.
+    A README.md that this function did not write, or that was edited since, is replaced only with `overwrite`
+    (PATH.COLLISION). `repo_id` is the Hub id under which the repository will be published, if that is known; without, it is
+    what the card before has.
     """
-    card = repo / CARD
-    if (
-        os.path.lexists(card)
-        and not overwrite
-        and not (card.is_file() and MARKER in card.read_text("utf-8", "replace"))
-    ):
-        raise TQFormatError(
-            "PATH.COLLISION", str(card), "this program did not write it; pass --overwrite to replace it"
-        )
+    need(CARD, "jinja2", "yaml", "matplotlib")
+    card, before = repo / CARD, read_state(repo)
+    if os.path.lexists(card) and not overwrite:
+        if not (card.is_file() and MARKER in card.read_text("utf-8", "replace")):
+            message = "this program did not write it; pass --overwrite to replace it"
+            raise TQFormatError("PATH.COLLISION", str(card), message)
+        if before.get("card", digest := file_sha256(card)) != digest:
+            message = "it was edited since this program wrote it, and is out of date; move it away, or pass --overwrite"
+            raise TQFormatError("PATH.COLLISION", str(card), message)
+    repo_id = repo_id or before.get("repo_id")
     add_documents(repo, figures.draw(card_facts(repo)))
     text = render(card_facts(repo, repo_id), conformance(repo))  # the facts again: the figures are files now
+    (repo / STATE).unlink(missing_ok=True)  # so that a card that is half done is never taken for one edited by hand
     replace_text(card, text)
+    state = {"manifest": file_sha256(repo / MANIFEST), "repo_id": repo_id, "card": file_sha256(card)}
+    replace_text(repo / STATE, json.dumps(state) + "\n")
     return card
+
+
+def read_state(repo: Path) -> dict[str, Any]:
+    """What was recorded when the card was written: digests of the manifest and of the card, and `repo_id`."""
+    try:
+        found = json.loads((repo / STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_unedited(repo: Path) -> bool:
+    """Whether README.md is known to be as this program wrote it."""
+    return (repo / CARD).is_file() and read_state(repo).get("card") == file_sha256(repo / CARD)
 
 
 def evaluation_mark(files: dict[str, Any]) -> str:
@@ -156,6 +178,7 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "manifest": {"pipeline_tag": None, "tied_weights": {}} | raw,
         "repo_id": repo_id,
         "base": {"revision": None, "license": None} | raw["base_model"],
+        "imported": _imported(raw),
         "on_hub": bool(HUB_ID.fullmatch(raw["base_model"]["id"])),
         "model_class": LOADER_KINDS[raw["loader_kind"]],
         "generates": raw["loader_kind"] in GENERATING,
@@ -192,6 +215,7 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "summary": summary,
         "samples": samples,
         "base_answers": samples is not None and all("base" in sample for sample in samples["samples"]),
+        "rough": summary is not None and summary["windows"] < ROUGH_WINDOWS,
         "quality": _quality(summary),
         "thresholds": {"damaged": DAMAGED, "collapsed": COLLAPSED},
         "figures": [name for name in figures.PURPOSES if name in raw["files"]],
@@ -199,6 +223,12 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "more_options": _more_options(quantization),
         "configuration": _configuration(raw, quantized, summary, samples),
     }
+
+
+def _imported(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """What the manifest says of the GGUF file that this program imported, if that is where the weights are from."""
+    found = (raw["base_model"].get("extra") or {}).get("imported_from")
+    return found if raw["generator"].startswith(GENERATOR) and isinstance(found, dict) else None
 
 
 def _uses_no_text(raw: dict[str, Any]) -> bool:
@@ -385,7 +415,8 @@ def _commands(raw: dict[str, Any], summary: dict[str, Any] | None) -> list[str]:
     if not raw["generator"].startswith(GENERATOR):
         return []
     base, quantization = raw["base_model"], raw["quantization"]
-    source = base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
+    imported = _imported(raw)
+    source = imported["file"] if imported else base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
     quantize = ["quantize", source, "OUT"] + ([] if source == base["id"] else ["--base-model", base["id"]])
     if base.get("revision"):
         quantize += ["--revision", base["revision"]]

@@ -12,10 +12,9 @@ from typing import Any
 
 from reference_quantizer.libraries import hub_errors, need, reason
 from reference_quantizer.progress import tell
+from reference_quantizer.release.card import CARD, is_stale
 from tqformat.embed import LOADER, read_stamp
 from tqformat.load_quantized import MANIFEST, TQFormatError, open_repo, parse_json
-
-CARD = "README.md"
 
 
 class PushError(OSError):
@@ -49,6 +48,9 @@ def check_release(path: Path) -> list[Item]:
             raise TQFormatError("BIND.EXTRA_FILE", entry.name, advice)
     if LOADER in files:
         read_stamp((path / LOADER).read_bytes())
+    if is_stale(path):
+        advice = "it was written for other evaluation files than the manifest lists; run `card` again"
+        raise TQFormatError("EVAL.CARD", CARD, advice)
     items = [Item(name, file.size, file.sha256) for name, file in files.items()]
     for name in (MANIFEST, CARD):
         if (path / name).is_file():
