@@ -4,6 +4,7 @@ import builtins
 import errno
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,27 @@ def test_usage_errors_are_two_lines(
         command_line.main(command)
     first, last = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and first == f"usage: see {hint}" and last.startswith("error: ") and words in last
+
+
+def test_sizes_have_one_type() -> None:
+    parse = command_line._parser().parse_args
+    for text, wanted in (("1M", 10**6), ("1500000", 1_500_000), ("2gb", 2 * 10**9)):
+        args = parse(["plan", "a", "--target-bytes", text])
+        assert args.target_bytes == wanted
+        assert parse(["quantize", "a", "b", "--max-shard-size", text]).max_shard_size == wanted
+    for bad in ("0", "-1", "1.5G", "much"):
+        with pytest.raises(SystemExit):
+            parse(["plan", "a", "--target-bytes", bad])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "release", "card", "push"])
+def test_help_teaches_by_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main([command, "--help"])
+    examples = re.findall(rf"^  {MODULE} ({command} .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        assert command_line._parser().parse_args(shlex.split(example)).command == command
 
 
 @pytest.mark.parametrize("name", [MODULE, "tqformat-quantize"])
