@@ -1,6 +1,7 @@
 """Libraries that not every command needs: where one is missing, it is told at once and in one way. Needs no torch."""
 
 import importlib.util
+import sys
 
 from tqformat.load_quantized import TQFormatError
 
@@ -16,8 +17,13 @@ PACKAGES = {"yaml": "pyyaml"}  # whose name is not the module's
 
 def need(where: str, *modules: str) -> None:
     """UNSUPPORTED.LIBRARY if one of the modules is not installed; `where` is what needs them."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in modules if not is_installed(name)]:
         raise missing_library(where, *missing)
+
+
+def is_installed(module: str) -> bool:
+    """Whether the module is there to be imported; it is not imported."""
+    return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
 
 
 def missing_library(where: str, *modules: str) -> TQFormatError:

@@ -1,9 +1,10 @@
 """What is told to people: how far a long job is, lines beside the results, the program's name. Needs no torch."""
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
+
+from reference_quantizer.libraries import is_installed
 
 MODULE, SCRIPT = "python -m reference_quantizer", "tqformat-quantize"
 
@@ -16,7 +17,7 @@ class Progress:
     ) -> None:
         self.total, self.done, self.every, self.action, self.unit = total, 0, every, action, unit
         self.quiet = quiet
-        self._lines = not quiet and not (sys.stderr.isatty() and importlib.util.find_spec("tqdm"))
+        self._lines = not quiet and not (sys.stderr.isatty() and is_installed("tqdm"))
         self._last = time.monotonic()
         self._bar = None
         if not quiet and not self._lines:

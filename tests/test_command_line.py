@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,17 @@ def test_a_card_that_cannot_be_written(
     assert not (lab.repo / card.CARD).exists() and not list(lab.repo.glob(".*"))
     assert what == "page" or files(lab.repo) == before
     assert command_line.main(["card", str(lab.repo)]) == 0
+
+
+def test_a_report_that_cannot_be_written(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check runs in a process of its own, which a full temporary directory ends; the program is not at fault."""
+    done = subprocess.CompletedProcess([], 1, "", f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}\n")
+    monkeypatch.setattr(card.subprocess, "run", lambda *_, **__: done)
+    assert command_line.main(["card", str(lab.repo)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and f"report.json: {os.strerror(errno.ENOSPC)}; free some space" in err
 
 
 def test_a_target_that_is_read_only(

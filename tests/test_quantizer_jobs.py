@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +298,8 @@ def test_hub_cache_directories_name_the_model(make: Make, tmp_path: Path) -> Non
 
 
 def test_hub_ids_are_fetched(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
     path = make({"w": torch.ones(2, 8)})
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
@@ -309,9 +310,7 @@ def test_hub_ids_are_fetched(make: Make, tmp_path: Path, monkeypatch: pytest.Mon
         assert options["revision"] == "v1"
         return str(path)
 
-    fake = types.ModuleType("huggingface_hub")
-    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert run("owner/model", tmp_path / "out", "--revision", "v1") == 0
     assert manifest_of(tmp_path / "out")["base_model"] == {"id": "owner/model", "revision": "v1", "license": None}

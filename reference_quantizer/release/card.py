@@ -3,7 +3,6 @@
 `card_facts` takes every number from the manifest, the payload headers and the evaluation files; `render` only formats them.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import HUB_ID, file_sha256
-from reference_quantizer.disk import add_documents, replace_text
+from reference_quantizer.disk import CLOSED, FULL, add_documents, replace_text
 from reference_quantizer.evaluation.windows import ROUGH_WINDOWS
-from reference_quantizer.libraries import need
+from reference_quantizer.libraries import is_installed, need
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
 from reference_quantizer.release.report import LARGEST, natural, read_manifest
@@ -514,12 +513,15 @@ def _configuration(
 def conformance(repo: Path) -> dict[str, Any]:
     """The report of `python -m conformance check` on `repo`; `missing` names a library without which it cannot run."""
     for library in ("conformance", "jsonschema"):
-        if importlib.util.find_spec(library) is None:
+        if not is_installed(library):
             return {"missing": library, "violations": []}
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.json"
         command = [sys.executable, "-m", "conformance", "check", str(repo), "--json", str(report)]
         done = subprocess.run(command, capture_output=True, text=True)
+        for number in FULL + CLOSED:
+            if os.strerror(number) in done.stderr:
+                raise OSError(number, os.strerror(number), str(report))
         if not report.is_file():
             message = (
                 f"the conformance check gave no report (exit status {done.returncode}): {done.stderr.strip()[-500:]}"
