@@ -808,6 +808,24 @@ def test_a_card_of_another_hand_is_kept(tmp_path: Path) -> None:
     assert 'tqformat.load("me/mine"' in text and "| Published by | `me` |" in text
 
 
+def test_a_new_verdict_is_no_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in place of another one nor where there was none, below the text."""
+    repo = layered(tmp_path / "repo", (4,), layers=1)
+    for missing in (False, True):
+        with monkeypatch.context() as patch:
+            if missing:
+                patch.setitem(sys.modules, "jsonschema", None)
+            page = card.write_card(repo)
+        page.write_text(report.with_verdict(page.read_text("utf-8"), "another line"), "utf-8")
+        assert card.is_unedited(repo) and "another line" in page.read_text("utf-8")
+        card.write_card(repo)
+        page.write_text(page.read_text("utf-8").replace("Snapshot", "Facts"), "utf-8")
+        assert not card.is_unedited(repo)
+        with pytest.raises(TQFormatError, match="edited since"):
+            card.write_card(repo)
+        card.write_card(repo, overwrite=True)
+
+
 def test_an_evaluation_of_other_weights_is_refused(tmp_path: Path) -> None:
     repo, other = (layered(tmp_path / name, (4,), layers=n) for name, n in (("repo", 1), ("other", 2)))
     evaluation(other, 1.1)

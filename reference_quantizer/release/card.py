@@ -3,6 +3,7 @@
 `card_facts` takes every number from the manifest, the payload headers and the evaluation files; `render` only formats them.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,7 @@ MARKER = (
 EVALUATION = re.compile(r"^<!-- tqformat-card: (\{.*\}) -->$", re.MULTILINE)  # the evaluation that a card speaks of
 DAMAGED, COLLAPSED = 1.25, 2.0  # perplexity ratios from which the card warns, and omits the samples
 GENERATING = ("text-generation", "image-text-to-text", "text2text-generation")
+VERDICT = re.compile(r"\s*<!-- tqformat verdict -->.*?<!-- end of tqformat verdict -->\s*", re.DOTALL)
 LAYER = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")  # stack of layers, index, what follows
 LEVELS = {"L0": "structure", "L1": "binding", "L2": "data", "L3": "decode"}
 PURPOSES = {
@@ -106,7 +108,7 @@ def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) 
         if not (card.is_file() and MARKER in card.read_text("utf-8", "replace")):
             message = "this program did not write it; pass --overwrite to replace it"
             raise TQFormatError("PATH.COLLISION", str(card), message)
-        if before.get("card", digest := file_sha256(card)) != digest:
+        if before.get("card", digest := text_sha256(card)) != digest:
             message = "it was edited since this program wrote it, and is out of date; move it away, or pass --overwrite"
             raise TQFormatError("PATH.COLLISION", str(card), message)
     repo_id = repo_id or before.get("repo_id")
@@ -114,7 +116,7 @@ def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) 
     text = render(card_facts(repo, repo_id), conformance(repo))  # the facts again: the figures are files now
     (repo / STATE).unlink(missing_ok=True)  # so that a card that is half done is never taken for one edited by hand
     replace_text(card, text)
-    state = {"manifest": file_sha256(repo / MANIFEST), "repo_id": repo_id, "card": file_sha256(card)}
+    state = {"manifest": file_sha256(repo / MANIFEST), "repo_id": repo_id, "card": text_sha256(card)}
     replace_text(repo / STATE, json.dumps(state) + "\n")
     return card
 
@@ -130,7 +132,12 @@ def read_state(repo: Path) -> dict[str, Any]:
 
 def is_unedited(repo: Path) -> bool:
     """Whether README.md is known to be as this program wrote it."""
-    return (repo / CARD).is_file() and read_state(repo).get("card") == file_sha256(repo / CARD)
+    return (repo / CARD).is_file() and read_state(repo).get("card") == text_sha256(repo / CARD)
+
+
+def text_sha256(card: Path) -> str:
+    """The SHA-256 of a card without its verdict, which `python -m conformance check --card` may put there anew."""
+    return hashlib.sha256(VERDICT.sub("\n", card.read_text("utf-8", "replace")).encode()).hexdigest()
 
 
 def evaluation_mark(files: dict[str, Any]) -> str:
