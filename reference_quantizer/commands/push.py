@@ -84,7 +84,7 @@ def complete_card(path: Path, repo_id: str, dry_run: bool, license_unknown: bool
     if card_license(path) is None and "license" not in answers and not license_unknown:
         advice = f"`{_card(path)} --license ID` records it; with --license-unknown it is published without"
         raise TQFormatError(
-            "SCHEMA.VALUE", CARD, f"it names no licence, and nobody may use a model without one; {advice}"
+            "SCHEMA.VALUE", CARD, f"it names no licence, so nobody can know how the model may be used; {advice}"
         )
     if not ours:
         if repo_id not in (path / CARD).read_text("utf-8", "replace"):
