@@ -95,15 +95,21 @@ def refuse_quantized(config: dict[str, Any] | None) -> None:
         raise TQFormatError("SCHEMA.VALUE", "config.json: quantization_config", message)
 
 
+def card_license(path: Path) -> str | None:
+    """The licence identifier in the front matter of the model card in `path`, if there is one."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    found = re.search(FRONT_LICENSE, front[1], re.MULTILINE) if front else None
+    return found[1].lower() if found else None
+
+
 def find_license(path: Path) -> str | None:
     """The licence identifier in the model card's front matter, else that of a licence file that is easily recognised."""
-    card = path / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        found = re.search(FRONT_LICENSE, front[1], re.MULTILINE) if front else None
-        if found:
-            return found[1].lower()
+    if found := card_license(path):
+        return found
     for candidate in sorted(
         p for p in path.iterdir() if re.match("licen[cs]e|copying", p.name.lower()) and p.is_file()
     ):

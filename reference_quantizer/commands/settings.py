@@ -1,13 +1,13 @@
 """What the options ask for: settings, a plan, calibration text, how to evaluate."""
 
 import argparse
-import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
 from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.libraries import is_installed, missing_library, need
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
@@ -80,8 +80,8 @@ def find_obstacle(args: argparse.Namespace, source: Source) -> str | None:
     if (kind := find_loader_kind(args, source)) not in support.KINDS:
         return f"a model for {kind} writes no text to calibrate on"
     for library in ("transformers", "accelerate", *(["numba"] if args.device == "cpu" else [])):
-        if importlib.util.find_spec(library) is None:
-            return f"{library} cannot be imported; it comes with the extra `encoders` of tqformat"
+        if not is_installed(library):
+            return missing_library("", library).message
     from reference_quantizer.calibration.blocks import why_not_walked  # torch takes seconds to import
     from reference_quantizer.model.machine import default_cache, free_memory
 
@@ -175,9 +175,8 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
     """The tokens that a preset with error feedback needs; None for the others."""
     if chosen.preset == "fast":
         return None
-    if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
+    if args.device == "cpu":
+        need(f"--preset {chosen.preset}", "numba")  # told before hours of work
     from reference_quantizer.calibration.tokens import SELF, find_tokens  # torch takes seconds to import
 
     texts, kind = tuple(args.calibration or (SELF,)), find_loader_kind(args, source)
