@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqformat.load_quantized import MANIFEST
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 TORN = "it could not be written in full"
@@ -64,14 +62,8 @@ def add_documents(repo: Path, contents: dict[str, bytes]) -> None:
     """Adds or replaces documents of a finished repository, all of them or none."""
     from tqformat.writer import add_files  # brings torch
 
-    try:
-        with writing(repo):
-            add_files(repo, {name: ("document", content) for name, content in contents.items()})
-    except OSError:
-        for name in (*contents, MANIFEST):
-            with suppress(OSError):
-                (repo / f".{name}.new").unlink()
-        raise
+    with writing(repo):
+        add_files(repo, {name: ("document", content) for name, content in contents.items()})
 
 
 def replace_text(path: Path, text: str) -> None:

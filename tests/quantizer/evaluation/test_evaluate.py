@@ -18,8 +18,8 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, ROOT, new_writer, repo_from_checkpoint
-from helpers import WORDS, make_checkpoint, make_text, make_tokenizer, timeless
+from conftest import DEVICES, ROOT, new_writer
+from helpers import WORDS, Lab, make_text, make_tokenizer, timeless
 
 from conformance.check import CHECKS, Judgement, judge
 from conformance.folder import Folder
@@ -175,23 +175,6 @@ def make_same(checkpoint: Path, out: Path) -> Path:
         for file in sorted(checkpoint.glob("*.json")):
             writer.add_file(file, "support")
         return writer.finish()
-
-
-class Lab:
-    """A checkpoint, its repository at 4 bit, and a text of 300 tokens."""
-
-    def __init__(self, path: Path, **tokenizer: bool) -> None:
-        self.path = path
-        self.base = make_checkpoint(path / "base", **tokenizer)
-        self.repo = repo_from_checkpoint(self.base, path / "repo", "text-generation")
-        for file in self.base.glob("*.jinja"):
-            add_files(self.repo, {file.name: ("support", file.read_bytes())})
-        self.text = make_text(path / "text.txt", 300)
-
-    def run(self, repo: Path | None = None, base: Path | None = None, **settings: Any) -> dict[str, Any]:
-        chosen = evaluate.Settings(**{"max_length": 32, "stride": 16, **settings})
-        options: dict[str, Any] = {"cache_dir": self.path / "cache", "quiet": True}
-        return evaluate.evaluate(str(base or self.base), repo or self.repo, str(self.text), chosen, **options)
 
 
 @pytest.fixture
