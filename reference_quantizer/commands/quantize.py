@@ -67,7 +67,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     plan = find_plan(args, source)
     print_notes(plan, support.files_to_copy(source)[1])
     steps = tuning_steps(args, plan.settings, loader_kind)
-    calibration = find_calibration(args, source, plan.settings)
+    calibration = find_calibration(args, source, plan)
 
     target = Target(
         args.out,
