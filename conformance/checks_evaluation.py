@@ -225,14 +225,17 @@ def evaluation_samples(repo: Subject) -> Iterator[Finding]:
     if SAMPLES not in _present(repo):
         return
     generations = _read(repo, SAMPLES)
+    most, special = generations["decoding"]["max_new_tokens"], generations["cleaning"]["special_tokens"]
     for index, sample in enumerate(generations["samples"]):
-        wanted = _clean(sample["raw"], generations["cleaning"]["special_tokens"])
-        if sample["cleaned"] != wanted:
-            message = f"expected {brief(wanted)}, found {brief(sample['cleaned'])}"
-            yield Finding(message, join("samples", index, "cleaned"), SAMPLES)
-        if sample["stopped"] == "length" and sample["tokens"] != generations["decoding"]["max_new_tokens"]:
-            message = f"expected {generations['decoding']['max_new_tokens']}, found {sample['tokens']}"
-            yield Finding(message, join("samples", index, "tokens"), SAMPLES)
+        for place, answer in (((), sample), (("base",), sample.get("base"))):
+            if answer is None:
+                continue
+            if answer["cleaned"] != (wanted := _clean(answer["raw"], special)):
+                message = f"expected {brief(wanted)}, found {brief(answer['cleaned'])}"
+                yield Finding(message, join("samples", index, *place, "cleaned"), SAMPLES)
+            if answer["stopped"] == "length" and answer["tokens"] != most:
+                message = f"expected {most}, found {answer['tokens']}"
+                yield Finding(message, join("samples", index, *place, "tokens"), SAMPLES)
         if not generations["decoding"]["chat_template"] and sample["input"] != sample["prompt"]:
             yield Finding("expected the prompt, as there is no chat template", join("samples", index, "input"), SAMPLES)
 

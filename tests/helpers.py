@@ -13,8 +13,10 @@ import transformers
 from torch import Tensor
 
 from reference_quantizer.codes import feedback
+from reference_quantizer.evaluation import evaluate
 from reference_quantizer.job import calibrated, encoding
 from tqformat.load_quantized import torch_dtype
+from tqformat.writer import add_files
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]  # the vocabulary of the tiny model
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -197,3 +199,22 @@ def keep_decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     for module in (encoding, calibrated):
         monkeypatch.setattr(module, "as_stored", keep)
     return kept
+
+
+class Lab:
+    """A checkpoint, its repository at 4 bit, and a text of 300 tokens."""
+
+    def __init__(self, path: Path, **tokenizer: bool) -> None:
+        from conftest import repo_from_checkpoint  # which takes names from here
+
+        self.path = path
+        self.base = make_checkpoint(path / "base", **tokenizer)
+        self.repo = repo_from_checkpoint(self.base, path / "repo", "text-generation")
+        for file in self.base.glob("*.jinja"):
+            add_files(self.repo, {file.name: ("support", file.read_bytes())})
+        self.text = make_text(path / "text.txt", 300)
+
+    def run(self, repo: Path | None = None, base: Path | None = None, **settings: Any) -> dict[str, Any]:
+        chosen = evaluate.Settings(**{"max_length": 32, "stride": 16, **settings})
+        options: dict[str, Any] = {"cache_dir": self.path / "cache", "quiet": True}
+        return evaluate.evaluate(str(base or self.base), repo or self.repo, str(self.text), chosen, **options)

@@ -769,7 +769,7 @@ def load_state_dict(
 
 REFUSED = {"token", "cache_dir", "local_files_only", "force_download", "subfolder", "variant", "gguf_file"}
 REFUSED |= {"quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config"}
-LIBRARIES = "needs transformers 5 or newer, accelerate and huggingface_hub (the extra `models` of tqformat)"
+LIBRARIES = "needs transformers 5.4 or newer, accelerate and huggingface_hub (the extra `models` of tqformat)"
 _building = threading.Lock()  # transformers changes what is global while it builds a model: torch.nn.init, its logging
 
 
@@ -871,7 +871,7 @@ def import_transformers() -> Any:
         import accelerate  # noqa: F401 (with it transformers places weights on a device)
         import transformers
 
-        if int(transformers.__version__.split(".")[0]) < 5:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
             raise ImportError(f"transformers is {transformers.__version__}")
         return transformers
 

@@ -91,7 +91,8 @@ def measure_sensitivities(
             matrices = [name for name, info in source.tensors.items() if len(info.shape) > 1]
             missing = [name for name in (matrices if method == "fisher" else names) if name not in known]
             if missing:
-                known |= _measure(model(), source, missing, method, found.ids, path, quiet)
+                before = len(names) - len(missing) if method == "perturbation" else 0  # measured by an earlier run
+                known |= _measure(model(), source, missing, method, found.ids, path, quiet, before)
     return Sensitivities({name: value for name in names if (value := known[name]) is not None}, found)
 
 
@@ -151,13 +152,17 @@ def measure_gains(
 
 
 def _measure(
-    model: Any, source: Source, names: list[str], method: str, ids: Tensor, path: Path, quiet: bool
+    model: Any, source: Source, names: list[str], method: str, ids: Tensor, path: Path, quiet: bool, before: int
 ) -> dict[str, float | None]:
-    """The coefficients of `names`, each appended to the file `path` as soon as it is known; None for no such weight."""
+    """The coefficients of `names`, each appended to the file `path` as soon as it is known; None for no such weight.
+
+    The progress begins at `before`, the weights that an earlier run measured.
+    """
     parameters = {name: p for name, p in model.named_parameters() if name in names}
     weights = {name: p for name, p in parameters.items() if tuple(p.shape) == source.tensors[name].shape}
-    total, unit = (len(weights), "weight") if method == "perturbation" else (len(ids), "sequence")
+    total, unit = (before + len(weights), "weight") if method == "perturbation" else (len(ids), "sequence")
     progress = Progress(total, quiet, action=f"measuring sensitivity ({method})", unit=unit)
+    progress.advance(before)
     known: dict[str, float | None] = {}
     with open(path, "a", encoding="utf-8") as file:
         for name, value in METHODS[method](model, weights, ids.to(model.device), progress):

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import json
 import math
 import re
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import PROVENANCE, Info, Source, open_source, read_json
+from reference_quantizer.disk import writing
+from reference_quantizer.libraries import need
 from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
 
@@ -33,7 +36,6 @@ ROPE_TABLES = ("rope_freqs", "rope_factors")  # derived tables, which the model 
 SIMPLE = r"token_embd|output|blk\.\d+\.(ffn_up|ffn_gate|ffn_down|attn_v)"  # tensors that are mapped by name alone,
 RESHAPED = {"gpt2", "bloom"}  # except in these architectures
 SAMPLES = 8  # tensors that are compared with gguf's decoder
-ADVICE = "reading GGUF files needs gguf, accelerate and transformers: pip install gguf accelerate transformers"
 
 
 def is_gguf(src: str) -> bool:
@@ -100,12 +102,9 @@ def opened(file: Path) -> Iterator[Any]:
 
     Reading the vocabulary takes gguf seconds, and transformers would do it five times.
     """
-    try:
-        import accelerate  # noqa: F401
-        import gguf
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise TQFormatError("UNSUPPORTED.LIBRARY", file.name, f"{error}; {ADVICE}") from None
+    need(file.name, "gguf", "accelerate", "transformers")
+    import gguf
+
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -222,19 +221,25 @@ def describe_import(facts: dict[str, Any]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ importing
 
 
-def import_gguf(src: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the plain bf16 checkpoint of a GGUF file to the directory `out`, all or nothing; returns its provenance."""
+def import_gguf(src: str, out: Path, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Write the plain bf16 checkpoint of a GGUF file to the directory `out`, all or nothing; returns its provenance.
+
+    `quiet` leaves out the progress bars of transformers.
+    """
     if out.exists() and not overwrite:
         raise TQFormatError("PATH.COLLISION", str(out), "the target exists; pass --overwrite to replace it")
     built = out.with_name(f".{out.name}.new")
     shutil.rmtree(built, ignore_errors=True)
     built.mkdir(parents=True)
     try:
-        with tempfile.TemporaryDirectory(dir=built.parent, prefix=f".{out.name}.") as work:
+        with writing(built), tempfile.TemporaryDirectory(dir=built.parent, prefix=f".{out.name}.") as work:
             file = find_file(src, Path(work))
             with opened(file) as reader:
                 facts = provenance(file, reader)
-                _write(file, reader, built)
+                with (
+                    contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+                ):  # bars of two kinds
+                    _write(file, reader, built)
                 _check(built, file, reader)
         (built / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
         if out.exists():
@@ -333,28 +338,28 @@ def work_checkpoint(out: Path) -> Path:
     return out.absolute().with_name(f".{out.name}.gguf")
 
 
-def prepared(src: str, out: Path) -> Source:
+def prepared(src: str, out: Path, quiet: bool = False) -> Source:
     """The source to quantize for a GGUF `src`: imported beside `out`, or found there from an interrupted run."""
-    source = _imported(src, work_checkpoint(out), ", kept until the release is finished")
+    source = _imported(src, work_checkpoint(out), ", kept until the release is finished", quiet)
     for note in describe_import(source.provenance or {}):
         tell(f"note: {note}")
     return source
 
 
-def cached(src: str, cache: Path) -> Source:
+def cached(src: str, cache: Path, quiet: bool = False) -> Source:
     """The checkpoint of a GGUF `src`, imported into the directory `cache`, or found there from an earlier run."""
     name = hashlib.sha256(json.dumps(identity(src)).encode()).hexdigest()[:32]
-    return _imported(src, cache / f"gguf-{name}")
+    return _imported(src, cache / f"gguf-{name}", "", quiet)
 
 
-def _imported(src: str, checkpoint: Path, how_long: str = "") -> Source:
+def _imported(src: str, checkpoint: Path, how_long: str, quiet: bool) -> Source:
     """The checkpoint of `src` in the directory `checkpoint`, imported unless it is there."""
     job, record = identity(src), checkpoint / ".job.json"
     if record.is_file() and read_json(record) == job:
         tell(f"going on with the checkpoint that an earlier run imported to {checkpoint}")
     else:
         tell(f"importing {src} to {checkpoint}{how_long}")
-        import_gguf(src, checkpoint, overwrite=True)
+        import_gguf(src, checkpoint, overwrite=True, quiet=quiet)
         record.write_text(json.dumps(job), "utf-8")
     return open_source(str(checkpoint))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reference_quantizer.libraries import hub_errors, need, reason
 from tqformat.load_quantized import DTYPES as ITEMSIZE
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_header, torch_dtype
 
@@ -250,17 +251,15 @@ def hub_cache_names(path: Path) -> tuple[str | None, str | None]:
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        message = "fetching from the Hub needs the package huggingface_hub; or give a local directory"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", hub_id, message) from None
+    need(hub_id, "huggingface_hub")
+    from huggingface_hub import snapshot_download
+
     try:
         kinds = {"allow_patterns": HUB_PATTERNS, "ignore_patterns": HUB_IGNORED}
         folder = snapshot_download(hub_id, revision=revision, **kinds)
-    except (OSError, ValueError) as error:
-        reason = f"cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise TQFormatError("BIND.MISSING_FILE", hub_id, reason) from None
+    except hub_errors() as error:
+        message = f"the checkpoint cannot be fetched ({reason(error)}); a local directory will do as well"
+        raise TQFormatError("BIND.MISSING_FILE", hub_id, message) from None
     return Path(folder)
 
 

@@ -8,7 +8,7 @@ from reference_quantizer.checkpoint.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 from tqformat.support import role_of
 
-REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5\n"  # what the loader imports
+REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5.4\n"  # what the loader imports
 
 # Of a source they are never copied: what they say is about another set of weights, or is written anew.
 NEVER = ("quant_manifest.json", "readme.md", "load_quantized.py", "eval_summary.json", "sample_generations.json")
@@ -95,15 +95,21 @@ def refuse_quantized(config: dict[str, Any] | None) -> None:
         raise TQFormatError("SCHEMA.VALUE", "config.json: quantization_config", message)
 
 
+def card_license(path: Path) -> str | None:
+    """The licence identifier in the front matter of the model card in `path`, if there is one."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    found = re.search(FRONT_LICENSE, front[1], re.MULTILINE) if front else None
+    return found[1].lower() if found else None
+
+
 def find_license(path: Path) -> str | None:
     """The licence identifier in the model card's front matter, else that of a licence file that is easily recognised."""
-    card = path / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        found = re.search(FRONT_LICENSE, front[1], re.MULTILINE) if front else None
-        if found:
-            return found[1].lower()
+    if found := card_license(path):
+        return found
     for candidate in sorted(
         p for p in path.iterdir() if re.match("licen[cs]e|copying", p.name.lower()) and p.is_file()
     ):

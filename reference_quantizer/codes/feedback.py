@@ -19,6 +19,7 @@ from reference_quantizer.codes.encode import Encoder, fit_dtype, leave_out
 from reference_quantizer.codes.encode import decode as decode_nearest
 from reference_quantizer.codes.encode import encode_stages as encode_nearest
 from reference_quantizer.codes.rotation import Rotation, rotate, unrotate
+from reference_quantizer.libraries import missing_library
 from tqformat.load_quantized import TQFormatError
 
 # Of the Hessian's mean diagonal, added to it; less would fit the calibration tokens, and other text less.
@@ -277,8 +278,7 @@ def _search(
     try:
         from reference_quantizer.codes import ldlq
     except ImportError:
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", "feedback", advice) from None
+        raise missing_library("feedback", "numba") from None
     rows, cols = y.shape
     step = block_rows(rows, bits, window, tile_rows)
     u, book = upper.numpy(), levels.numpy()

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from reference_quantizer.codes.codebook import kept_levels
-from tqformat.load_quantized import TQFormatError, require
+from reference_quantizer.libraries import missing_library
+from tqformat.load_quantized import require
 
 METHOD = "trellis-gaussian-1"  # names the training; another one needs another name
 SHIPPED = Path(__file__).with_name("codebooks.npz")  # name -> the first half of its levels, float16
@@ -87,8 +88,7 @@ def _kernel():
     try:
         from reference_quantizer.codes import viterbi
     except ImportError:
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", "trellis", advice) from None
+        raise missing_library("trellis", "numba") from None
     return viterbi
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reference_quantizer.codes.codebook import kept_levels
 from reference_quantizer.codes.trellis import gaussian_samples
-from tqformat.load_quantized import TQFormatError
+from reference_quantizer.libraries import missing_library
 
 METHOD = "vector-gaussian-1"  # names the training; another one needs another name
 E8_RADIUS = 3.3  # of the farthest of 2^16 points of E8: the least error for values of variance 1
@@ -171,6 +171,5 @@ def _loops() -> Any:
     try:
         from reference_quantizer.codes import vector_search  # and so numba
     except ImportError:
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", "vector codes", advice) from None
+        raise missing_library("vector codes", "numba") from None
     return vector_search

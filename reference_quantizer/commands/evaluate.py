@@ -1,18 +1,30 @@
 """`evaluate`: measures a repository against its base."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from reference_quantizer.commands.options import STYLE, add_evaluation_arguments, add_job_arguments
 from reference_quantizer.commands.settings import evaluation_options, evaluation_settings
+from reference_quantizer.progress import program, tell
 from reference_quantizer.release import report
+from reference_quantizer.release.card import CARD, is_stale
 
 EVALUATE = """Measure a repository against the checkpoint it was made from.
 
 Perplexity in sliding windows, KL divergence and top-1 agreement of the next-token distributions, the cosine of the logits
 after fixed prompts, and greedy samples. Writes eval_summary.json and sample_generations.json into the repository. Both
-models are in memory at once. An interrupted run continues when the same command is given again.
+models are in memory at once. An interrupted run continues when the same command is given again. The text must give two
+windows; with fewer than about twenty the figures are rough.
+"""
+EXAMPLES = """examples:
+  python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt
+  python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt --max-windows 40
+  python -m reference_quantizer evaluate owner/name ./model-4bit --device cuda
+  python -m reference_quantizer evaluate model.gguf ./model-4bit --dataset test.txt --max-length 2048 --stride 1024
+
+Figures of two releases compare where text, windows, --bos and base are the same. `card` puts them into README.md.
 """
 
 
@@ -24,13 +36,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     summary = evaluate.evaluate(args.source, args.repo, args.dataset, evaluation_settings(args), **options)
     print(evaluate.describe(summary))
     print(f"size          {report.size_line(args.repo)}")
+    if is_stale(args.repo):
+        tell(f"note: {CARD} is out of date now; write it again: {program()} card {shlex.quote(str(args.repo))}")
     return 0
 
 
 def add_command(commands: Any) -> None:
     """Add `evaluate` to the command line."""
     help_ = "measure a repository against its base"
-    evaluate = commands.add_parser("evaluate", help=help_, description=EVALUATE, formatter_class=STYLE)
+    evaluate = commands.add_parser("evaluate", help=help_, description=EVALUATE, epilog=EXAMPLES, formatter_class=STYLE)
     help_ = "checkpoint directory, Hub id or GGUF file that REPO was made from; a GGUF file is imported into the cache"
     evaluate.add_argument("source", metavar="BASE", help=help_)
     evaluate.add_argument("repo", metavar="REPO", type=Path, help="repository directory; both files go into it")

@@ -17,7 +17,7 @@ def run_import(args: argparse.Namespace) -> int:
         raise TQFormatError(
             "CONTAINER.HEADER", args.source, "neither a GGUF file, nor a directory of one, nor package:NAME"
         )
-    facts = import_gguf(args.source, args.out, args.overwrite)
+    facts = import_gguf(args.source, args.out, args.overwrite, args.quiet)
     for note in describe_import(facts):
         tell(f"note: {note}")
     source = open_source(str(args.out))
@@ -43,4 +43,5 @@ def add_command(commands: Any) -> None:
     parser.add_argument("source", metavar="FILE", help=help_)
     parser.add_argument("out", metavar="OUT", type=Path, help="checkpoint directory to create")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run_import)

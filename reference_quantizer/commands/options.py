@@ -75,8 +75,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     windows.add_argument("--max-length", metavar="N", type=integer(2, 2**31), default=512, help=help_)
     help_ = "tokens from one window's begin to the next (default: %(default)s)"
     windows.add_argument("--stride", metavar="N", type=integer(1, 2**31), default=256, help=help_)
-    help_ = "stop after this many (default: full pass)"
-    windows.add_argument("--max-windows", metavar="N", type=integer(1, 2**53 - 1), help=help_)
+    help_ = "stop after this many, 2 or more (default: full pass)"
+    windows.add_argument("--max-windows", metavar="N", type=integer(2, 2**53 - 1), help=help_)
     help_ = "auto puts a BOS token, which is not scored, in front of each window where the tokenizer itself puts one in"
     help_ += " front of a text (default: %(default)s)"
     windows.add_argument("--bos", choices=("auto", "never"), default="auto", help=help_)
@@ -166,8 +166,8 @@ def add_target_arguments(group: Any) -> None:
     """The targets, into the group of `--bits`, which each of them replaces."""
     help_ = "mixed precision: at most this many bits per weight, over all weights and all that is stored"
     group.add_argument("--target-bpw", metavar="B", type=positive(float), help=help_)
-    help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes)"
-    group.add_argument("--target-bytes", metavar="N", type=positive(int), help=help_)
+    help_ = "mixed precision: at most this many stored bytes (the accounting's stored_bytes), or with K, M or G"
+    group.add_argument("--target-bytes", metavar="SIZE", type=byte_count, help=help_)
 
 
 def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:

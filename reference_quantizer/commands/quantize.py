@@ -37,7 +37,7 @@ def prepare_source(args: argparse.Namespace) -> Source:
     if gguf_source.is_gguf(args.source):
         refuse_revision(args)
         check_target(args.out, Path(args.source), args.overwrite)  # before the work of importing
-        source = gguf_source.prepared(args.source, args.out)
+        source = gguf_source.prepared(args.source, args.out, args.quiet)
     else:
         source = open_source(args.source, args.revision)
     if source.is_inventory:
@@ -67,7 +67,7 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     plan = find_plan(args, source)
     print_notes(plan, support.files_to_copy(source)[1])
     steps = tuning_steps(args, plan.settings, loader_kind)
-    calibration = find_calibration(args, source, plan.settings)
+    calibration = find_calibration(args, source, plan)
 
     target = Target(
         args.out,

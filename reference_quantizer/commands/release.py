@@ -7,7 +7,6 @@ and the settings; and `.release.json` in the repository holds the digest of the 
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shlex
 import sys
@@ -19,7 +18,6 @@ from reference_quantizer import __version__
 from reference_quantizer.checkpoint import gguf_source, support
 from reference_quantizer.checkpoint.source import HUB_ID, Source, file_sha256, open_source, weights_sha256
 from reference_quantizer.commands.options import (
-    EXAMPLES,
     STYLE,
     add_evaluation_arguments,
     add_job_arguments,
@@ -28,19 +26,28 @@ from reference_quantizer.commands.options import (
 from reference_quantizer.commands.quantize import prepare_source, write_repository
 from reference_quantizer.commands.settings import evaluation_options, evaluation_settings, find_loader_kind
 from reference_quantizer.model.text import read_corpus
-from reference_quantizer.release import report
+from reference_quantizer.progress import program
+from reference_quantizer.release import base, card, report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
 CARD, SUMMARY = "README.md", "eval_summary.json"
-STATE = ".release.json"  # hidden, so that it is no part of the release [TQ-REPO-5]
-LIBRARIES = ("conformance", "jsonschema", "jinja2", "yaml", "matplotlib", "transformers")
 LEVEL = "L3"
 SHOWN = 5  # findings of a failed check
 DESCRIPTION = """Quantize, evaluate, write the card and check, in one command.
 
 The result is a directory that is ready to be published. Given again, the command goes on where it was interrupted, skips
 the stages whose results are there, and repeats those that a changed option makes stale; weights of another job are
-replaced only with --overwrite.
+replaced only with --overwrite. A person at the terminal is asked for the base model's Hub id and licence where neither
+options nor files tell them; elsewhere a line says so.
+"""
+RELEASE_EXAMPLES = """examples:
+  python -m reference_quantizer release ./model ./model-4bit --bits 4 --dataset test.txt
+  python -m reference_quantizer release owner/name ./model-4bit --bits 4 --calibration text.txt --dataset test.txt
+  python -m reference_quantizer release ./model ./out --bits 3 --base-model owner/name --license apache-2.0
+  python -m reference_quantizer release model.gguf ./out --bits 4 --dataset test.txt --max-windows 40
+  python -m reference_quantizer release ./model ./out --target-bpw 3.5 --calibration text.txt --repo-id owner/name-3bit
+
+`plan` shows the sizes beforehand, `push` publishes the result.
 """
 
 
@@ -51,7 +58,6 @@ def run_release(args: argparse.Namespace) -> int:
     def stage(number: int, title: str) -> None:
         print(f"=== {number}/4 {title}  [{time.monotonic() - start:.0f} s]", flush=True)
 
-    _check_libraries()
     if args.repo_id is not None and not HUB_ID.fullmatch(args.repo_id):
         raise TQFormatError("SCHEMA.VALUE", args.repo_id, "expected a Hub id such as owner/name")
     stage(1, "quantize")
@@ -81,7 +87,7 @@ def run_release(args: argparse.Namespace) -> int:
     if is_described(args.out, args.repo_id):
         print(f"complete: {args.out / CARD}")
     else:
-        print(f"written: {_write_card(args)}")
+        print(f"written: {card.write_card(args.out, args.overwrite, args.repo_id)}")
 
     stage(4, "check")
     verdict = check(args.out)
@@ -148,8 +154,25 @@ def _quantize(args: argparse.Namespace, job: str) -> None:
     if not args.skip_evaluation and (kind := find_loader_kind(args, source)) not in support.KINDS:
         advice = f"a model for {kind} does not predict the next token; pass --skip-evaluation"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", advice)
+    if not args.skip_evaluation:
+        from reference_quantizer.evaluation.evaluate import cut_text
+        from reference_quantizer.model.base import load_tokenizer
+
+        corpus = read_corpus(args.dataset, args.split, args.dataset_revision)
+        cut_text(
+            corpus, load_tokenizer(source.path), evaluation_settings(args)
+        )  # a text that is too short is told at once
+    args.base_model, args.license = _base_facts(args, source)
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
     write_repository(args, source, {"release": recorded})
+
+
+def _base_facts(args: argparse.Namespace, source: Source) -> tuple[str, str | None]:
+    """The base model's id and licence: of the options, else what is found, else what is asked for."""
+    imported = gguf_source.base_model(source.provenance)
+    id = args.base_model or source.id or imported.get("id") or source.path.resolve().name
+    license = args.license or support.find_license(source.path) or imported.get("license")
+    return base.complete(id, license, "--base-model", "--license")
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -175,7 +198,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _base(args: argparse.Namespace) -> Source:
     """The checkpoint that was quantized; a GGUF file's import is beside OUT until the evaluation is done."""
     if gguf_source.is_gguf(args.source):
-        return gguf_source.prepared(args.source, args.out)
+        return gguf_source.prepared(args.source, args.out, args.quiet)
     return open_source(args.source, args.revision)
 
 
@@ -186,37 +209,13 @@ def is_described(out: Path, repo_id: str | None) -> bool:
     """Whether the card is about the manifest as it is, which binds all other files. A card edited by hand remains."""
     if not (out / CARD).is_file():
         return False
-    state = _state(out)
-    return (state.get("manifest"), state.get("repo_id")) == (file_sha256(out / MANIFEST), repo_id)
-
-
-def _state(out: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((out / STATE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write_card(args: argparse.Namespace) -> Path:
-    from reference_quantizer.release.card import write_card
-
-    out, before = args.out, _state(args.out).get("card")
-    if (out / CARD).is_file() and before and file_sha256(out / CARD) != before and not args.overwrite:
-        advice = "it was edited since this program wrote it, and is out of date; move it away, or pass --overwrite"
-        raise TQFormatError("PATH.COLLISION", str(out / CARD), advice)
-    (out / STATE).unlink(missing_ok=True)  # so that a card that is half done is never taken for one edited by hand
-    card = write_card(out, args.overwrite, args.repo_id)
-    state = {"manifest": file_sha256(out / MANIFEST), "repo_id": args.repo_id, "card": file_sha256(card)}
-    (out / STATE).write_text(json.dumps(state) + "\n", "utf-8")
-    return card
+    state = card.read_state(out)
+    return state.get("manifest") == file_sha256(out / MANIFEST) and repo_id in (None, state.get("repo_id"))
 
 
 def check(out: Path) -> dict[str, Any]:
     """The report of the conformance suite on `out`; its first findings are printed."""
-    from reference_quantizer.release.card import conformance
-
-    found = conformance(out)
+    found = card.conformance(out)
     for violation in found["violations"][:SHOWN]:
         place = " ".join(str(part) for part in (violation["file"], violation["pointer"]) if part)
         print(f"{violation['code']} {place} [{violation['rule']}]: {violation['message']}", file=sys.stderr)
@@ -237,16 +236,8 @@ def describe(out: Path, repo_id: str | None) -> str:
             lines.append(f"KL (nats)   mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
     else:
         lines.append("perplexity  not measured")
-    push = f"python -m reference_quantizer push {shlex.quote(str(out))} {repo_id or 'OWNER/NAME'} --private"
+    push = f"{program()} push {shlex.quote(str(out))} {repo_id or 'OWNER/NAME'} --private"
     return "\n".join([*lines, f"publish     {push}"])
-
-
-def _check_libraries() -> None:
-    """UNSUPPORTED.LIBRARY at once, and not after hours of work."""
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        advice = "install tqformat[encoders,conformance]"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", "release", f"{', '.join(missing)} cannot be imported; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -256,7 +247,7 @@ def add_command(subparsers: Any) -> None:
     """Add `release` to the command line."""
     help_ = "quantize, evaluate, write the card and check, in one command"
     parser = subparsers.add_parser(
-        "release", help=help_, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=STYLE
+        "release", help=help_, description=DESCRIPTION, epilog=RELEASE_EXAMPLES, formatter_class=STYLE
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hub id or GGUF file")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to create")

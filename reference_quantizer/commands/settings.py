@@ -1,14 +1,16 @@
 """What the options ask for: settings, a plan, calibration text, how to evaluate."""
 
 import argparse
-import importlib.util
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
 from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.libraries import is_installed, missing_library, need
 from reference_quantizer.planning.allocate import Request, make_allocation
+from reference_quantizer.planning.expectations import expected_time
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
 from reference_quantizer.progress import tell
@@ -80,8 +82,8 @@ def find_obstacle(args: argparse.Namespace, source: Source) -> str | None:
     if (kind := find_loader_kind(args, source)) not in support.KINDS:
         return f"a model for {kind} writes no text to calibrate on"
     for library in ("transformers", "accelerate", *(["numba"] if args.device == "cpu" else [])):
-        if importlib.util.find_spec(library) is None:
-            return f"{library} cannot be imported; it comes with the extra `encoders` of tqformat"
+        if not is_installed(library):
+            return missing_library("", library).message
     from reference_quantizer.calibration.blocks import why_not_walked  # torch takes seconds to import
     from reference_quantizer.model.machine import default_cache, free_memory
 
@@ -171,13 +173,12 @@ def request_of(args: argparse.Namespace) -> Request | None:
     )
 
 
-def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings) -> "Calibration | None":
+def find_calibration(args: argparse.Namespace, source: Source, plan: Plan) -> "Calibration | None":
     """The tokens that a preset with error feedback needs; None for the others."""
-    if chosen.preset == "fast":
+    if plan.settings.preset == "fast":
         return None
-    if args.device == "cpu" and importlib.util.find_spec("numba") is None:  # told before hours of work
-        advice = "numba cannot be imported; expected: pip install 'tqformat[encoders]'"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", f"--preset {chosen.preset}", advice)
+    if args.device == "cpu":
+        need(f"--preset {plan.settings.preset}", "numba")  # told before hours of work
     from reference_quantizer.calibration.tokens import SELF, find_tokens  # torch takes seconds to import
 
     texts, kind = tuple(args.calibration or (SELF,)), find_loader_kind(args, source)
@@ -185,6 +186,9 @@ def find_calibration(args: argparse.Namespace, source: Source, chosen: Settings)
         advice = f"a model for {kind} writes no text; give some, or use --preset fast"
         raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
     tokens = args.calibration_tokens or FEEDBACK_TOKENS["self" if SELF in texts else "given"]
+    if args.device == "cpu":
+        steps = tuning_steps(args, plan.settings, kind)
+        tell(expected_time(plan, tokens, SELF in texts, steps, os.cpu_count() or 1))
     return find_tokens(source, kind, texts, tokens, getattr(args, "cache_dir", None), args.device)
 
 

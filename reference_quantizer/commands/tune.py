@@ -33,7 +33,7 @@ def run_tune(args: argparse.Namespace) -> int:
     from reference_quantizer.model.machine import default_cache
 
     check_target(args.out, args.repo, args.overwrite)
-    source = find_base(args.source, args.revision, default_cache())
+    source = find_base(args.source, args.revision, default_cache(), args.quiet)
     manifest = report.read_manifest(args.repo)
     texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or TUNING_TOKENS
     calibration = find_tokens(source, manifest["loader_kind"], texts, tokens, None, args.device)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from reference_quantizer.checkpoint.source import Source, file_sha256, weights_sha256
 from reference_quantizer.checkpoint.support import KINDS
+from reference_quantizer.disk import add_documents, writing
 from reference_quantizer.evaluation import samples
 from reference_quantizer.evaluation.metrics import Result, compare, next_logits, score_alone, summarize
-from reference_quantizer.evaluation.windows import Window, batches, sliding_windows
+from reference_quantizer.evaluation.windows import ROUGH_WINDOWS, Window, batches, sliding_windows
 from reference_quantizer.model.base import (
     DTYPES,
     check_length,
@@ -35,7 +36,7 @@ from reference_quantizer.model.base import (
     running_models,
 )
 from reference_quantizer.model.machine import check_device, default_cache, hardware, libraries, locked
-from reference_quantizer.model.text import read_corpus, same_data
+from reference_quantizer.model.text import Corpus, read_corpus, same_data
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
     Manifest,
@@ -44,7 +45,6 @@ from tqformat.load_quantized import (
     load_tokenizer,
     read_manifest,
 )
-from tqformat.writer import add_files
 
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
@@ -100,20 +100,15 @@ def evaluate(
     settings = (settings or Settings()).complete()
     check_device(settings.device)
     manifest, cache = read_manifest(repo), cache_dir or default_cache()
-    source = find_base(base, base_revision, cache)
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
-    check_same_model(source, manifest)
     corpus = read_corpus(dataset, split, dataset_revision)
-    with running_models():
-        tokenizer = load_tokenizer(repo)
-        ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer = load_tokenizer(repo)
+    tokens, windows = cut_text(corpus, tokenizer, settings)
+    source = find_base(base, base_revision, cache, quiet)
+    check_same_model(source, manifest)
     bos = find_bos(tokenizer) if settings.bos == "auto" else None
-    tokens = np.array(ids, dtype="<i4")  # [tokens]
-    windows = sliding_windows(len(tokens), settings.max_length, settings.stride, settings.max_windows)
-    if sum(w.scored for w in windows) < 1:
-        raise TQFormatError("SCHEMA.VALUE", corpus.id, f"expected a text to score, found {len(tokens)} tokens")
     tokens_sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     payload = payload_digests(manifest)
 
@@ -135,8 +130,7 @@ def evaluate(
         cosines = samples.cosines(logits, samples.prompt_logits(model, tokenizer, settings.device))
         if base_model is not None:
             save_base(cache, kept.key, results, logits)
-            del base_model, runner
-        generated = samples.generate(model, tokenizer, settings.device)
+        generated = samples.generate(model, base_model, tokenizer, settings.device)
         seconds = sum(r.seconds for r in results) + time.monotonic() - before
 
     subject = {"base_model": manifest.base_model["id"], "payload": payload}
@@ -163,9 +157,24 @@ def evaluate(
     generations |= {"settings": {"device": settings.device, "dtype": settings.dtype}, **machine}
     if read_manifest(repo).files != manifest.files:
         raise TQFormatError("BIND.DIGEST", str(repo), "the repository was changed while it was evaluated; run it again")
-    add_files(repo, {SUMMARY: ("document", to_text(summary)), SAMPLES: ("document", to_text(generations))})
+    add_documents(repo, {SUMMARY: to_text(summary), SAMPLES: to_text(generations)})
     partial.unlink(missing_ok=True)
     return summary
+
+
+def cut_text(corpus: Corpus, tokenizer: Any, settings: Settings) -> tuple[np.ndarray, list[Window]]:
+    """The tokens of the corpus, int32 [tokens], and its windows; SCHEMA.VALUE for fewer than two, which say nothing of a model."""
+    with running_models():
+        ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
+    length, stride = settings.max_length, settings.stride
+    windows = sliding_windows(len(ids), length, stride, settings.max_windows)
+    if settings.max_windows == 1:
+        raise TQFormatError("SCHEMA.VALUE", "--max-windows", "expected at least 2, got 1")
+    if len(windows) < 2:  # the first one ends where the text does, or beyond
+        message = f"two windows of --max-length {length} and --stride {stride} take at least {length + 1} tokens"
+        advice = "give a longer text, or a smaller --max-length"
+        raise TQFormatError("SCHEMA.VALUE", corpus.id, f"{message}, the text has {len(ids)}; {advice}")
+    return np.array(ids, dtype="<i4"), windows
 
 
 def payload_digests(manifest: Manifest) -> dict[str, str]:
@@ -230,7 +239,7 @@ class Runner:
         size = sum(len(result.to_line()) for result in results[:done])
         results = results[:done]
         progress.advance(done)
-        with open(partial, "ab") as file:
+        with writing(partial), open(partial, "ab") as file:
             file.truncate(size)
             for group in groups[ends.index(done) :]:
                 found = self.score(group)
@@ -313,8 +322,12 @@ def save_base(cache: Path, key: str, results: list[Result], logits: Tensor) -> N
     path = cache / f"base-{key}.npz"
     new = path.with_name(f".{path.name}.{os.getpid()}.npz")
     top1 = np.concatenate([r.top1 for r in results])
-    np.savez(new, nll=np.array([r.base_nll for r in results]), top1=top1, logits=logits.numpy())
-    os.replace(new, path)
+    try:
+        with writing(path):
+            np.savez(new, nll=np.array([r.base_nll for r in results]), top1=top1, logits=logits.numpy())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ surroundings
@@ -341,6 +354,10 @@ def describe(summary: dict[str, Any]) -> str:
         f"logit cosine  {summary['logit_cosine']['mean']:.6f}",
         f"took          {summary['seconds']:.0f} s on {summary['hardware']['description']}",
     ]
+    if summary["windows"] < ROUGH_WINDOWS:
+        lines.append(
+            f"note          fewer than {ROUGH_WINDOWS} windows: the figures are rough; more text gives better ones"
+        )
     if kl:
         lines.insert(2, f"KL (nats)     mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
     return "\n".join(lines)

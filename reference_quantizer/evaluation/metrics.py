@@ -64,7 +64,7 @@ def compare(base: Tensor, quantized: Tensor, targets: Tensor, kl: bool) -> dict[
     divergences: list[Tensor] = []
     best: list[Tensor] = []
     agreeing = 0
-    for a in range(0, len(targets), step):
+    for a in range(0, max(1, len(targets)), step):  # once for no targets, too: the last window may be a single token
         wanted = targets[a : a + step, None]
         p, q = (x[a : a + step].float().log_softmax(-1) for x in (base, quantized))
         base_nll -= p.gather(1, wanted).sum(dtype=torch.float64).item()
@@ -76,8 +76,8 @@ def compare(base: Tensor, quantized: Tensor, targets: Tensor, kl: bool) -> dict[
             terms = p.sub_(q).mul_(share).masked_fill_(share == 0, 0)
             divergences.append(terms.sum(-1, dtype=torch.float64).clamp_(min=0).float().cpu())
     return {
-        "base_nll": base_nll / len(targets),
-        "quantized_nll": quantized_nll / len(targets),
+        "base_nll": base_nll / max(1, len(targets)),
+        "quantized_nll": quantized_nll / max(1, len(targets)),
         "agreeing": agreeing,
         "top1": torch.cat(best).int().cpu().numpy(),
         "kl": torch.cat(divergences).numpy() if kl else None,
@@ -124,7 +124,7 @@ def summarize(windows: list[Window], results: list[Result]) -> dict[str, Any]:
             "base_nll": [_rounded(r.base_nll) for r in results],
             "quantized_nll": [_rounded(r.quantized_nll) for r in results],
             "agreeing": [r.agreeing for r in results],
-            "kl": [_rounded(math.fsum(kl) / len(kl)) for kl in kls] if kls else None,
+            "kl": [_rounded(math.fsum(kl) / max(1, len(kl))) for kl in kls] if kls else None,
         },
     }
 

@@ -51,19 +51,34 @@ def cosines(first: Tensor, second: Tensor) -> list[float]:
     ]
 
 
-def generate(model: Any, tokenizer: Any, device: str) -> dict[str, Any]:
-    """Greedy continuations of SAMPLE_PROMPTS, as `decoding`, `cleaning` and `samples` of sample_generations.json."""
+def generate(model: Any, base: Any, tokenizer: Any, device: str) -> dict[str, Any]:
+    """Greedy continuations of SAMPLE_PROMPTS, as `decoding`, `cleaning` and `samples` of sample_generations.json.
+
+    `base`, the base model, is asked the same, unless it is None.
+    """
     chat = bool(getattr(tokenizer, "chat_template", None))
-    end = _end_tokens(model, tokenizer)
-    found = [_sample(model, tokenizer, device, prompt, chat, end) for prompt in SAMPLE_PROMPTS]
+    inputs = [_input(tokenizer, prompt, chat) for prompt in SAMPLE_PROMPTS]
+    answers, base_answers = (
+        [] if each is None else [_answer(each, tokenizer, device, text, chat) for text in inputs]
+        for each in (model, base)
+    )
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    used = [token for token in special if token and any(token in sample["raw"] for sample in found)]
+    raw = [answer["raw"] for answer in answers + base_answers]
+    used = [token for token in special if token and any(token in text for text in raw)]
     used.sort(key=lambda token: (-len(token), token))
+    for answer in answers + base_answers:
+        answer["cleaned"] = clean(answer["raw"], used)
+    samples = [
+        {"prompt": prompt, "input": text, **answer}
+        for prompt, text, answer in zip(SAMPLE_PROMPTS, inputs, answers, strict=True)
+    ]
+    for sample, answer in zip(samples, base_answers, strict=False):  # none, or one for each
+        sample["base"] = answer
     return {
         "decoding": {"method": "greedy", "max_new_tokens": SAMPLE_TOKENS, "chat_template": chat},
         "cleaning": {"rule": CLEANING, "special_tokens": used},
-        "samples": [sample | {"cleaned": clean(sample["raw"], used)} for sample in found],
+        "samples": samples,
     }
 
 
@@ -74,13 +89,19 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return [end] if isinstance(end, int) else list(end or ())
 
 
-def _sample(model: Any, tokenizer: Any, device: str, prompt: str, chat: bool, end: list[int]) -> dict[str, Any]:
+def _input(tokenizer: Any, prompt: str, chat: bool) -> str:
+    """The text that is tokenized: the prompt, in the chat template if there is one."""
+    if not chat:
+        return prompt
+    message = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def _answer(model: Any, tokenizer: Any, device: str, text: str, chat: bool) -> dict[str, Any]:
+    """How the model goes on after `text`: `tokens`, `stopped` and `raw` of a sample."""
     from transformers import GenerationConfig
 
-    text = prompt
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    end = _end_tokens(model, tokenizer)
     ids = torch.tensor([tokenizer(text, add_special_tokens=not chat)["input_ids"]], device=device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
     # in place of the model's own, whose penalties and sampling would otherwise fill in what is not said here
@@ -93,4 +114,4 @@ def _sample(model: Any, tokenizer: Any, device: str, prompt: str, chat: bool, en
         model.generation_config = before
     raw = tokenizer.decode(out, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     stopped = "end" if out and out[-1] in end else "length"
-    return {"prompt": prompt, "input": text, "tokens": len(out), "stopped": stopped, "raw": raw}
+    return {"tokens": len(out), "stopped": stopped, "raw": raw}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from tqformat.load_quantized import TQFormatError
 
+ROUGH_WINDOWS = 20  # below which the figures would be others on a little more text
+
 
 @dataclass(frozen=True)
 class Window:

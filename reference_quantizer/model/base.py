@@ -16,7 +16,7 @@ from tqformat.load_quantized import LOADER_KINDS, TQFormatError, translated
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def find_base(base: str, revision: str | None, cache: Path) -> Source:
+def find_base(base: str, revision: str | None, cache: Path, quiet: bool = False) -> Source:
     """The checkpoint that `base` names; of a GGUF file, its import in the cache."""
     gguf = gguf_source.is_gguf(base)
     if revision and (gguf or Path(base).exists()):
@@ -25,7 +25,7 @@ def find_base(base: str, revision: str | None, cache: Path) -> Source:
         return open_source(base, revision)
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / "gguf.lock"):
-        return gguf_source.cached(base, cache)
+        return gguf_source.cached(base, cache, quiet)
 
 
 def default_dtype(device: str) -> str:

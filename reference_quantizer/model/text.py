@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reference_quantizer.libraries import hub_errors, need, reason
 from tqformat.load_quantized import TQFormatError
 
 SEPARATOR = "\n\n"
@@ -77,10 +78,9 @@ def same_data(entry: dict[str, Any], dataset: str, split: str = "test", revision
 
 def _from_hub(id: str, config: str | None, split: str, revision: str | None) -> Corpus:
     """The rows of a data set on the Hub, from its files `[config/|data/]split*.parquet|jsonl|txt`, at one commit."""
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-    except ImportError:
-        raise TQFormatError("UNSUPPORTED.LIBRARY", id, "expected: pip install huggingface_hub") from None
+    need(id, "huggingface_hub")
+    from huggingface_hub import HfApi, hf_hub_download
+
     try:
         info = HfApi().dataset_info(id, revision=revision)
         names = sorted(sibling.rfilename for sibling in info.siblings or ())
@@ -88,9 +88,9 @@ def _from_hub(id: str, config: str | None, split: str, revision: str | None) -> 
         pattern = rf"{folder}{re.escape(split)}(?:-[0-9]+-of-[0-9]+)?\.(parquet|jsonl|txt)"
         chosen = [name for name in names if re.fullmatch(pattern, name)]
         files = [Path(hf_hub_download(id, name, repo_type="dataset", revision=info.sha)) for name in chosen]
-    except (OSError, ValueError) as error:
-        reason = f"cannot be fetched: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise TQFormatError("BIND.MISSING_FILE", id, reason) from None
+    except hub_errors() as error:
+        message = f"the data set cannot be fetched ({reason(error)}); a local text file will do as well"
+        raise TQFormatError("BIND.MISSING_FILE", id, f"{message}: --dataset FILE, or --calibration FILE") from None
     if len({path.suffix for path in files}) != 1:
         message = (
             f"expected parquet, jsonl or txt files of the split {split!r}, found {len(files)}; give a local text file"
@@ -103,11 +103,9 @@ def _from_hub(id: str, config: str | None, split: str, revision: str | None) -> 
 def _rows(path: Path, id: str) -> Iterator[str]:
     """The rows in one file of a data set: its column `text`."""
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            advice = "this data set is stored as parquet: pip install pyarrow, or give a local text file"
-            raise TQFormatError("UNSUPPORTED.LIBRARY", id, advice) from None
+        need(f"{id}, which is stored as parquet", "pyarrow")
+        from pyarrow import parquet
+
         yield from (row or "" for row in parquet.read_table(path, columns=["text"])["text"].to_pylist())
         return
     for line in path.read_text(encoding="utf-8").split("\n"):

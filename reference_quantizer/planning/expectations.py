@@ -1,5 +1,7 @@
 """What to expect of a plan before it is carried out, as far as it was measured on another model."""
 
+import math
+
 from reference_quantizer.planning.plan import Plan
 
 MODEL = "SmolLM2-135M"
@@ -11,6 +13,10 @@ RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on th
     ("balanced", 3): 1.304,
     ("balanced", 4): 1.080,
 }
+# Processor seconds that it took on a CPU, for a weight; see "Time and memory of quantizing" in benchmarks/RESULTS.md.
+SECONDS = {"fast": 1e-7, "balanced": 7e-7, "best": 4e-6}  # to encode it
+READING, WRITING = 9e-11, 2e-10  # for each token that the model reads, or writes itself
+TUNING = 2.2e-7  # for a step of tuning
 BROKEN_BITS = 3  # up to which `fast` leaves a small model that babbles
 
 
@@ -37,3 +43,17 @@ def expectations(plan: Plan) -> list[str]:
             f"use {advice}, --preset best, or 4 bits"
         )
     return lines
+
+
+def expected_time(plan: Plan, tokens: int, writes: bool, steps: int, cores: int) -> str:
+    """A line about how long a CPU takes to encode the plan with so many tokens of text, which the model `writes` itself or not."""
+    scalars, preset = sum(t.info.scalars for t in plan.tensors), plan.settings.preset
+
+    def minutes(preset: str, tokens: int, steps: int) -> int:
+        seconds = SECONDS[preset] + tokens * (READING + WRITING * writes) + steps * TUNING
+        return max(1, math.ceil(scalars * seconds / cores / 60))
+
+    line = (
+        f"takes: about {minutes(preset, tokens, steps)} min on {cores} CPU core{'s' * (cores > 1)}, judging by {MODEL}"
+    )
+    return f"{line}; --preset fast takes {minutes('fast', 0, 0)}, fewer --calibration-tokens take less"

@@ -3,7 +3,7 @@
 `card_facts` takes every number from the manifest, the payload headers and the evaluation files; `render` only formats them.
 """
 
-import importlib.util
+import hashlib
 import json
 import math
 import os
@@ -18,19 +18,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.checkpoint.source import HUB_ID
+from reference_quantizer.checkpoint.source import HUB_ID, file_sha256
+from reference_quantizer.disk import CLOSED, FULL, add_documents, replace_text
+from reference_quantizer.evaluation.windows import ROUGH_WINDOWS
+from reference_quantizer.libraries import is_installed, need
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
-from reference_quantizer.release.report import LARGEST
+from reference_quantizer.release.report import LARGEST, natural, read_manifest
 from tqformat.__main__ import size_text
 from tqformat.load_quantized import DTYPES, LOADER_KINDS, MANIFEST, Repo, TQFormatError, Weight, open_repo, parse_json
 
 CARD, SUMMARY, SAMPLES = "README.md", "eval_summary.json", "sample_generations.json"
+STATE = ".release.json"  # hidden, so that it is no part of the release [TQ-REPO-5]
 MARKER = (
     "<!-- tqformat card: written by `python -m reference_quantizer card`, which replaces it when it is run again -->"
 )
+EVALUATION = re.compile(r"^<!-- tqformat-card: (\{.*\}) -->$", re.MULTILINE)  # the evaluation that a card speaks of
 DAMAGED, COLLAPSED = 1.25, 2.0  # perplexity ratios from which the card warns, and omits the samples
 GENERATING = ("text-generation", "image-text-to-text", "text2text-generation")
+VERDICT = re.compile(r"\s*<!-- tqformat verdict -->.*?<!-- end of tqformat verdict -->\s*", re.DOTALL)
 LAYER = re.compile(r"(.*?)\.?\b(\d+)\.(.+)")  # stack of layers, index, what follows
 LEVELS = {"L0": "structure", "L1": "binding", "L2": "data", "L3": "decode"}
 PURPOSES = {
@@ -41,6 +47,7 @@ PURPOSES = {
     "config.json": "architecture of the model",
     "generation_config.json": "defaults of generation",
     **figures.PURPOSES,
+    **{figures.vector_name(name): "the same as a vector graphic" for name in figures.PURPOSES},
 }
 GENERATOR = "reference_quantizer "  # how the manifest names this program; a version follows
 KNOBS = ("rotation", "vector_length", "seed", "grid_size", "iterations", "scale_dtype", "protected_bits")
@@ -60,6 +67,20 @@ ALLOCATION = {  # keys of allocation.extra in words
     "text": "Text that the sensitivities were measured on",
     "tokens": "Tokens of that text",
 }
+RELATED = (  # name, arXiv id, what it does
+    ("TurboQuant", "2504.19874", "random rotations and optimal scalar quantizers, for vectors that arrive one by one"),
+    ("GPTQ", "2210.17323", "column by column, each error made up for in the columns that follow"),
+    ("AWQ", "2306.00978", "channels scaled by the activations, so that those that count lose less"),
+    ("QuIP", "2307.13304", "incoherent weights and adaptive rounding (LDLQ)"),
+    ("QuIP#", "2402.04396", "Hadamard rotations on both sides, codebooks on the E8 lattice"),
+    ("QTIP", "2406.11235", "trellis-coded quantization after a random rotation"),
+    ("AQLM", "2401.06118", "sums of entries of several learned codebooks"),
+    ("HIGGS", "2411.17525", "Hadamard rotations and grids that are optimal for Gaussian weights"),
+    ("QuaRot", "2404.00456", "rotations without outliers, for weights and activations alike"),
+    ("SpinQuant", "2405.16406", "rotations that are learned"),
+    ("GPTAQ", "2504.02692", "error feedback towards the outputs of the original model"),
+    ("YAQA", "2505.22988", "rounding by the curvature of the whole model's prediction"),
+)
 ROLES = {"payload": "weights", "support": "copied from the base model", "code": "program", "document": "document"}
 # What the Hub accepts as `license`; it refuses a card with another identifier, which goes into `license_name`.
 HUB_LICENSES = """
@@ -77,27 +98,59 @@ openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 def write_card(repo: Path, overwrite: bool = False, repo_id: str | None = None) -> Path:
     """Writes the figures and README.md into the finished repository `repo`; returns the card's path.
 
-    A README.md that this function did not write is replaced only with `overwrite` (PATH.COLLISION). `repo_id` is the Hub
-    id under which the repository will be published, if that is known.
+    A README.md that this function did not write, or that was edited since, is replaced only with `overwrite`
+    (PATH.COLLISION). `repo_id` is the Hub id under which the repository will be published, if that is known; without, it is
+    what the card before has.
     """
-    card = repo / CARD
-    if (
-        os.path.lexists(card)
-        and not overwrite
-        and not (card.is_file() and MARKER in card.read_text("utf-8", "replace"))
-    ):
-        raise TQFormatError(
-            "PATH.COLLISION", str(card), "this program did not write it; pass --overwrite to replace it"
-        )
-    from tqformat.writer import add_files  # brings torch
-
-    drawn = figures.draw(card_facts(repo))
-    add_files(repo, {name: ("document", svg) for name, svg in drawn.items()})
+    need(CARD, "jinja2", "yaml", "matplotlib")
+    card, before = repo / CARD, read_state(repo)
+    if os.path.lexists(card) and not overwrite:
+        if not (card.is_file() and MARKER in card.read_text("utf-8", "replace")):
+            message = "this program did not write it; pass --overwrite to replace it"
+            raise TQFormatError("PATH.COLLISION", str(card), message)
+        if before.get("card", digest := text_sha256(card)) != digest:
+            message = "it was edited since this program wrote it, and is out of date; move it away, or pass --overwrite"
+            raise TQFormatError("PATH.COLLISION", str(card), message)
+    repo_id = repo_id or before.get("repo_id")
+    add_documents(repo, figures.draw(card_facts(repo)))
     text = render(card_facts(repo, repo_id), conformance(repo))  # the facts again: the figures are files now
-    new = card.with_name(f".{CARD}.new")
-    new.write_text(text, "utf-8", newline="\n")
-    os.replace(new, card)
+    (repo / STATE).unlink(missing_ok=True)  # so that a card that is half done is never taken for one edited by hand
+    replace_text(card, text)
+    state = {"manifest": file_sha256(repo / MANIFEST), "repo_id": repo_id, "card": text_sha256(card)}
+    replace_text(repo / STATE, json.dumps(state) + "\n")
     return card
+
+
+def read_state(repo: Path) -> dict[str, Any]:
+    """What was recorded when the card was written: digests of the manifest and of the card, and `repo_id`."""
+    try:
+        found = json.loads((repo / STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_unedited(repo: Path) -> bool:
+    """Whether README.md is known to be as this program wrote it."""
+    return (repo / CARD).is_file() and read_state(repo).get("card") == text_sha256(repo / CARD)
+
+
+def text_sha256(card: Path) -> str:
+    """The SHA-256 of a card without its verdict, which `python -m conformance check --card` may put there anew."""
+    return hashlib.sha256(VERDICT.sub("\n", card.read_text("utf-8", "replace")).encode()).hexdigest()
+
+
+def evaluation_mark(files: dict[str, Any]) -> str:
+    """The line by which a card names the evaluation files whose figures it states; `files` is the manifest's table."""
+    digests = {name: files[name]["sha256"] for name in (SUMMARY, SAMPLES) if name in files}
+    return f"<!-- tqformat-card: {json.dumps(digests)} -->"
+
+
+def is_stale(repo: Path) -> bool:
+    """Whether the card in `repo` speaks of other evaluation files than the manifest lists; one without the line never is."""
+    card = repo / CARD
+    found = EVALUATION.search(card.read_text("utf-8", "replace")) if card.is_file() else None
+    return found is not None and found[0] != evaluation_mark(read_manifest(repo)["files"])
 
 
 # ------------------------------------------------------------------------------------------------ facts
@@ -107,7 +160,8 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
     """Everything that the card states about the repository in `path`, as numbers and names."""
     raw = parse_json((path / MANIFEST).read_bytes(), MANIFEST)
     with open_repo(path, verify=False) as repo:
-        weights = [_weight(repo, name, weight) for name, weight in repo.manifest.tensors.items()]
+        named = sorted(repo.manifest.tensors.items(), key=lambda item: natural(item[0]))
+        weights = [_weight(repo, name, weight) for name, weight in named]
         scale_dtypes = Counter(
             repo.spans[s.scales].dtype for w in repo.manifest.tensors.values() for s in w.stages or ()
         )
@@ -130,11 +184,18 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "manifest": {"pipeline_tag": None, "tied_weights": {}} | raw,
         "repo_id": repo_id,
         "base": {"revision": None, "license": None} | raw["base_model"],
+        "imported": _imported(raw),
         "on_hub": bool(HUB_ID.fullmatch(raw["base_model"]["id"])),
         "model_class": LOADER_KINDS[raw["loader_kind"]],
         "generates": raw["loader_kind"] in GENERATING,
         "chat": _has_chat_template(path, raw["files"]),
         "quantization": quantization,
+        "ours": raw["generator"].startswith(GENERATOR),
+        "uncalibrated": _uses_no_text(raw),
+        "rotated": any(raw["transforms"][id]["kind"] != "identity" for w in quantized for id in w["transforms"]),
+        "programs": sorted(
+            n for n, file in raw["files"].items() if file["role"] == "code" and n != "load_quantized.py"
+        ),
         "turboquant": raw["generator"].startswith(GENERATOR) or "turboquant" in quantization["method"],
         "accounting": accounting,
         "saved": accounting["original_bytes"] - accounting["stored_bytes"],
@@ -153,12 +214,14 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "widths": _groups(quantized, lambda w: w["bits"]),
         "projections": _groups(quantized, lambda w: w["label"]),
         "storage": _storage(weights, accounting),
-        "largest": sorted(weights, key=lambda w: (-w["scalars"], w["name"]))[:LARGEST],
+        "largest": sorted(weights, key=lambda w: -w["scalars"])[:LARGEST],
         "tables": _tables(raw, weights),
         "allocation": _allocation(quantization, quantized),
         "protection": _protection(quantization, weights),
         "summary": summary,
         "samples": samples,
+        "base_answers": samples is not None and all("base" in sample for sample in samples["samples"]),
+        "rough": summary is not None and summary["windows"] < ROUGH_WINDOWS,
         "quality": _quality(summary),
         "thresholds": {"damaged": DAMAGED, "collapsed": COLLAPSED},
         "figures": [name for name in figures.PURPOSES if name in raw["files"]],
@@ -166,6 +229,19 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "more_options": _more_options(quantization),
         "configuration": _configuration(raw, quantized, summary, samples),
     }
+
+
+def _imported(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """What the manifest says of the GGUF file that this program imported, if that is where the weights are from."""
+    found = (raw["base_model"].get("extra") or {}).get("imported_from")
+    return found if raw["generator"].startswith(GENERATOR) and isinstance(found, dict) else None
+
+
+def _uses_no_text(raw: dict[str, Any]) -> bool:
+    """Whether the weights were quantized without any text: known of this program's preset `fast` without a target."""
+    method = raw["quantization"]
+    fast = raw["generator"].startswith(GENERATOR) and method.get("extra", {}).get("preset") == "fast"
+    return fast and not method.get("calibration") and not method.get("allocation")
 
 
 def rate(nbytes: int, scalars: int) -> float:
@@ -265,7 +341,7 @@ def _tables(raw: dict[str, Any], weights: list[dict[str, Any]]) -> dict[str, lis
             {"id": key, "uses": uses[key], "made_by": (entry.get("origin") or {}).get("method") or "not stated"} | entry
             for key, entry in raw[kind].items()
         ]
-        found[kind] = sorted(entries, key=lambda entry: (-entry["uses"], entry["id"]))
+        found[kind] = sorted(entries, key=lambda entry: (-entry["uses"], natural(entry["id"])))
     return found
 
 
@@ -345,7 +421,8 @@ def _commands(raw: dict[str, Any], summary: dict[str, Any] | None) -> list[str]:
     if not raw["generator"].startswith(GENERATOR):
         return []
     base, quantization = raw["base_model"], raw["quantization"]
-    source = base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
+    imported = _imported(raw)
+    source = imported["file"] if imported else base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
     quantize = ["quantize", source, "OUT"] + ([] if source == base["id"] else ["--base-model", base["id"]])
     if base.get("revision"):
         quantize += ["--revision", base["revision"]]
@@ -393,6 +470,9 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
         arguments = ["--target-bpw", f"{target:g}"] if target is not None else ["--target-bytes", str(nbytes)]
         arguments += ["--candidate-bits", ",".join(f"{bits:g}" for bits in allocation.get("candidate_bits", []))]
         arguments += ["--allocator", allocation["allocator"]]
+    bare = not any(quantization.get(f"protected_{key}") for key in ("names", "fragments"))
+    if quantization.get("extra", {}).get("preset") == "fast" and bare and not allocation:
+        arguments.append("--uniform")
     for key in ("preset", "window", "dimension"):
         if (value := quantization.get("extra", {}).get(key)) is not None:
             arguments += [f"--{key}", str(value)]
@@ -443,12 +523,15 @@ def _configuration(
 def conformance(repo: Path) -> dict[str, Any]:
     """The report of `python -m conformance check` on `repo`; `missing` names a library without which it cannot run."""
     for library in ("conformance", "jsonschema"):
-        if importlib.util.find_spec(library) is None:
+        if not is_installed(library):
             return {"missing": library, "violations": []}
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.json"
         command = [sys.executable, "-m", "conformance", "check", str(repo), "--json", str(report)]
         done = subprocess.run(command, capture_output=True, text=True)
+        for number in FULL + CLOSED:
+            if os.strerror(number) in done.stderr:
+                raise OSError(number, os.strerror(number), str(report))
         if not report.is_file():
             message = (
                 f"the conformance check gave no report (exit status {done.returncode}): {done.stderr.strip()[-500:]}"
@@ -501,12 +584,15 @@ def render(facts: dict[str, Any], verdict: dict[str, Any]) -> str:
         "percent": lambda value: f"{100 * value:.2f} %",
         "code": code,
         "plain": plain,
-        "fence": fence,
+        "quote": quote,
         "widths": lambda widths: ", ".join(f"{bits:g} bit: {count:,}" for bits, count in widths.items()),
         "configuration": configuration_text,
     }
-    names = {"facts": facts, "verdict": verdict, "marker": MARKER, "front_matter": front_matter(facts)}
-    text = environment.get_template("card.md.j2").render(names | {"captions": figures.CAPTIONS, "levels": LEVELS})
+    marks = f"{MARKER}\n{evaluation_mark(facts['manifest']['files'])}"
+    names = {"facts": facts, "verdict": verdict, "marker": marks, "front_matter": front_matter(facts)}
+    text = environment.get_template("card.md.j2").render(
+        names | {"captions": figures.CAPTIONS, "levels": LEVELS, "related": RELATED}
+    )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
@@ -524,6 +610,21 @@ def code(text: str) -> str:
 def plain(text: str) -> str:
     """`text` as Markdown that shows it as it is, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
+
+
+def quote(text: str) -> str:
+    """`text` as a Markdown quotation that wraps, and shows each line as it is."""
+    lines = [_literal(line) for line in text.split("\n")]
+    ends = ["\\" if line and after else "" for line, after in zip(lines, [*lines[1:], ""], strict=True)]  # a break
+    return "\n".join(f"> {line}{end}".rstrip() for line, end in zip(lines, ends, strict=True))
+
+
+def _literal(line: str) -> str:
+    """A line as Markdown that shows it as it is, with its indentation."""
+    words = line.lstrip(" \t")
+    indent = "&nbsp;" * len(line[: len(line) - len(words)].expandtabs(4))
+    words = re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", words)
+    return indent + re.sub(r"^(?:(\d+)(?=[.)])|(?=[-+=]))", r"\1\\", words)  # no list, no line below a heading
 
 
 def fence(text: str) -> str:

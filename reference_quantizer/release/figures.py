@@ -1,11 +1,11 @@
-"""The card's figures as SVG: the same facts give the same bytes (with the same matplotlib)."""
+"""The card's figures, as PNG and as SVG: the same facts give the same bytes (with the same matplotlib)."""
 
 import io
 from typing import Any
 
 from tqformat.__main__ import size_text
 
-LAYERS, STORAGE, METRICS = "figure_layers.svg", "figure_storage.svg", "figure_metrics.svg"
+LAYERS, STORAGE, METRICS = "figure_layers.png", "figure_storage.png", "figure_metrics.png"
 PURPOSES = {
     METRICS: "figure of this page: base and quantized model compared",
     LAYERS: "figure of this page: error and bits by layer",
@@ -38,21 +38,42 @@ STYLE = {
     "ytick.color": INK,
     "figure.facecolor": "white",  # readable on the Hub's dark pages too
 }
+DPI, PALETTE = 110, 128  # of the PNG: sharp at the width of a page, and below 100 kB
 MARKED = 400  # points beyond which curves go without markers, which are long in SVG
 
 
 def draw(facts: dict[str, Any]) -> dict[str, bytes]:
-    """File name -> SVG, of every figure for which there are facts (see card.card_facts)."""
+    """File name -> content, of every figure for which there are facts (see card.card_facts); each as PNG and as SVG."""
     from matplotlib import style
 
-    found = {}
+    found: dict[str, Any] = {}
     with style.context(["default", STYLE]):  # whatever the user's own settings are
         if facts["summary"] is not None:
             found[METRICS] = draw_metrics(facts["summary"])
         if any(w["kind"] == "quantized" and w["scalars"] for w in facts["weights"]):
             found[LAYERS] = draw_layers(facts["weights"])
         found[STORAGE] = draw_storage(facts["storage"])
-    return found
+        return {name: content for png, figure in found.items() for name, content in save(png, figure).items()}
+
+
+def vector_name(png: str) -> str:
+    """The SVG's name beside the PNG's."""
+    return png.removesuffix(".png") + ".svg"
+
+
+def save(png: str, figure: Any) -> dict[str, bytes]:
+    """File name -> content of a figure, without dates and versions."""
+    from PIL import Image
+
+    vector, pixels, small = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(pixels, format="png", dpi=DPI, metadata={"Software": None})
+    # an octree keeps the colours of thin lines, which a median cut mixes
+    Image.open(pixels).convert("RGB").quantize(PALETTE, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        small, "png", optimize=True
+    )
+    lines = [line.rstrip() for line in vector.getvalue().splitlines()]
+    return {png: small.getvalue(), vector_name(png): b"\n".join(lines) + b"\n"}
 
 
 def _figure(width: float, height: float) -> Any:
@@ -61,16 +82,10 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return b"\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + b"\n"
-
-
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def draw_layers(weights: list[dict[str, Any]]) -> bytes:
+def draw_layers(weights: list[dict[str, Any]]) -> Any:
     """Above the relative error of the weights in layers, below the bits of all as a map: a column a layer, a row a kind."""
     import numpy as np
     from matplotlib.patches import Patch
@@ -116,7 +131,7 @@ def draw_layers(weights: list[dict[str, Any]]) -> bytes:
     low_end, span = colors["vmin"], colors["vmax"] - colors["vmin"]
     handles = [Patch(color=colors["cmap"]((width - low_end) / span), label=f"{width:.3g} bit") for width in found]
     low.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    return _svg(figure)
+    return figure
 
 
 def _cells(weights: list[dict[str, Any]]) -> tuple[list[tuple[str, int | None]], dict[str, list[Any]], dict[Any, Any]]:
@@ -179,7 +194,7 @@ def _plain_log_ticks(axis: Any) -> None:
 # ------------------------------------------------------------------------------------------------ storage
 
 
-def draw_storage(parts: list[dict[str, Any]]) -> bytes:
+def draw_storage(parts: list[dict[str, Any]]) -> Any:
     """Two bars on one scale, the base and the repository, divided by part."""
     figure = _figure(9, 2.9)
     axes = figure.subplots()
@@ -199,7 +214,7 @@ def draw_storage(parts: list[dict[str, Any]]) -> bytes:
     for spine in axes.spines.values():
         spine.set_visible(False)
     _storage_legend(figure, parts, totals["stored"])
-    return _svg(figure)
+    return figure
 
 
 def _storage_legend(figure: Any, parts: list[dict[str, Any]], stored: int) -> None:
@@ -219,14 +234,14 @@ def _storage_legend(figure: Any, parts: list[dict[str, Any]], stored: int) -> No
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-def draw_metrics(summary: dict[str, Any]) -> bytes:
+def draw_metrics(summary: dict[str, Any]) -> Any:
     """Perplexity, what each window lost, and divergence."""
     figure = _figure(9, 2.9)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.3, 1.1])
     _draw_perplexity(left, [summary[model]["perplexity"] for model in ("base", "quantized")])
     _draw_losses(middle, summary["window_results"])
     _draw_divergence(right, summary)
-    return _svg(figure)
+    return figure
 
 
 def _draw_perplexity(axes: Any, values: list[float]) -> None:

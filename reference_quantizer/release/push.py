@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reference_quantizer.libraries import hub_errors, need, reason
 from reference_quantizer.progress import tell
+from reference_quantizer.release.card import CARD, is_stale
 from tqformat.embed import LOADER, read_stamp
 from tqformat.load_quantized import MANIFEST, TQFormatError, open_repo, parse_json
-
-CARD = "README.md"
 
 
 class PushError(OSError):
@@ -48,6 +48,9 @@ def check_release(path: Path) -> list[Item]:
             raise TQFormatError("BIND.EXTRA_FILE", entry.name, advice)
     if LOADER in files:
         read_stamp((path / LOADER).read_bytes())
+    if is_stale(path):
+        advice = "it was written for other evaluation files than the manifest lists; run `card` again"
+        raise TQFormatError("EVAL.CARD", CARD, advice)
     items = [Item(name, file.size, file.sha256) for name, file in files.items()]
     for name in (MANIFEST, CARD):
         if (path / name).is_file():
@@ -58,11 +61,9 @@ def check_release(path: Path) -> list[Item]:
 
 def push(path: Path, items: list[Item], repo_id: str, branch: str, private: bool, message: str) -> str:
     """Upload `items` of `path` to `repo_id` in one commit; returns the commit's address. Repeated, it sends what is new."""
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        advice = "uploading needs huggingface_hub: pip install huggingface_hub"
-        raise TQFormatError("UNSUPPORTED.LIBRARY", repo_id, advice) from None
+    need("push", "huggingface_hub")
+    import huggingface_hub as hub
+
     if hub.get_token() is None:
         raise PushError("no Hub token: log in with `hf auth login`, or set HF_TOKEN to a token that may write")
     api = hub.HfApi()
@@ -81,10 +82,8 @@ def push(path: Path, items: list[Item], repo_id: str, branch: str, private: bool
         _compare(api, repo_id, commit.oid, items)
     except PushError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's errors are among these
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise PushError(f"{repo_id}: {reason[:500]}") from error
+    except hub_errors() as error:
+        raise PushError(f"{repo_id}: {reason(error)}") from error
     return str(commit.commit_url)
 
 

@@ -1,6 +1,7 @@
 """The storage table, of a plan and of a finished repository alike."""
 
 import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ class Row:
     scalars: int
     original: int
     stored: int
+
+
+def natural(name: str) -> list[str | int]:
+    """A key by which names are sorted as people do: layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def plan_rows(plan: Plan) -> list[Row]:
@@ -82,7 +88,7 @@ def print_table(rows: list[Row], accounting: dict[str, Any], title: str, error: 
     from rich.table import Table
 
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 160)
-    largest = sorted(rows, key=lambda r: (-r.scalars, r.name))[:LARGEST]
+    largest = sorted(rows, key=lambda r: (-r.scalars, natural(r.name)))[:LARGEST]
     console.print(title, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for head, justify in (("tensor", "left"), ("kind", "left"), ("bits", "right"), ("shape", "right")):

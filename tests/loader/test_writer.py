@@ -1,10 +1,10 @@
 """The writer: packing, every setting, the same bytes for the same input, and a crash at any point."""
 
 import errno
+import inspect
 import io
 import json
 import os
-import pydoc
 import random
 import re
 import signal
@@ -377,7 +377,7 @@ def test_a_lost_spool_is_never_taken_for_zeros(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`help(tqformat.RepoWriter)` shows a quantizer that runs as it stands."""
-    text = pydoc.plain(pydoc.render_doc(RepoWriter)).replace("\n |  ", "\n")
+    text = f"{inspect.getdoc(RepoWriter)}\n"
     blocks = [block for block in re.findall(r"(?:^ {4,}.*\n|^ *\n)+", text, re.MULTILINE) if "RepoWriter(" in block]
     assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from safetensors.torch import load_file
 
 from reference_quantizer.__main__ import main
@@ -303,4 +304,15 @@ def test_rope_tables_are_left_out_and_told(tmp_path: Path) -> None:
 def test_without_the_libraries(small: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, message = refused(small[0], tmp_path)
-    assert code == "UNSUPPORTED.LIBRARY" and "pip install gguf" in message
+    assert code == "UNSUPPORTED.LIBRARY" and "the extra `gguf` of tqformat" in message
+
+
+def test_quiet_is_quiet(small: tuple[Path, Any], tmp_path: Path) -> None:
+    """The bars of transformers and gguf, in a process of its own; what a reader should know of the file is still said."""
+    told = []
+    for options in ([], ["--quiet"]):
+        arguments = ["import-gguf", str(small[0]), str(tmp_path / f"out{len(told)}"), *options]
+        done = run_python("-m", "reference_quantizer", *arguments)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stderr)
+    assert "it/s]" in told[0] and all(line.startswith("note: ") for line in told[1].splitlines()), told[1]

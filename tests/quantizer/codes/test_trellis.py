@@ -159,6 +159,6 @@ def test_without_numba_the_advice_is_to_install_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "reference_quantizer.codes.viterbi", raising=False)
     monkeypatch.delattr("reference_quantizer.codes.viterbi", raising=False)
-    with pytest.raises(TQFormatError, match=r"pip install 'tqformat\[encoders\]'") as error:
+    with pytest.raises(TQFormatError, match=r"extra `encoders`") as error:
         encode_tiles(gaussian(1, 2, 8), gaussian(2, 256), 2, 8)
     assert error.value.code == "UNSUPPORTED.LIBRARY"

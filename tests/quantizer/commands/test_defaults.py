@@ -10,8 +10,11 @@ from conftest import ROOT
 from helpers import MODELS, Make, make_checkpoint, manifest_of, sample_tensors
 
 from reference_quantizer.__main__ import main
+from reference_quantizer.checkpoint.source import Info, Source
 from reference_quantizer.commands import settings as choices
 from reference_quantizer.planning import expectations
+from reference_quantizer.planning.plan import make_plan
+from reference_quantizer.planning.settings import Settings
 from tqformat import open_repo
 
 Capture = pytest.CaptureFixture[str]
@@ -100,6 +103,17 @@ def test_few_bits_without_feedback_are_warned_of(
     assert main([command, str(base), *out, "--preset", "fast", "--bits", str(bits)]) == 0
     said = capsys.readouterr().err
     assert ("warning: the preset fast" in said and "babbles" in said) == warned
+
+
+def test_how_long_it_takes_is_said_for_text_and_tuning() -> None:
+    plan = make_plan(Source(Path(), {"w": Info("w", (2**14, 2**14), "BF16")}), Settings(preset="balanced"))
+
+    def minutes(*given: Any) -> int:
+        return int(expectations.expected_time(plan, *given).split()[2])
+
+    plain = minutes(8192, False, 0, 2)
+    assert 2 < plain < minutes(8192, True, 0, 2) < minutes(8192, True, 100, 2) < 100
+    assert minutes(8192, False, 0, 8) <= plain / 2
 
 
 def test_expectations_are_the_published_figures() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from helpers import make_checkpoint, make_text, timeless
 from reference_quantizer.__main__ import _parser, main
 from reference_quantizer.checkpoint import support
 from reference_quantizer.commands import release
-from reference_quantizer.release import card, report
+from reference_quantizer.release import base, card, report
 from reference_quantizer.release.push import check_release
 from tqformat import add_files, open_repo
 from tqformat.load_quantized import MANIFEST
@@ -116,7 +117,7 @@ def test_one_command_makes_a_release(finished: tuple[Lab, str]) -> None:
     assert {"README.md", "eval_summary.json", "sample_generations.json", "requirements.txt", PAYLOAD} <= names
     assert "PASS L3" in (card_text := (lab.out / "README.md").read_text("utf-8")) and "owner/name" in card_text
     assert manifest["extra"]["release"]["base_weights_sha256"] == summary["base_weights_sha256"]
-    assert release.STATE not in names
+    assert card.STATE not in names
 
 
 def test_the_same_command_again_does_nothing(
@@ -141,7 +142,7 @@ def test_a_release_with_the_preset_best_is_tuned(lab: Lab, capsys: pytest.Captur
 
 def test_a_release_is_the_quantized_checkpoint(finished: tuple[Lab, str], tmp_path: Path) -> None:
     lab = finished[0]
-    assert main(["quantize", str(lab.base), str(tmp_path / "plain"), "--bits", "4", "--quiet"]) == 0
+    assert main(["quantize", str(lab.base), str(tmp_path / "plain"), "--preset", "fast", "--quiet"]) == 0
     assert (tmp_path / "plain" / PAYLOAD).read_bytes() == (lab.out / PAYLOAD).read_bytes()
     assert "extra" not in read(tmp_path / "plain" / MANIFEST)
 
@@ -156,7 +157,9 @@ def test_changed_options_repeat_their_stages(lab: Lab, capsys: pytest.CaptureFix
         assert run(lab, capsys, *options)[:2] == (0, set())
     make_text(lab.text, 300, seed=1)  # another text under the same name
     assert run(lab, capsys)[:2] == (0, {"evaluate", "card"})
-    assert main(lab.command()) == 0  # without --repo-id
+    assert main(lab.command()) == 0  # without --repo-id the card's stays
+    assert run(lab, capsys)[:2] == (0, set())
+    assert run(lab, capsys, "--repo-id", "owner/other")[:2] == (0, {"card"})
     assert run(lab, capsys)[:2] == (0, {"card"})
     (lab.out / "README.md").unlink()
     assert run(lab, capsys)[:2] == (0, {"card"})
@@ -203,6 +206,7 @@ def test_every_option_that_decides_what_is_written_is_part_of_the_job(lab: Lab) 
     for action in (a for a in actions._actions if a.dest not in ("help", "overwrite", "spill")):
         name, value = action.option_strings[-1], "2,2" if action.dest == "stages" else "5"  # the last is --no-...
         value = next((str(choice) for choice in action.choices or () if choice != action.default), value)
+        value = "best" if action.dest == "preset" else value  # the command names fast
         changed[name] = job(name, *([] if action.nargs == 0 else [value]))
     assert {"--bits", "--seed", "--protect", "--revision", "--license", "--calibration"} <= changed.keys()
     assert len({job(), job("--device", "cuda"), *changed.values()}) == len(changed) + 2
@@ -228,6 +232,45 @@ def test_without_evaluation(lab: Lab, capsys: pytest.CaptureFixture[str]) -> Non
     assert run(lab, capsys, "--skip-evaluation", "--dataset", "nowhere.txt")[:2] == (0, {"quantize", "card"})
     assert not (lab.out / "eval_summary.json").exists()
     assert run(lab, capsys)[:2] == (0, {"evaluate", "card"})
+
+
+def test_the_base_model_is_asked_for(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal by questions, elsewhere by lines that name the options; the answers make no other job."""
+    shutil.rmtree(lab.out)
+    code, _, err = run(lab, capsys, "--skip-evaluation")
+    assert (
+        code == 0 and "note: the base model is recorded as base, " in err and "; --base-model gives its Hub id" in err
+    )
+    assert "note: no licence of the base model was found" in err and "; --license gives it" in err
+    options = ["--skip-evaluation", "--license", "mit", "--base-model", "org/base"]
+    code, _, err = run(lab, capsys, *options, "--overwrite")
+    assert code == 0 and "note: the base" not in err and "licence" not in err
+
+    asked: list[str] = []
+    shutil.rmtree(lab.out)
+    monkeypatch.setattr(base, "_ask", lambda question: (asked.append(question), f"a/{len(asked)}")[1])
+    assert run(lab, capsys, "--skip-evaluation")[0] == 0
+    assert len(asked) == 2 and "[base]: " in asked[0] and "licence" in asked[1]
+    assert read(lab.out / MANIFEST)["base_model"] == {"id": "a/1", "license": "a/2", "revision": None}
+    assert run(lab, capsys, "--skip-evaluation")[:2] == (0, set()) and len(asked) == 2
+
+
+def test_questions_need_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stdin = io.StringIO("org/model\n\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert base.complete("model", "mit", "-b", "-l") == ("model", "mit") and stdin.tell() == 0
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    capsys.readouterr()
+    assert base.complete("model", None, "-b", "-l") == ("org/model", None)
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("Hub id of the base model, such as owner/name [model]: licence of the base model")
+        and "-l gives it" in err
+    )
+    assert base.complete("org/model", "mit", "-b", "-l") == ("org/model", "mit") and capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------ honest size
@@ -261,7 +304,7 @@ def test_both_sizes_stand_beside_every_bit_width(finished: tuple[Lab, str], caps
     lab = finished[0]
     for program, command in (
         (main, ["plan", str(lab.base), "--bits", "4"]),
-        (main, ["push", str(lab.out), "owner/name", "--dry-run"]),
+        (main, ["push", str(lab.out), "owner/name", "--dry-run", "--license-unknown"]),
         (tqformat, ["inspect", str(lab.out)]),
     ):
         assert program(command) == 0
@@ -293,6 +336,7 @@ def test_what_cannot_succeed_is_told_at_once(lab: Lab, capsys: pytest.CaptureFix
         assert status == 1 and f"error [{code}]" in err and not lab.out.exists(), err
 
     expect("BIND.MISSING_FILE", "--dataset", "nowhere.txt")
+    expect("SCHEMA.VALUE", "--max-length", "300", "--max-windows", "2")  # the text has as many tokens
     expect("SCHEMA.VALUE", "--loader-kind", "feature-extraction")
     expect("SCHEMA.VALUE", "--protected-bits", "8")
     expect("SCHEMA.VALUE", "--repo-id", "no-owner")
@@ -304,9 +348,10 @@ def test_what_cannot_succeed_is_told_at_once(lab: Lab, capsys: pytest.CaptureFix
 def test_missing_libraries_are_told_at_once(
     lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "LIBRARIES", ("jinja2", "no_such_library"))
-    code, _, err = run(lab, capsys)
-    assert code == 1 and "UNSUPPORTED.LIBRARY" in err and "no_such_library" in err and "jinja2" not in err
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, stages, err = run(lab, capsys, "--bits", "3", "--overwrite")
+    wanted = "error [UNSUPPORTED.LIBRARY] release: pyyaml cannot be imported; it comes with the extra `quantizer` of tqformat\n"
+    assert (code, stages, err) == (1, set(), wanted)
 
 
 def test_requirements_are_what_the_loader_imports() -> None:
@@ -355,8 +400,8 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
     points = [
         ("reference_quantizer.job.encoding.encode_stages", 3, lambda: not out.exists()),
         ("reference_quantizer.evaluation.evaluate.Runner.score", 2, lambda: not (out / "eval_summary.json").exists()),
-        ("reference_quantizer.evaluation.evaluate.add_files", 1, lambda: (out / "eval_summary.json").exists()),
-        ("reference_quantizer.release.card.write_card", 1, lambda: not (out / release.STATE).exists()),
+        ("reference_quantizer.evaluation.evaluate.add_documents", 1, lambda: (out / "eval_summary.json").exists()),
+        ("reference_quantizer.release.card.replace_text", 1, lambda: not (out / card.STATE).exists()),
     ]
     for place, count, reached in points:
         arguments = [sys.executable, "-c", KILLED, place, str(count), *command]
@@ -366,7 +411,7 @@ def test_killed_in_every_stage_it_goes_on(finished: tuple[Lab, str], tmp_path: P
         assert reached(), place
     assert main(command) == 0
     found, expected = digests(out), digests(lab.out)
-    timed = {"eval_summary.json", MANIFEST, "README.md", release.STATE}  # these hold, or follow from, seconds
+    timed = {"eval_summary.json", MANIFEST, "README.md", card.STATE}  # these hold, or follow from, seconds
     assert found.keys() == expected.keys()
     assert {name for name in found if found[name] != expected[name]} <= timed
     assert timeless(read(out / "eval_summary.json")) == timeless(read(lab.out / "eval_summary.json"))

@@ -18,8 +18,8 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, ROOT, new_writer, repo_from_checkpoint
-from helpers import WORDS, make_checkpoint, make_text, make_tokenizer, timeless
+from conftest import DEVICES, ROOT, new_writer
+from helpers import WORDS, Lab, make_text, make_tokenizer, timeless
 
 from conformance.check import CHECKS, Judgement, judge
 from conformance.folder import Folder
@@ -158,7 +158,7 @@ def test_corpus_of_the_hub_in_parquet(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert not any(same_data(entry, *other) for other in others)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TQFormatError, match="pip install pyarrow"):
+    with pytest.raises(TQFormatError, match="pyarrow cannot be imported; it comes with the extra `quantizer`"):
         read_corpus("owner/name:c")
 
 
@@ -175,23 +175,6 @@ def make_same(checkpoint: Path, out: Path) -> Path:
         for file in sorted(checkpoint.glob("*.json")):
             writer.add_file(file, "support")
         return writer.finish()
-
-
-class Lab:
-    """A checkpoint, its repository at 4 bit, and a text of 300 tokens."""
-
-    def __init__(self, path: Path, **tokenizer: bool) -> None:
-        self.path = path
-        self.base = make_checkpoint(path / "base", **tokenizer)
-        self.repo = repo_from_checkpoint(self.base, path / "repo", "text-generation")
-        for file in self.base.glob("*.jinja"):
-            add_files(self.repo, {file.name: ("support", file.read_bytes())})
-        self.text = make_text(path / "text.txt", 300)
-
-    def run(self, repo: Path | None = None, base: Path | None = None, **settings: Any) -> dict[str, Any]:
-        chosen = evaluate.Settings(**{"max_length": 32, "stride": 16, **settings})
-        options: dict[str, Any] = {"cache_dir": self.path / "cache", "quiet": True}
-        return evaluate.evaluate(str(base or self.base), repo or self.repo, str(self.text), chosen, **options)
 
 
 @pytest.fixture
@@ -342,8 +325,9 @@ def test_files_and_schemas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_errors(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    make_text(lab.text, 700)
     with pytest.raises(TQFormatError, match="the model takes 600"):
-        lab.run(max_length=601, stride=1, max_windows=1)
+        lab.run(max_length=601, stride=1, max_windows=2)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -352,9 +336,53 @@ def test_errors(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
         lab.run(base=lab.path / "other")
     assert command_line.main(["evaluate", str(lab.base), str(lab.repo), "--dataset", "no.txt"]) == 1
     assert "BIND.MISSING_FILE" in capsys.readouterr().err
-    assert command_line.main(["evaluate", str(lab.base), str(lab.repo), "--revision", "main"]) == 1
+    data = ["--dataset", str(lab.text), "--max-length", "512"]
+    assert command_line.main(["evaluate", str(lab.base), str(lab.repo), "--revision", "main", *data]) == 1
     assert "error [SCHEMA.VALUE] --revision" in capsys.readouterr().err
     assert not (lab.repo / evaluate.SUMMARY).exists()
+
+
+@pytest.mark.parametrize(("stride", "tokens"), [(16, 32), (32, 32), (1, 2)])
+def test_a_text_of_one_window_is_refused(
+    lab: Lab, stride: int, tokens: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is loaded, and nothing is replaced."""
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate, "load_base", lambda *_: pytest.fail("loaded"))
+    before = {path.name: path.read_bytes() for path in lab.repo.iterdir()}
+    make_text(lab.text, tokens)
+    command = ["evaluate", str(lab.base), str(lab.repo), "--dataset", str(lab.text), "--max-length", "32"]
+    assert command_line.main([*command, "--stride", str(stride)]) == 1
+    wanted = f"error [SCHEMA.VALUE] text.txt: two windows of --max-length 32 and --stride {stride} take at least 33 tokens, the text has {tokens}; "
+    assert capsys.readouterr().err.startswith(wanted)
+    assert {path.name: path.read_bytes() for path in lab.repo.iterdir()} == before
+    with pytest.raises(TQFormatError, match="--max-windows"):
+        lab.run(max_windows=1)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_the_shortest_text_of_two_windows(lab: Lab, stride: int) -> None:
+    """With a stride of the whole length its last window is a single token, which nothing predicts."""
+    make_text(lab.text, 33)
+    summary = lab.run(stride=stride)
+    assert (summary["windows"], summary["scored_tokens"]) == (2, 31)
+    assert "fewer than 20 windows: the figures are rough" in evaluate.describe(summary)
+    assert "rough" not in evaluate.describe(summary | {"windows": 20})
+    assert violations(lab.repo) == []
+
+
+def test_the_base_answers_beside_the_samples(lab: Lab) -> None:
+    same = make_same(lab.base, lab.path / "same")
+    lab.run(repo=same, max_windows=2)
+    found = read(same, evaluate.SAMPLES)["samples"]
+    assert [{key: sample[key] for key in sample["base"]} for sample in found] == [sample["base"] for sample in found]
+    assert {*found[0]["base"]} == {"tokens", "stopped", "raw", "cleaned"}
+    lab.run(max_windows=2)
+    answers = [sample["base"] for sample in read(lab.repo, evaluate.SAMPLES)["samples"]]
+    assert answers == [sample["base"] for sample in found]
+    lab.run(max_windows=2, kl=False)  # the base's results are kept, so it is not loaded
+    assert all("base" not in sample for sample in read(lab.repo, evaluate.SAMPLES)["samples"])
+    assert violations(lab.repo) == []
 
 
 def test_infinite_logits_and_masked_entries() -> None:
@@ -542,6 +570,10 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
     (evaluate.SAMPLES, put("samples", 1, "cleaned", value="42."), "samples", "EVAL.SAMPLE", "/samples/1/cleaned"),
     (evaluate.SAMPLES, put("samples", 2, "raw", value="42."), "samples", "EVAL.SAMPLE", "/samples/2/cleaned"),
     (evaluate.SAMPLES, put("samples", 0, "input", value="w3"), "samples", "EVAL.SAMPLE", "/samples/0/input"),
+    (evaluate.SAMPLES, put("samples", 1, "base", "cleaned", value="42."), "samples", "EVAL.SAMPLE", "/samples/1/base/cleaned"),
+    (evaluate.SAMPLES, put("samples", 2, "base", "raw", value="42."), "samples", "EVAL.SAMPLE", "/samples/2/base/cleaned"),
+    (evaluate.SAMPLES, put("samples", 0, "base", "tokens", value=63), "samples", "EVAL.SAMPLE", "/samples/0/base/tokens"),
+    (evaluate.SAMPLES, put("samples", 0, "base", value="42."), "shape", "SCHEMA.TYPE", "/samples/0/base"),
     (evaluate.SAMPLES, put("base_model", value="org/other"), "subject", "EVAL.SUBJECT", "/base_model"),
     (evaluate.SAMPLES, lambda value: value["samples"].pop(), "shape", "SCHEMA.VALUE", "/samples"),
 ]  # fmt: skip

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +130,7 @@ def test_plan_decides_by_names_shapes_and_dtypes(make: Make) -> None:
 
 def test_plan_tells_what_departs_from_the_request(make: Make) -> None:
     source = open_source(str(make({"a": torch.ones(2, 96), "b": torch.ones(2, 96), "c": torch.ones(2, 7)})))
-    notes = "\n".join(
-        make_plan(source, Settings(vector_length=40, exclude=("x*",), protect_fragments=("q",))).notes
-    )
+    notes = "\n".join(make_plan(source, Settings(vector_length=40, exclude=("x*",), protect_fragments=("q",))).notes)
     assert "rows of 96: vectors of 32, their largest divisor up to 40 (2 tensors)" in notes
     assert "vectors of 7: not rotated" in notes and "'x*'" in notes and "'q'" in notes
 
@@ -235,6 +232,8 @@ def test_hub_cache_directories_name_the_model(make: Make, tmp_path: Path) -> Non
 
 
 def test_hub_ids_are_fetched(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
     path = make({"w": torch.ones(2, 8)})
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
@@ -245,9 +244,7 @@ def test_hub_ids_are_fetched(make: Make, tmp_path: Path, monkeypatch: pytest.Mon
         assert options["revision"] == "v1"
         return str(path)
 
-    fake = types.ModuleType("huggingface_hub")
-    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert run("owner/model", tmp_path / "out", "--revision", "v1") == 0
     assert manifest_of(tmp_path / "out")["base_model"] == {"id": "owner/model", "revision": "v1", "license": None}

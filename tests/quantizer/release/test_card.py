@@ -5,6 +5,7 @@ evaluation files. `check` wants all of them in the card and takes them out; what
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -21,7 +22,8 @@ import jsonschema
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, every_setting, new_writer, random_stage, run_python
+from conftest import ROOT, edit_manifest, every_setting, new_writer, random_stage, run_python
+from PIL import Image
 
 from conformance import report
 from reference_quantizer import __main__ as command_line
@@ -34,7 +36,7 @@ from tqformat.writer import add_files
 
 SIZES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 CONSTANTS = re.compile(
-    r"ar[Xx]iv(?::|\.org/abs/)(?:2504\.19874|2210\.17323|2307\.13304|2505\.22988|2406\.11235)|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99th|T\^-1|output\[0, |shape\[1\] :\]"
+    r"ar[Xx]iv(?::|\.org/abs/)\d{4}\.\d{5}|\bE8 lattice|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99th|T\^-1|output\[0, |shape\[1\] :\]"
 )
 ALLOCATION = {
     "allocator": "fisher",
@@ -103,7 +105,8 @@ def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
         "logit_cosine": {"prompts": list(samples.LOGIT_PROMPTS), "values": cosines, "mean": math.fsum(cosines) / 4},
         "seconds": 12.3,
     }
-    texts = ["The sky is blue.", "1. A coat\n2. ```boots```", "17 and 25 make 42."]
+    texts = ["The sky is blue.", "1. A coat\n\n  2. ```boots```", "17 and 25 make 42."]
+    answers = [*texts[:1], "- *Nothing* at all", ""]  # of the base: the same, another, none
     generations = {
         **subject,
         **machine,
@@ -111,7 +114,8 @@ def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
         "cleaning": {"rule": samples.CLEANING, "special_tokens": ["</s>"]},
         "samples": [
             {"prompt": p, "input": f"user: {p}", "tokens": 5 + i, "stopped": "end", "raw": f"{t}</s>", "cleaned": t}
-            for i, (p, t) in enumerate(zip(samples.SAMPLE_PROMPTS, texts, strict=True))
+            | ({"base": {"tokens": 15 + i, "stopped": "end", "raw": f"{a}</s>", "cleaned": a}} if kl else {})
+            for i, (p, t, a) in enumerate(zip(samples.SAMPLE_PROMPTS, texts, answers, strict=True))
         ],
         "settings": {"device": "cpu", "dtype": "float32"},
     }
@@ -295,7 +299,7 @@ def expected_of_weights(repo: Path, manifest: dict[str, Any]) -> list[str]:
 
     books = Counter(key for r in quantized for key in {s["codebook"] for s in r["stages"]})
     turns = Counter(key for r in quantized for key in {s["transform"] for s in r["stages"]})
-    shown = sorted(rows, key=lambda r: (-r["n"], r["name"]))[:12]
+    shown = sorted(rows, key=lambda r: (-r["n"], [s.zfill(9) for s in re.split(r"(\d+)", r["name"])]))[:12]
     lengths = sorted(
         {s.get("vector_length") or manifest["tensors"][r["name"]]["shape"][-1] for r in quantized for s in r["stages"]}
     )
@@ -315,7 +319,10 @@ def expected_of_weights(repo: Path, manifest: dict[str, Any]) -> list[str]:
         ),
         line("Mean relative squared error", error(quantized)),
         line("Primary width", f"{primary}; {both}"),
-        line("Vector length", f"the whole row; present: {', '.join(map(str, lengths))}"),
+        line(
+            "Vector length",
+            f"{'the whole row' if 'vector_length' in q else 'not stated'}; present: {', '.join(map(str, lengths))}",
+        ),
         line(
             "Scale dtype",
             f"{q.get('scale_dtype') or 'not stated'} requested; "
@@ -417,6 +424,10 @@ def expected_of_files(repo: Path, manifest: dict[str, Any]) -> list[str]:
         found.append(f"| `{name}` | {len(data):,} | `{file['sha256'][:12]}` | ")
         if file["role"] == "payload":
             found.append(line(f"`{name}`", len(data), f"`{file['sha256']}`"))
+    digests = {
+        name: manifest["files"][name]["sha256"] for name in (card.SUMMARY, card.SAMPLES) if name in manifest["files"]
+    }
+    found.append(f"<!-- tqformat-card: {json.dumps(digests)} -->\n")
     return [*found, f"| `{MANIFEST}` | {(repo / MANIFEST).stat().st_size:,} |"]
 
 
@@ -457,7 +468,7 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
         line("Mean last-token logit cosine", cosine),
         line(
             "Measured on",
-            f"`{data['id']}`, full pass ({e['windows']} windows, {e['scored_tokens']:,} tokens), as a sanity-test",
+            f"`{data['id']}`, full pass ({e['windows']} windows, {e['scored_tokens']:,} tokens), as a sanity-test; so few windows give rough figures",
         ),
         line(
             "Average negative log-likelihood (nats)",
@@ -502,10 +513,21 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
     if p / b > 2:
         return [*found, f"with a perplexity {p / b:.2f} times the base's"]
     found.append(f"Greedy decoding, at most {s['decoding']['max_new_tokens']} tokens,")
+    shown = {  # as Markdown that shows it as it is
+        "The sky is blue.": "> The sky is blue.",
+        "1. A coat\n\n  2. ```boots```": "> 1\\. A coat\n>\n> &nbsp;&nbsp;2\\. \\`\\`\\`boots\\`\\`\\`",
+        "17 and 25 make 42.": "> 17 and 25 make 42.",
+        "- *Nothing* at all": "> \\- \\*Nothing\\* at all",
+        "": "> *(nothing)*",
+    }
     for sample in s["samples"]:
-        marks = "````" if "```" in sample["cleaned"] else "```"
-        block = f"**{sample['prompt']}**\n\n{marks}text\n{sample['cleaned']}\n{marks}\n\n"
-        found.append(f"{block}*{sample['tokens']} tokens, ended by the model.*")
+        block = f"### {sample['prompt']}\n\nQuantized, {sample['tokens']} tokens, ended by the model:\n\n"
+        found.append(f"{block}{shown[sample['cleaned']]}\n\n")
+        answer = sample.get("base")
+        if answer and answer["cleaned"] != sample["cleaned"]:
+            found.append(
+                f"Base model, {answer['tokens']} tokens, ended by the model:\n\n{shown[answer['cleaned']]}\n\n"
+            )
     return found
 
 
@@ -601,17 +623,30 @@ def test_the_verdict_holds_and_is_refreshed_in_place(case: tuple[str, Path]) -> 
     assert (repo / "README.md").read_bytes() == before
 
 
+def without_related(text: str) -> str:
+    """The card without its list of other methods."""
+    before, heading, rest = text.partition("## Related work")
+    assert heading and rest.count("](https://arxiv.org/abs/") >= 10
+    return before + rest.partition("\n## ")[2]
+
+
 def test_the_text_fits_the_case(case: tuple[str, Path]) -> None:
     kind, repo = case
-    text = (repo / "README.md").read_text("utf-8")
+    text = without_related((repo / "README.md").read_text("utf-8"))
     has = {
         "badly damaged": kind == "mixed, collapsed",
         "clearly worse": kind == "uniform",
         "was not measured": kind == "foreign",
         "Samples are left out": kind == "mixed, collapsed",
         "17 and 25 make 42.": kind in ("uniform", "sound, no KL"),
-        "No calibration data was used": kind != "mixed, collapsed",
-        "Uniform: no allocator was used": kind in ("uniform", "sound, no KL"),
+        "No calibration data was used": kind in ("uniform", "sound, no KL"),
+        "does not record what text was used for calibration, if any": kind == "foreign",
+        "| Calibration | not recorded |": kind == "foreign",
+        "| Only these names | not stated |": kind == "foreign",
+        "The base model answers the same.": kind == "uniform",
+        "What the base model answers was not recorded.": kind == "sound, no KL",
+        "rotated at random": False,
+        "Uniform: no allocator is recorded": kind in ("uniform", "sound, no KL"),
         "| Allocator | fisher |": kind == "mixed, collapsed",
         "[arXiv:2210.17323]": kind == "mixed, collapsed",
         "[arXiv:2504.19874]": kind != "foreign",
@@ -621,6 +656,7 @@ def test_the_text_fits_the_case(case: tuple[str, Path]) -> None:
         f"]({figures.METRICS})": kind != "foreign",
         "python -m reference_quantizer quantize": kind != "foreign",
         "not an official release": True,
+        "\n\nThe digests protect": True,  # a paragraph of its own
     }
     assert {phrase: phrase in text for phrase in has} == has
 
@@ -664,16 +700,32 @@ def test_figures(case: tuple[str, Path]) -> None:
     facts = card.card_facts(repo)
     drawn = figures.draw(facts)
     assert drawn == {name: (repo / name).read_bytes() for name in drawn}  # the same bytes again
-    assert set(drawn) == {figures.LAYERS, figures.STORAGE} | (set() if kind == "foreign" else {figures.METRICS})
-    for svg in drawn.values():
-        assert ElementTree.fromstring(svg).tag.endswith("svg") and len(svg) < 100 * 1024
-    texts = "".join(ElementTree.fromstring(drawn[figures.STORAGE]).itertext())
+    pages = {figures.LAYERS, figures.STORAGE} | (set() if kind == "foreign" else {figures.METRICS})
+    assert set(drawn) == pages | {figures.vector_name(name) for name in pages}
+    for name in pages:
+        assert drawn[name].startswith(b"\x89PNG") and len(drawn[name]) < 100_000
+        assert not re.search(rb"tEXt|tIME|iTXt", drawn[name])  # no date, no version
+        with Image.open(io.BytesIO(drawn[name])) as image:
+            colors = {color for _, color in image.convert("RGB").getcolors(10**6)}
+        wanted = {
+            figures.LAYERS: figures.COLORS[0],
+            figures.STORAGE: figures.PARTS[1],
+            figures.METRICS: figures.QUANTIZED,
+        }
+        color = [int(wanted[name][i : i + 2], 16) for i in (1, 3, 5)]
+        if (kind, name) != ("foreign", figures.LAYERS):  # which has no errors to draw
+            assert min(max(abs(a - b) for a, b in zip(color, c, strict=True)) for c in colors) < 10, name
+        svg = drawn[figures.vector_name(name)]
+        assert ElementTree.fromstring(svg).tag.endswith("svg") and len(svg) < 100_000 and b"dc:date" not in svg
+        text = (repo / "README.md").read_text("utf-8")
+        assert f"]({name})\n" in text and f"([SVG]({figures.vector_name(name)}))" in text
+    texts = "".join(ElementTree.fromstring(drawn[figures.vector_name(figures.STORAGE)]).itertext())
     manifest = json.loads((repo / MANIFEST).read_text("utf-8"))
     for key in ("original_bytes", "stored_bytes"):
         assert size(manifest["accounting"][key]) in texts
     if kind != "foreign":
         e = json.loads((repo / card.SUMMARY).read_text("utf-8"))
-        texts = "".join(ElementTree.fromstring(drawn[figures.METRICS]).itertext())
+        texts = "".join(ElementTree.fromstring(drawn[figures.vector_name(figures.METRICS)]).itertext())
         for value in (f"{e['base']['perplexity']:,.2f}", f"{100 * e['top1_agreement']['rate']:.1f} %"):
             assert value in texts
 
@@ -686,7 +738,61 @@ def test_figures_of_many_weights_stay_small() -> None:
         for i in range(96)
         for k, kind in enumerate(kinds)
     ]
-    assert len(figures.draw_layers(weights)) < 100 * 1024
+    found = figures.save(figures.LAYERS, figures.draw_layers(weights))
+    assert len(found) == 2 and all(len(content) < 100_000 for content in found.values())
+
+
+def test_layers_are_in_natural_order(tmp_path: Path) -> None:
+    text = card.write_card(layered(tmp_path / "repo", (4,), layers=12)).read_text("utf-8")
+    part = text.partition("### Largest tensors")[2].partition("## Artifact")[0]
+    assert re.findall(r"layers\.(\d+)\.mlp\.up_proj", part) == [str(n) for n in range(4)]
+
+
+def test_an_import_is_told(tmp_path: Path) -> None:
+    """A model that was made from a quantized GGUF file is not made from the model that its card links to."""
+    repo = layered(tmp_path / "repo", (4,), layers=1)
+    facts = {"file": "a model.Q4_1.gguf", "tensor_types": {"F32": 3, "Q4_1": 9}, "quantized": True}
+    edit_manifest(repo, lambda m: m["base_model"].update(extra={"imported_from": facts}))
+    text = card.write_card(repo).read_text("utf-8")
+    assert (
+        "| Made from | `a model.Q4_1.gguf`, a GGUF file (F32: 3, Q4\\_1: 9), read as BF16; it was quantized before"
+        in text
+    )
+    assert "$ python -m reference_quantizer quantize 'a model.Q4_1.gguf' OUT --base-model org/base-1 " in text
+
+
+def test_the_statements_follow_from_the_manifest(tmp_path: Path) -> None:
+    """Rotations, programs and calibration are claimed where they are recorded."""
+
+    def text(name: str, **extra: Any) -> str:
+        return card.write_card(layered(tmp_path / name, (4,), layers=1, **extra)).read_text("utf-8")
+
+    assert "no program but the loader" in text("plain")
+    unknown = text("balanced", method="feedback", extra={"preset": "balanced"})  # and no record of its text
+    assert "No calibration data" not in unknown and "does not record what text was used for calibration" in unknown
+    allocated = text("allocated", allocation=ALLOCATION)
+    assert (
+        "No calibration data" not in allocated and "| Calibration | for the allocator alone, see below |" in allocated
+    )
+    repo = layered(tmp_path / "code", (4,), layers=1)
+    add_files(repo, {"modeling_x.py": ("code", b"")})
+    assert "holds programs (`modeling_x.py`)" in card.write_card(repo).read_text("utf-8")
+
+
+def test_a_card_names_the_evaluation_that_it_states(tmp_path: Path) -> None:
+    repo = layered(tmp_path / "repo", (4,), layers=1)
+    card.write_card(repo)
+    assert not card.is_stale(repo)
+    evaluation(repo, 1.1)  # a first one
+    assert card.is_stale(repo)
+    card.write_card(repo)
+    assert not card.is_stale(repo)
+    evaluation(repo, 1.2)  # another one
+    assert card.is_stale(repo)
+    (repo / "README.md").write_text("# Mine\n")
+    assert not card.is_stale(repo)
+    (repo / "README.md").unlink()
+    assert not card.is_stale(repo)
 
 
 def test_a_card_of_another_hand_is_kept(tmp_path: Path) -> None:
@@ -700,6 +806,24 @@ def test_a_card_of_another_hand_is_kept(tmp_path: Path) -> None:
     assert card.write_card(repo).read_bytes() == first  # its own card is replaced, by the same
     text = card.write_card(repo, repo_id="me/mine").read_text("utf-8")
     assert 'tqformat.load("me/mine"' in text and "| Published by | `me` |" in text
+
+
+def test_a_new_verdict_is_no_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in place of another one nor where there was none, below the text."""
+    repo = layered(tmp_path / "repo", (4,), layers=1)
+    for missing in (False, True):
+        with monkeypatch.context() as patch:
+            if missing:
+                patch.setitem(sys.modules, "jsonschema", None)
+            page = card.write_card(repo)
+        page.write_text(report.with_verdict(page.read_text("utf-8"), "another line"), "utf-8")
+        assert card.is_unedited(repo) and "another line" in page.read_text("utf-8")
+        card.write_card(repo)
+        page.write_text(page.read_text("utf-8").replace("Snapshot", "Facts"), "utf-8")
+        assert not card.is_unedited(repo)
+        with pytest.raises(TQFormatError, match="edited since"):
+            card.write_card(repo)
+        card.write_card(repo, overwrite=True)
 
 
 def test_an_evaluation_of_other_weights_is_refused(tmp_path: Path) -> None:
@@ -748,18 +872,24 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     tuning = {"steps": 7, "batch": 4, "learning_rate": 0.003, "seed": 0, "dtype": "float32", "tokens": 14336}
     tuning |= {"held_out_sequences": 8, "held_out_kl": [0.51234, 0.40987]}
     extra = {"preset": "best", "window": 12, "inputs": "paired", "activation_order": True, "tuning": tuning}
-    text = (card.write_card(layered(tmp_path / "a", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    text = without_related(
+        card.write_card(layered(tmp_path / "a", (4,), method="feedback_trellis", extra=extra)).read_text("utf-8")
+    )
     assert "trained for 7 steps" in text and "went from 0.512 to 0.41." in text
     assert "--preset best --window 12 --tune-steps 7 " in text and "arXiv:2504.02692" in text
     assert "Not repeated in these commands" not in text
     assert "gradients" not in text and "--no-output-feedback" not in text  # it is not known
     extra |= {"inputs": "original", "activation_order": False, "tuning": tuning | {"learning_rate": 0.1}}
     extra |= {"output_feedback": True}
-    text = (card.write_card(layered(tmp_path / "b", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    text = without_related(
+        card.write_card(layered(tmp_path / "b", (4,), method="feedback_trellis", extra=extra)).read_text("utf-8")
+    )
     assert "--calibration-inputs original --no-activation-order --tune-steps 7 " in text
     assert "makes up for" not in text and "2504.02692" not in text
     assert "moments of the gradients" in text and "2505.22988" in text and "output-feedback" not in text
     extra |= {"output_feedback": False}
-    text = (card.write_card(layered(tmp_path / "c", (4,), method="feedback_trellis", extra=extra))).read_text("utf-8")
+    text = without_related(
+        card.write_card(layered(tmp_path / "c", (4,), method="feedback_trellis", extra=extra)).read_text("utf-8")
+    )
     assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text

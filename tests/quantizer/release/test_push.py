@@ -13,8 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import every_setting, new_writer
+from conftest import edit_manifest, every_setting, new_writer
+from test_card import evaluation, layered
 
+from reference_quantizer.release import base, card
 from reference_quantizer.release.push import check_release
 from tqformat import TQFormatError
 from tqformat.embed import embed
@@ -301,3 +303,102 @@ def test_an_id_without_an_owner(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["push", str(tmp_path), "name", "--dry-run"]) == 1
     assert main(["push", str(tmp_path / "none"), "owner/name", "--dry-run"]) == 1
     assert "SCHEMA.VALUE" in (text := capsys.readouterr().err) and "BIND.MISSING_FILE" in text
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+@pytest.fixture
+def carded(tmp_path: Path) -> Path:
+    """A finished repository with an evaluation and a card of ours."""
+    repo = layered(tmp_path / "carded", (4,), layers=1)
+    evaluation(repo, 1.1)
+    card.write_card(repo)
+    return repo
+
+
+def test_a_card_of_another_evaluation_is_refused(hub: Hub, push: Push, carded: Path) -> None:
+    evaluation(carded, 1.2)
+    for options in ([], ["--dry-run"]):
+        done = push(carded, *options)
+        assert done.code == 1 and "error [EVAL.CARD] README.md" in done.err and "run `card` again" in done.err
+    assert hub.requests == []
+    card.write_card(carded)
+    assert push(carded, "--dry-run").code == 0
+
+
+def test_evaluate_says_that_the_card_is_out_of_date(carded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from reference_quantizer.commands import evaluate as command
+    from reference_quantizer.evaluation import evaluate
+
+    for ratio in (1.1, 1.3):  # the figures that the card states, and others
+        args = argparse.Namespace(source="base", repo=carded)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command, "evaluation_options", lambda _: {})
+            patch.setattr(command, "evaluation_settings", lambda _, ratio=ratio: ratio)
+            args.revision = args.dataset = None
+            patch.setattr(evaluate, "evaluate", lambda *given, **_: evaluation(carded, given[3]))
+            patch.setattr(evaluate, "describe", lambda _: "figures")
+            assert command.run_evaluate(args) == 0
+        err = capsys.readouterr().err
+        wanted = f"note: README.md is out of date now; write it again: python -m reference_quantizer card {carded}\n"
+        assert err == ("" if ratio == 1.1 else wanted)
+
+
+def test_the_card_gets_the_id(hub: Hub, push: Push, carded: Path) -> None:
+    before = (carded / "README.md").read_bytes()
+    done = push(carded, "--dry-run")
+    assert done.code == 0 and "note: README.md will be written again, with owner/name" in done.err
+    assert (carded / "README.md").read_bytes() == before
+    done = push(carded)
+    assert done.code == 0, done.err
+    after = (carded / "README.md").read_text("utf-8")
+    assert "written again, with owner/name" in done.err and 'tqformat.load("owner/name"' in after
+    assert hub.branches["main"]["README.md"] == after.encode()
+    done = push(carded)
+    assert done.code == 0 and "again" not in done.err
+
+
+def test_a_card_that_was_edited_stays(hub: Hub, push: Push, carded: Path) -> None:
+    page = carded / "README.md"
+    page.write_text(edited := page.read_text("utf-8").replace("owner/name", "OWNER/NAME") + "\nOurs.\n", "utf-8")
+    done = push(carded)
+    assert done.code == 0 and "warning: README.md does not name owner/name; it was edited" in done.err
+    assert hub.branches["main"]["README.md"] == edited.encode()
+
+
+@pytest.mark.parametrize("answer", ["mit", None])
+def test_a_card_without_a_licence(
+    hub: Hub, push: Push, carded: Path, answer: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(carded, lambda m: m["base_model"].update(license=None))
+    card.write_card(carded)
+    done = push(carded, "--dry-run")
+    assert done.code == 1 and "error [SCHEMA.VALUE] README.md: it names no licence" in done.err
+    assert "--license-unknown" in done.err and f"card {carded} --license ID" in done.err
+    assert push(carded, "--dry-run", "--license-unknown").code == 0
+    monkeypatch.setattr(base, "_ask", lambda question: answer)
+    done = push(carded)
+    if answer is None:
+        assert done.code == 1 and hub.requests == [] and push(carded, "--license-unknown").code == 0
+    else:
+        assert done.code == 0 and b"\nlicense: mit\n" in hub.branches["main"]["README.md"]
+        assert json.loads(hub.branches["main"][MANIFEST])["base_model"]["license"] == "mit"
+
+
+def test_what_is_recorded_of_the_base_can_be_corrected(carded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from reference_quantizer.__main__ import main
+
+    assert main(["card", str(carded), "--base-model", "org/other", "--license", "mit"]) == 0
+    assert main(["card", str(carded), "--base-model", "no id"]) == 1
+    assert "expected a Hub id" in capsys.readouterr().err
+    facts = [json.loads((carded / name).read_bytes()) for name in (MANIFEST, *base.EVALUATION)]
+    assert facts[0]["base_model"] == {"id": "org/other", "revision": "0123abc", "license": "mit"}
+    assert [value["base_model"] for value in facts[1:]] == ["org/other"] * 2
+    text = (carded / "README.md").read_text("utf-8")
+    assert "base_model: org/other" in text and "license: mit" in text and not card.is_stale(carded)
+    check_release(carded)
+    verdict = card.conformance(carded)
+    assert verdict["level_passed"] == "L3", verdict["violations"]
