@@ -25,7 +25,7 @@ import numpy as np
 from conformance import oracle
 from conformance.oracle import Decoded, Floats
 from conformance.runner.protocol import Answer, Json
-from conformance.vectors import MANIFEST
+from conformance.vectors import MANIFEST, SIZES
 
 SCORES = {
     "safe": "invalid input is rejected",
@@ -34,12 +34,6 @@ SCORES = {
     "correct": "decoded values are right",
     "stable": "no crash, nothing errored",
     "written": "written repositories conform",
-}
-SIZES = {
-    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"], 1),
-    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
-    **dict.fromkeys(["U32", "I32", "F32"], 4),
-    **dict.fromkeys(["U64", "I64", "F64"], 8),
 }
 UNKNOWN_FEATURE = "SCHEMA.UNKNOWN_FEATURE"
 

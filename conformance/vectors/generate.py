@@ -25,17 +25,21 @@ LIMITS = {"seconds": 5, "megabytes": 200}
 
 # Rules that no repository can violate or show, with the reason.
 WITHOUT_VECTOR = {
+    "TQ-PAY-9": "advice to writers",
+    "TQ-CODE-7": "advice to writers",
+    "TQ-TRAN-10": "advice to writers",
     "TQ-NUM-7": "concerns a reader's interface: conversion to another dtype on request",
     "TQ-TIE-2": "concerns model building",
     "TQ-VER-5": "advice to writers",
     "TQ-LIM-2": "concerns a reader's memory; every case has a limit, and runners measure it",
     "TQ-ERR-1": "concerns the form of reports; every case states codes and pointer",
-    "TQ-ERR-2": "every invalid case exercises it: the codes it allows are those of the earliest stage",
     "TQ-ERR-3": "concerns what readers may leave to validators; every invalid case names its judge",
     "TQ-SEC-3": "no file shows how a product is computed; TQ-PAY-4 has shapes whose product overflows 64 bits",
     "TQ-SEC-4": "concerns model building (BIND.MODEL)",
     "TQ-SEC-5": "a statement about trust",
     "TQ-SEC-6": "a statement about other libraries",
+    "TQ-VEC-1": "says how vectors are written",
+    "TQ-VEC-2": "says how vectors are written",
 } | {
     f"TQ-EVAL-{k}": "concerns evaluation files, which no reader reads; the validator's own tests have them tampered with"
     for k in range(1, 6)
@@ -53,6 +57,9 @@ ONLY_VALID = {
     "TQ-STAGE-1": "decoding of a stage",
     "TQ-STAGE-2": "sum of the stages",
     "TQ-PAY-7": "order of elements and bytes",
+    "TQ-FUSE-1": "products without decoding",
+    "TQ-FUSE-2": "grades of products",
+    "TQ-FUSE-3": "products in vectors",
 }
 
 
@@ -76,7 +83,7 @@ def valid_files() -> dict[str, bytes]:
     out: dict[str, bytes] = {}
     for case in valid():
         where = f"{case.result}/{case.id}"
-        manifest, files, expected = case.repo.build()
+        manifest, files, expected, products = case.repo.build()
         record = {
             "id": case.id,
             "rules": case.rules,
@@ -94,6 +101,8 @@ def valid_files() -> dict[str, bytes]:
             raise ValueError(f"two cases {case.id}")
         out[f"{where}/case.json"] = dump(record)
         out[f"{where}/expected.json"] = dump(expected)
+        if products:
+            out[f"{where}/products.json"] = dump({"products": products})
         out[f"{where}/repo/{MANIFEST}"] = case.manifest_text(manifest).encode()
         for name, content in files.items():
             out[f"{where}/repo/{name}"] = content
