@@ -66,10 +66,12 @@ def require(ok: object, code: str, where: str, expected: str, found: object = No
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `data` by the strict rules of SPEC section 3; raises TQFormatError JSON.* otherwise."""
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:  # [TQ-JSON-3]
+    twice: list[tuple[dict[str, Any], str]] = []  # objects, and a key that they repeat
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in items:
-            require(key not in result, "JSON.DUPLICATE_KEY", where, "each key once in an object", repr(key))
+            twice.extend([(result, key)] if key in result else ())
             result[key] = value
         return result
 
@@ -95,6 +97,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise TQFormatError(code, where, f"expected one JSON text: {error}") from None
     except RecursionError:  # [TQ-JSON-5]
         raise TQFormatError("JSON.DEPTH", where, "expected at most 64 levels of nesting") from None
+    for found, key in twice:  # [TQ-JSON-3]
+        at = where if found is value else f"{where}, below the top"
+        require(False, "JSON.DUPLICATE_KEY", at, "each key once in an object", repr(key))
     require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
     return dict(value)
 
@@ -124,7 +129,7 @@ _NAME = r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f
 Name = Annotated[str, _NAME, "1 to 512 characters, none a control character, no path, not __metadata__"]  # [TQ-MAN-4]
 _FILE = r"(?!(?i:(quant_manifest\.json|readme\.md|__pycache__)\Z|(con|prn|aux|nul|com[1-9]|lpt[1-9])(\.|\Z)))"
 _FILE += r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?<!\.)"
-_FILE_TEXT = "1 to 128 of A-Z a-z 0-9 . _ -, no . or - in front, no . at the end, no reserved name (README.md, nul)"
+_FILE_TEXT = "1 to 128 of A-Z a-z 0-9 . _ -, no . or - in front, no . at the end, no reserved name: README.md, nul ..."
 FileName = Annotated[str, _FILE, _FILE_TEXT, "PATH.NAME"]  # a pattern, in words, and its error's code [TQ-REPO-2]
 Sha256 = Annotated[str, "[0-9a-f]{64}", "64 lower-case hexadecimal digits"]
 Extra = dict[str, Any]
@@ -230,6 +235,7 @@ class Manifest:
             count = len(data[key]) if isinstance(data.get(key), dict) else 0
             require(count <= 2**20, "LIMIT.SIZE", key, "at most 2^20 entries", count)
         manifest: Manifest = typed(cls, data, "")
+        require(len({*manifest.features}) == len(manifest.features), "SCHEMA.VALUE", "features", "each feature once")
         for key, file in manifest.files.items():
             size, chunks, at = file.chunk_size, file.chunks, f"files[{key!r}].chunks"  # [TQ-REPO-8]
             require((size is None) == (chunks is None), "SCHEMA.MISSING_FIELD", at, "chunk_size and chunks, or neither")
@@ -288,17 +294,11 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     return kind(**{key: typed(types[key], v, dot + key) for key, v in value.items()})
 
 
-KEYS = {  # [TQ-MAN-6] the keys that belong to one kind only
-    "hadamard": ("factors", "signs"),
-    "dense": ("matrix",),
-    "givens": ("pairs", "angles"),
-    "permutation": ("index",),
-    "quantized": ("effective_bits", "stages"),
-    "passthrough": ("data",),
-}
+KEYS: dict[str, tuple[str, ...]] = {"hadamard": ("factors", "signs"), "dense": ("matrix",), "permutation": ("index",)}
+KEYS |= {"givens": ("pairs", "angles"), "quantized": ("effective_bits", "stages"), "passthrough": ("data",)}
 
 
-def _check_keys(item: Transform | Weight, where: str) -> None:
+def _check_keys(item: Transform | Weight, where: str) -> None:  # [TQ-MAN-6]
     for kind, keys in KEYS.items():
         for key in keys if hasattr(item, keys[0]) else ():
             ok = (getattr(item, key) is not None) == (kind == item.kind)
@@ -398,7 +398,8 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
         typed(dict[str, str], header.pop("__metadata__", {}), f"{name}: __metadata__")
         entries: dict[str, Entry] = typed(dict[str, Entry], header, name)
     except TQFormatError as error:
-        code = "CONTAINER.DUPLICATE_NAME" if error.code == "JSON.DUPLICATE_KEY" else "CONTAINER.HEADER"
+        ok = (error.code, error.where) == ("JSON.DUPLICATE_KEY", name) and "'__metadata__'" not in error.message
+        code = "CONTAINER.DUPLICATE_NAME" if ok else "CONTAINER.HEADER"
         raise TQFormatError(code, error.where, error.message) from None
     spans, start = {}, 8 + length
     for key, entry in entries.items():
@@ -665,9 +666,8 @@ class Repo(ExitStack):
         return path
 
     def check_roles(self, *roles: str) -> None:
-        for name, file in self.manifest.files.items():
-            if file.role in roles:
-                self.check_file(name)
+        for name in [key for key, file in self.manifest.files.items() if file.role in roles]:
+            self.check_file(name)
 
     def names(self) -> list[str]:
         """The names of all weights, aliases of tied weights not among them."""
@@ -739,7 +739,7 @@ class Repo(ExitStack):
         values = finite(values.to(device).float(), f"{where}.{kind}")
         if outer is None:
             return values[:, :, None]
-        rows = (a, b) if self.spans[outer].shape[0] > 1 else (0, 1)
+        rows = (0, 1) if self.spans[outer].shape[0] == 1 else (a, b)
         factors = finite(self._read(outer, *rows).to(device).float(), f"{where}.outer_{kind}")  # [rows or 1, n]
         values = values.reshape(b - a, factors.shape[1], values.shape[1] // factors.shape[1])
         return (values * factors[:, :, None]).flatten(1)[:, :, None]
