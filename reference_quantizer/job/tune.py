@@ -479,7 +479,7 @@ def write_tuned(
             writer.add_codebook(id, levels, origin=entry.get("origin"), stored=stored)
         for name, entry in data["tensors"].items():
             if entry["kind"] == "passthrough":
-                kept = repo._read(entry["data"])
+                kept = repo.dequantize(name)
                 tensor = small[name].detach().to("cpu", kept.dtype).reshape(kept.shape) if name in small else kept
                 writer.add_passthrough(name, tensor)
                 continue
