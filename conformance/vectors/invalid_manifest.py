@@ -55,8 +55,8 @@ def path(c: Cases) -> None:
         ("device-suffixes", "Com9.tar.gz"),
         ("device-printer", "LPT1"),
     ):
-        move = then({"op": "move", "file": "LICENSE", "to": name})
-        c.rename(f"path/name-{id}", "REPO-2", "PATH.NAME", "/files/LICENSE", name, "The name of a device.", *move)
+        there = then({"op": "move", "file": "LICENSE", "to": name})
+        c.rename(f"path/name-{id}", "REPO-2", "PATH.NAME", "/files/LICENSE", name, "The name of a device.", *there)
     for id, name in (
         ("manifest", MANIFEST),
         ("card", "README.md"),

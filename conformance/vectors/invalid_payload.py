@@ -302,11 +302,11 @@ def container(c: Cases) -> None:
     # [TQ-PAY-8]
     keys = {"base": "valid/passthrough/sizes", "pointer": PAYLOAD}
     repo = c.repos["valid/passthrough/sizes"]
-    length = int.from_bytes(repo.payload_file(list(repo.payload))[:8], "little")
+    header_length = int.from_bytes(repo.payload_file(list(repo.payload))[:8], "little")
     for id, spaces in (("1", 1), ("4", 4)):
-        insert: Step = {"op": "splice", "file": PAYLOAD, "offset": 8 + length, "text": " " * spaces}
+        insert: Step = {"op": "splice", "file": PAYLOAD, "offset": 8 + header_length, "text": " " * spaces}
         longer = {"op": "splice", "file": PAYLOAD, "offset": 0, "remove": 8}
-        longer["hex"] = (length + spaces).to_bytes(8, "little").hex()
+        longer["hex"] = (header_length + spaces).to_bytes(8, "little").hex()
         text = f"{spaces} spaces more follow the header."
         reason = "Data begin at a multiple of the size of their elements."
         code = "CONTAINER.ALIGNMENT"

@@ -131,9 +131,7 @@ def test_plan_decides_by_names_shapes_and_dtypes(make: Make) -> None:
 
 def test_plan_tells_what_departs_from_the_request(make: Make) -> None:
     source = open_source(str(make({"a": torch.ones(2, 96), "b": torch.ones(2, 96), "c": torch.ones(2, 7)})))
-    notes = "\n".join(
-        make_plan(source, Settings(vector_length=40, exclude=("x*",), protect_fragments=("q",))).notes
-    )
+    notes = "\n".join(make_plan(source, Settings(vector_length=40, exclude=("x*",), protect_fragments=("q",))).notes)
     assert "rows of 96: vectors of 32, their largest divisor up to 40 (2 tensors)" in notes
     assert "vectors of 7: not rotated" in notes and "'x*'" in notes and "'q'" in notes
 
