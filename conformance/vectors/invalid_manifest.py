@@ -177,7 +177,7 @@ def json_text(c: Cases) -> None:
         c.text(f"json/{id}", "JSON-2", "JSON.SYNTAX", find, new, reason)
     for value in ("NaN", "Infinity", "-Infinity"):
         text = f'{kind}, {add}{{"a": {value}}}'
-        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX JSON.NUMBER", kind, text, f"{value} is not JSON.")
+        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX", kind, text, f"{value} is not JSON.")
     at_end = [
         ("truncated", {"offset": -3, "remove": 3, "text": ""}, "The manifest ends early."),
         ("two-values", {"offset": -1, "remove": 0, "text": "{}"}, "A second value follows."),

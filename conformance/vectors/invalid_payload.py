@@ -645,7 +645,7 @@ def bind(c: Cases) -> None:
         reason = f"The payload tensor has another {field_} than required."
         c.header_set(
             f"bind/{id}",
-            f"PAY-6 {rule}",
+            f"{rule} PAY-6",
             code,
             f"/{name}/{field_}",
             value,
