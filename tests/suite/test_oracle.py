@@ -393,7 +393,8 @@ def test_products_agree_with_the_specification(path: Path, spec: dict[str, Any])
 
 
 def test_grades_by_hand() -> None:
-    assert oracle.grade(1.0, 1.0, 0.0) == oracle.grade(2.0**-126, 0.0, 1.0) == 52
+    assert oracle.grade(1.0, 1.0, 0.0) == oracle.grade(2.0**-126, 0.0, 0.0) == oracle.BEST_GRADE
+    assert oracle.grade(math.nan, 1.0, 1.0) == oracle.grade(math.inf, 1.0, 1.0) == -1
     assert oracle.grade(1.0 + 2.0**-7, 1.0, 1.0) == 7
     assert oracle.grade(1.0 + 2.0**-7 + 2.0**-50, 1.0, 1.0) == 6
     assert oracle.grade(2.0, 1.0, 1.0) == 0 and oracle.grade(2.5, 1.0, 1.0) == -1
