@@ -786,6 +786,57 @@ def test_the_sieve_and_jsonschema_agree(data: st.DataObject) -> None:
             assert shape.compile_schema(rule, schema)(entry) == shape.validator(part | rule).is_valid(entry)
 
 
+NAMES = ["a", "console", "com0", "com10.x", "x.con", "readme.md5", "README.md.x", "a.", "a..", ".a", "con", "Con.txt"]
+NAMES += [
+    "LPT9",
+    "lpt1.a.b",
+    "AUX",
+    "prn.",
+    "nul",
+    "README.MD",
+    "quant_manifest.JSON",
+    "__pyCache__",
+    "a" * 128,
+    "a" * 129,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schema_and_the_checks_of_file_names_agree(name: str, tmp_path: Path) -> None:
+    schema = shape.load_schema()
+    rule = {"$ref": "#/$defs/FileName"}
+    by_schema = shape.validator({"$defs": schema["$defs"]} | rule).is_valid(name)
+    assert shape.compile_schema(rule, schema)(name) == by_schema
+    r = repo()
+    r.listed = lambda files: files.update({name: Repo.entry("x", b"")})
+    codes = {v.code for v in judged(r.write(tmp_path / "r"), "L0").violations}
+    assert codes == (set() if by_schema else {"PATH.NAME"})
+
+
+def test_files_are_judged_before_the_content_of_payloads(tmp_path: Path) -> None:
+    """[TQ-ERR-2] What the table of files says comes behind SCHEMA and before CONTAINER."""
+    r = repo()
+    r.manifest["tensors"]["c"]["effective_bits"] = 1
+    r.header = lambda h: h["n"].update(dtype="F128")
+    r.after = lambda p: ((p / "config.json").unlink(), os.mkfifo(p / "config.json"))
+    found = judged(r.write(tmp_path / "r")).violations
+    assert [v.code for v in found if v.check != "container.dtype"] == ["SCHEMA.VALUE", "PATH.TYPE"]
+    r = repo()
+    r.header = lambda h: h["n"].update(dtype="F128")
+    r.after = lambda p: (p / "config.json").unlink()
+    assert [v.code for v in judged(r.write(tmp_path / "s")).violations] == ["BIND.MISSING_FILE", "CONTAINER.DTYPE"]
+
+
+def test_codes_are_judged_tensor_by_tensor(tmp_path: Path) -> None:
+    """[TQ-ERR-2] Codes of the wrong length in one tensor do not hide a padding bit or a NaN in another."""
+    r = repo()
+    r.tensors["a.codes.0"] = "U8", [4, 4], bytes(16)
+    r.tensors["c.codes"] = "U8", [3, 4], bytes([0, 0, 0, 0x80] * 3)
+    r.tensors["b.scales"] = "BF16", [2, 2], bytes([0xC0, 0x7F] * 4)
+    codes = [v.code for v in judged(r.write(tmp_path / "r")).violations]
+    assert codes == ["PACK.LENGTH", "PACK.PADDING", "DATA.NON_FINITE"]
+
+
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_code_range_by_an_obvious_unpacking(bits: int) -> None:
     rng = np.random.default_rng(bits)

@@ -71,6 +71,17 @@ def test_check_sees_a_changed_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate.main(["--check"]) == 1
 
 
+def test_check_sees_other_codes_in_the_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "| TQ-TRAN-9 | `BIND.TENSOR`, `DATA.PERMUTATION` |" in SPEC
+    other = tmp_path / "SPEC.md"
+    other.write_text(
+        SPEC.replace("| TQ-TRAN-9 | `BIND.TENSOR`, `DATA.PERMUTATION` |", "| TQ-TRAN-9 | `BIND.TENSOR` |"), "utf-8"
+    )
+    monkeypatch.setattr(generate, "SPEC", other)
+    assert generate.main(["--check"]) == 1
+    assert generate.main([]) == 0 and other.read_text("utf-8") == SPEC  # and puts it right
+
+
 def test_tree_is_small() -> None:
     assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 3_000_000
 
