@@ -48,10 +48,7 @@ def decode_finite(repo: Subject) -> Iterator[Finding]:
     with repo.progress("weights", len(repo.quantized), "weight") as bar:
         for name, entry in repo.quantized.items():
             # most weights are far from the limits, and a bound shows it without decoding
-            bound = 0.0
-            for s in stages[name]:
-                scale, offset = (_largest_factor(repo, s, key) for key in ("scales", "offsets"))
-                bound += max(scale, (scale * levels[s.codebook] + offset) * growth[s.transform])
+            bound = sum(_bound(repo, stage, levels[stage.codebook], growth[stage.transform]) for stage in stages[name])
             column = _largest(repo, entry["column_scale"]) if entry.get("column_scale") is not None else 1.0
             if bound * 1.001 > LARGEST["F32"] or bound * column * 1.001 > LARGEST[entry["dtype"]]:
                 message = _overflow(repo, stages[name])
@@ -94,6 +91,12 @@ def _beyond(values: NDArray[np.float64], dtype: str, first: int) -> str | None:
         return None
     row, column = (int(i) for i in bad[0])
     return f"row {first + row}, column {column} is {abs(values[row, column]):.6g} in magnitude, beyond {dtype}"
+
+
+def _bound(repo: Subject, stage: Stage, level: float, growth: float) -> float:
+    """A bound on the magnitudes of a stage's scales, products, offsets and decoded values."""
+    scale, offset = (_largest_factor(repo, stage, key) for key in ("scales", "offsets"))
+    return max(scale, (scale * level + offset) * growth)
 
 
 def _largest_factor(repo: Subject, stage: Stage, key: str) -> float:

@@ -76,7 +76,7 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Head
             tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     if parsed.value is not None and not findings:
         findings.extend(_coverage(file, tensors, 8 + length, size))
-        findings.extend(_misaligned(file, tensors))
+    findings.extend(_misaligned(file, tensors))
     return Header(tensors, findings)
 
 

@@ -1,29 +1,6 @@
 """The conformance vectors: tiny repositories with a stated verdict, and `materialise`, which puts one on disk.
 
-A case is a directory `v1/{valid,invalid,acceptable}/<area>/<id>/` with `case.json` (schemas/vector.schema.json). It either
-holds its repository in `repo/`, or names a `base` case and a `recipe`: steps that change a copy of the base. At most one
-step is the mutation; the others are marked as its consequence (`"consequence": true`, and every `refresh`), so that no
-other rule is broken than the intended one.
-
-The operations of a recipe; `file` names a file of the repository:
-
-| op | effect |
-|---|---|
-| `set`, `remove`, `rename` | change the manifest at the JSON pointer `path`: to `value`, away, to the key `to` |
-| `header_set`, `header_remove`, `header_rename` | the same in the header of the payload file `file`; its data stay, and spaces |
-| | fill the header up until 8 + N is a multiple of 64 |
-| `splice` | replace the text `find` (which occurs once), or `remove` bytes at `offset` (negative: from the end), |
-| | by the UTF-8 of `text` or the bytes `hex`, repeated `count` times (default 1) |
-| `header_splice` | the same within the header of a payload file, which is then filled up and whose length is written anew |
-| `fill` | insert behind the text `find` (which occurs once) `count` texts `format`, in which `%d` is 0, 1, 2, ... |
-| `tensor_bytes` | overwrite the data of the payload tensor `name` from byte `offset` on by `hex` |
-| `tensor` | replace or add the payload tensor `name`: `dtype`, `shape`, `hex`; the file is laid out anew: in the order of the |
-| | header or, where a tensor would be misaligned so, the dtypes with the largest elements first |
-| `write` | the file becomes `text`, or `hex`, repeated `count` times |
-| `truncate` | the file's length becomes `size`; new bytes are zero and take no room on disk |
-| `delete`, `move`, `copy` | remove the file, or move or copy it to `to` |
-| `symlink`, `directory`, `fifo` | the entry becomes a link to `target`, an empty directory, a FIFO |
-| `refresh` | `size` and `sha256` of the file in the manifest's `files` become those of the file |
+SPEC.md, section 21, says how they are written: the keys of `case.json`, and the operations of a recipe.
 """
 
 from __future__ import annotations

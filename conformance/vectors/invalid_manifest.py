@@ -55,8 +55,8 @@ def path(c: Cases) -> None:
         ("device-suffixes", "Com9.tar.gz"),
         ("device-printer", "LPT1"),
     ):
-        move = then({"op": "move", "file": "LICENSE", "to": name})
-        c.rename(f"path/name-{id}", "REPO-2", "PATH.NAME", "/files/LICENSE", name, "The name of a device.", *move)
+        there = then({"op": "move", "file": "LICENSE", "to": name})
+        c.rename(f"path/name-{id}", "REPO-2", "PATH.NAME", "/files/LICENSE", name, "The name of a device.", *there)
     for id, name in (
         ("manifest", MANIFEST),
         ("card", "README.md"),
@@ -177,7 +177,7 @@ def json_text(c: Cases) -> None:
         c.text(f"json/{id}", "JSON-2", "JSON.SYNTAX", find, new, reason)
     for value in ("NaN", "Infinity", "-Infinity"):
         text = f'{kind}, {add}{{"a": {value}}}'
-        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX JSON.NUMBER", kind, text, f"{value} is not JSON.")
+        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX", kind, text, f"{value} is not JSON.")
     at_end = [
         ("truncated", {"offset": -3, "remove": 3, "text": ""}, "The manifest ends early."),
         ("two-values", {"offset": -1, "remove": 0, "text": "{}"}, "A second value follows."),

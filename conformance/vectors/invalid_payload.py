@@ -302,11 +302,11 @@ def container(c: Cases) -> None:
     # [TQ-PAY-8]
     keys = {"base": "valid/passthrough/sizes", "pointer": PAYLOAD}
     repo = c.repos["valid/passthrough/sizes"]
-    length = int.from_bytes(repo.payload_file(list(repo.payload))[:8], "little")
+    header_length = int.from_bytes(repo.payload_file(list(repo.payload))[:8], "little")
     for id, spaces in (("1", 1), ("4", 4)):
-        insert: Step = {"op": "splice", "file": PAYLOAD, "offset": 8 + length, "text": " " * spaces}
+        insert: Step = {"op": "splice", "file": PAYLOAD, "offset": 8 + header_length, "text": " " * spaces}
         longer = {"op": "splice", "file": PAYLOAD, "offset": 0, "remove": 8}
-        longer["hex"] = (length + spaces).to_bytes(8, "little").hex()
+        longer["hex"] = (header_length + spaces).to_bytes(8, "little").hex()
         text = f"{spaces} spaces more follow the header."
         reason = "Data begin at a multiple of the size of their elements."
         code = "CONTAINER.ALIGNMENT"
@@ -452,9 +452,22 @@ def bind(c: Cases) -> None:
         pointer=PAYLOAD,
     )
 
+    damage: Step = {"op": "tensor_bytes", "file": PAYLOAD, "name": "w.codes", "offset": 7, "hex": "ff"}
+    keys: Json = {"base": PLAIN, "pointer": PAYLOAD}
+    reason = "The digest and the fault of the content stand for each other: what is seen first may be said."
+    code = "BIND.DIGEST PACK.PADDING"
+    text = "A padding bit is set, and the digest stays."
+    c.add("bind/digest-padding", "ERR-2 REPO-4 CODE-5", code, text, reason, damage, **keys)
+    damage = {"op": "splice", "file": PAYLOAD, "find": '"dtype":"U8"', "text": '"dtype":"XX"'}
+    code, text = "BIND.DIGEST CONTAINER.DTYPE", "A dtype in the header is damaged, and the digest stays."
+    c.add("bind/digest-header", "ERR-2 REPO-4 PAY-4", code, text, reason, damage, **keys)
+    damage = {"op": "tensor_bytes", "file": PAYLOAD, "name": "w.scales", "offset": 0, "hex": "007e"}
+    code, text = "BIND.DIGEST DATA.NON_FINITE", "A scale becomes NaN, and the digest stays."
+    c.add("bind/digest-scale", "ERR-2 REPO-4 NUM-1", code, text, reason, damage, **keys)
+
     move_: Step = {"op": "move", "file": "example.py", "to": "load_quantized.py"}
     reason = "The embedded loader is no known release: a validator may insist on one."
-    keys: Json = {"pointer": "load_quantized.py", "result": "acceptable"}
+    keys = {"pointer": "load_quantized.py", "result": "acceptable"}
     c.rename(
         "bind/loader-unknown",
         "REPO-6",
@@ -645,7 +658,7 @@ def bind(c: Cases) -> None:
         reason = f"The payload tensor has another {field_} than required."
         c.header_set(
             f"bind/{id}",
-            f"PAY-6 {rule}",
+            f"{rule} PAY-6",
             code,
             f"/{name}/{field_}",
             value,

@@ -128,7 +128,8 @@ def shown(raw: Raw) -> Json:
 
 def known_scales() -> Json:
     """Scales or offsets `stored` [rows, vectors], times `outer`, are `values`, row by row."""
-    repo, table = Repo("known/scales"), []
+    repo = Repo("known/scales")
+    table: list[Json] = []
     for dtype, vectors, outer, outer_dtype in (
         ("U8", (2, 4), (2, 2), "F16"),
         ("I8", (2, 4), (1, 1), "BF16"),
@@ -151,7 +152,7 @@ def known_stages() -> Json:
 
     The transform is `hadamard` of `factors` and `signs`; `vector_length` may be smaller than its size, or larger.
     """
-    table = []
+    table: list[Json] = []
     for factors, cols, length, with_offsets in (
         ((4,), 8, 4, True),
         ((4,), 8, 8, True),
@@ -185,17 +186,23 @@ def known_stages() -> Json:
 
 def known_permutation() -> Json:
     """T^-1 of the integers 0 to B - 1 under the permutation `index` is `inverse`."""
-    random, table = Random("known/permutation"), []
+    random = Random("known/permutation")
+    table: list[Json] = []
     for size in (1, 2, 4, 7, 16):
         index = np.argsort(random.words(size), kind="stable").astype("<i4")
         inverse = oracle.inverse_permutation({"index": "i"}, {"i": ("I32", (size,), index.tobytes())})
-        table.append({"index": index.tolist(), "inverse": inverse(np.arange(size)[None])[0].tolist()})
+        table.append(
+            {
+                "index": index.tolist(),
+                "inverse": inverse(np.arange(size, dtype=np.float64)[None])[0].astype(int).tolist(),
+            }
+        )
     return {"rules": ["TQ-TRAN-9"], "permutations": table}
 
 
 def known_products() -> Json:
     """y and `bound` (A) of T^-1 of the values u = `scale_level` plus `offset` with x, for one row in blocks of B."""
-    table = []
+    table: list[Json] = []
     for factors, cols, length in (((4,), 8, 4), ((12,), 24, 6), ((2, 4), 16, 16)):
         repo = Repo(f"known/products-{len(table)}")
         repo.hadamard(*factors)

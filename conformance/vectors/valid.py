@@ -389,8 +389,8 @@ def scales() -> Iterator[Valid]:
         repo = Repo(f"scales/negative-{dtype}")
         repo.hadamard(4)
         repo.book(4)
-        values = repo.random.fixed(-256, 256, 256, (3, 2))
-        repo.weight("w", (3, 8), Stage(2, vector_length=4, scale_dtype=dtype, scales=values))
+        signed = repo.random.fixed(-256, 256, 256, (3, 2))
+        repo.weight("w", (3, 8), Stage(2, vector_length=4, scale_dtype=dtype, scales=signed))
         yield Valid(f"scales/negative-{dtype.lower()}", rules("NUM-1"), f"Scales of both signs, {dtype}.", repo)
 
     repo = Repo("scales/subnormal")
@@ -489,33 +489,30 @@ def outer_scales() -> Iterator[Valid]:
         )
         yield Valid(f"scales/every-{name}", rules("NUM-8"), text, repo)
     e2m1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    formats: list[tuple[str, int, list[float], Stage, str]] = [
+    formats: list[tuple[str, list[float], Stage, str]] = [
         (
             "mxfp4",
-            4,
             [*e2m1, *[-x for x in e2m1]],
             Stage(4, vector_length=32, factor=Factor("F8_E8M0", np.ones((1, 1)))),
             "MXFP4",
         ),
         (
             "nvfp4",
-            4,
             [*e2m1, *[-x for x in e2m1]],
             Stage(4, vector_length=16, factor=Factor("F8_E4M3", (1, 1), "F32")),
             "NVFP4",
         ),
         (
             "q6-k",
-            6,
             [float(k) for k in range(-32, 32)],
             Stage(6, vector_length=16, factor=Factor("I8", (2, 1))),
             "GGUF Q6_K",
         ),
     ]
-    for name, _, values, stage, what in formats:
+    for name, levels, stage, what in formats:
         repo = Repo(f"scales/{name}")
         repo.identity()
-        repo.book(len(values), values=values)
+        repo.book(len(levels), values=levels)
         repo.weight("w", (2, 64), stage, dtype="BF16")
         yield Valid(f"scales/{name}", rules("NUM-8"), f"The arithmetic of {what}.", repo)
 
