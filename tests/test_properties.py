@@ -509,7 +509,7 @@ def test_the_seed_corpus_is_small_and_sound() -> None:
         ("load_quantized.finite", lambda values, _: values + 1),  # wrong values
         ("load_quantized.check_weight", lambda *_: load_quantized.require(False, "SCHEMA.VALUE", "x", "y")),
         ("container.read_header", lambda *_: {}["x"]),  # INTERNAL.ERROR
-        ("load_quantized.Repo.close", lambda _: None),  # an open file
+        ("load_quantized.Repo.__exit__", lambda *_: None),  # an open file
     ],
 )
 def test_a_fuzz_target_sees_a_defect(place: str, defect: Any, monkeypatch: pytest.MonkeyPatch) -> None:

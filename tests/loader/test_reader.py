@@ -98,6 +98,8 @@ def test_there_are_vectors() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", VALID, ids=name)
 def test_valid(case: Path, device: str, tmp_path: Path) -> None:
+    if name(case) == "passthrough/every-dtype" and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no F8_E8M0")
     assert compare(read(materialise(case, tmp_path / "repo"), device), case) < 1
 
 

@@ -169,6 +169,8 @@ def test_what_was_written_is_what_was_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_passthrough_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    if dtype == "F8_E8M0" and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no F8_E8M0")
     data = np.random.default_rng(2).integers(0, 2 if dtype == "BOOL" else 256, 24 * DTYPES[dtype], dtype=np.uint8)
     tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(2, 3, 4)
     with new_writer(tmp_path / "repo") as writer:
