@@ -152,11 +152,12 @@ class Subject:
             return {name: self._digests_of(name, size, bar) for name, size in sizes.items()}
 
     def _digests_of(self, name: str, size: int, bar: tqdm.tqdm[Any]) -> tuple[str, list[str]]:
-        length = self.manifest["files"][name].get("chunk_size") or size
-        whole, chunks, chunk, left = hashlib.sha256(), [], hashlib.sha256(), length
+        length = self.manifest["files"][name].get("chunk_size")
+        whole, chunks = hashlib.sha256(), []
+        chunk, left = hashlib.sha256(), length
         for data in self.folder.chunks(name, 0, size, CHUNK):
             whole.update(data)
-            rest = memoryview(data)
+            rest = memoryview(data if length else b"")
             while rest:
                 chunk.update(rest[:left])
                 rest, left = rest[left:], left - len(rest[:left])

@@ -533,6 +533,8 @@ def test_the_reference_adapter_is_all_green(tmp_path: Path, capsys: pytest.Captu
     assert scores["safe"]["total"] > 480 and scores["correct"]["total"] > 190 and scores["written"]["total"] > 190
     assert report["totals"]["cases"] == len(run.find_cases(VECTORS, [])) and report["totals"]["not_implemented"] <= 1
     assert "Passes all" in page
+    assert scores["multiplied"]["total"] > 10 and report["grade"]["reached"] >= report["grade"]["stated"] == 7
+    assert f"Products: grade {report['grade']['reached']} reached, 7 stated." in page
 
 
 NAIVE = [

@@ -1048,3 +1048,23 @@ def test_bombs(bomb: Callable[[Path], str], tmp_path: Path) -> None:
 def test_a_schema_keyword_that_the_compiler_does_not_know_is_an_error() -> None:
     with pytest.raises(ValueError, match="contains"):
         shape.compile_schema({"type": "array", "contains": {"type": "integer"}}, {})
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8192, 10000])
+@pytest.mark.parametrize("chunk", [None, 4096, 5000, 2**40])
+def test_digests_of_chunks(size: int, chunk: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conformance import subject
+
+    monkeypatch.setattr(subject, "CHUNK", 1000)  # bytes that are read at a time
+    content = np.random.default_rng(size).bytes(size)
+    r = repo()
+    r.files["config.json"] = content
+    pieces = [content[k : k + (chunk or 1)] for k in range(0, size if chunk else 0, chunk or 1)]
+    digests = [hashlib.sha256(piece).hexdigest() for piece in pieces]
+    r.listed = lambda files: files["config.json"].update(chunk_size=chunk, chunks=None if chunk is None else digests)
+    folder = Folder(r.write(tmp_path / "r"))
+    try:
+        assert Subject(folder).digests["config.json"] == (hashlib.sha256(content).hexdigest(), digests)
+    finally:
+        folder.close()
+    assert judged(tmp_path / "r").violations == []
