@@ -16,7 +16,9 @@ from conformance.findings import MANIFEST, Finding, NotReachedError, brief, said
 from conformance.subject import Subject
 
 # [TQ-ERR-2] the stages of judgement; where several codes apply, the earliest counts
-STAGES = ("PATH", "JSON", "SCHEMA", "CONTAINER", "BIND", "PACK", "DATA", "EVAL")
+STAGES = ("PATH", "JSON", "SCHEMA", "FILES", "CONTAINER", "BIND", "PACK", "DATA", "EVAL")
+# what the manifest's table of files says comes behind SCHEMA and before the content of a payload
+FILES = ("path.type", "container.absent", "bind.missing_file", "bind.size", "bind.shards")
 LEVELS = {"L0": "structure", "L1": "binding", "L2": "data", "L3": "decode"}
 BLOCKED = "blocked by "
 MAX_VIOLATIONS = 1000  # kept of each check; the rest are counted
@@ -41,6 +43,8 @@ class Check:
         """The stage of the check's code; LIMIT takes the place of the stage in which it is met, EVAL that of every code."""
         if self.id.startswith("evaluation."):
             return "EVAL"
+        if self.id in FILES:
+            return "FILES"
         prefix = self.code.partition(".")[0]
         named = self.id.partition(".")[0].upper()
         return prefix if prefix in STAGES else named if named in STAGES else STAGES[-1]

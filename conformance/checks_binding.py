@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ from conformance.check import check
 from conformance.checks_structure import NAMED, OPENED, READ, SHAPED
 from conformance.container import DTYPES
 from conformance.findings import MANIFEST, Finding, brief, join
-from conformance.folder import CHUNK
 from conformance.subject import Reference, Subject
 
 STORED = (*OPENED, "container.")  # and so can the payload headers
@@ -50,16 +48,28 @@ def bind_size(repo: Subject) -> Iterator[Finding]:
     "bind.digest", "L1", "BIND.DIGEST", "TQ-REPO-4", "Fetch the file again, or write the manifest again.", needs=NAMED
 )
 def bind_digest(repo: Subject) -> Iterator[Finding]:
-    sizes = {name: repo.folder.size(name) for name, kind in repo.file_kinds.items() if kind == "file"}
-    with repo.progress("digests", sum(sizes.values())) as bar:
-        for name, size in sizes.items():
-            digest = hashlib.sha256()
-            for data in repo.folder.chunks(name, 0, size, CHUNK):
-                digest.update(data)
-                bar.update(len(data))
-            wanted = repo.manifest["files"][name]["sha256"]
-            if digest.hexdigest() != wanted:
-                yield Finding(f"expected {wanted}, found {digest.hexdigest()}", join("files", name, "sha256"), name)
+    for name, (digest, _) in repo.digests.items():
+        wanted = repo.manifest["files"][name]["sha256"]
+        if digest != wanted:
+            yield Finding(f"expected {wanted}, found {digest}", join("files", name, "sha256"), name)
+
+
+@check(
+    "bind.chunks",
+    "L1",
+    "BIND.DIGEST",
+    "TQ-REPO-8",
+    "Fetch the file again, or write the manifest again.",
+    needs=(*NAMED, "schema.chunks_alone"),
+)
+def bind_chunks(repo: Subject) -> Iterator[Finding]:
+    for name, (_, digests) in repo.digests.items():
+        wanted, size = repo.manifest["files"][name].get("chunks"), repo.manifest["files"][name].get("chunk_size")
+        # how many there are is the business of schema.chunks_count, the file's length that of bind.size
+        for number, (digest, chunk) in enumerate(zip(digests, wanted or [], strict=False)):
+            if digest != chunk:
+                message = f"expected chunk {number} with the digest {chunk}, found {digest}"
+                yield Finding(message, join("files", name, "chunks", number), name, number * size)
 
 
 # 13 Sharding; bind.shards stands in checks_structure.py, for the headers need it
@@ -138,7 +148,7 @@ def bind_shape(repo: Subject) -> Iterator[Finding]:
     for reference in repo.references:
         stored = repo.payload.get(reference.name)
         if stored and reference.role != "codes" and not _fits(stored.shape, reference.shape):  # for codes: pack.length
-            wanted = [size if size is not None else "rounds" for size in reference.shape]
+            wanted = [size if size is not None else "any" for size in reference.shape]
             message = f"expected {brief(reference.name, 200)} of shape {wanted}, found {list(stored.shape)}"
             yield Finding(message.replace("'", ""), reference.pointer, rule=reference.rule)
 
@@ -164,6 +174,24 @@ def bind_rounds(repo: Subject) -> Iterator[Finding]:
                 yield Finding(
                     f"expected 1 to 64 rounds in pairs and angles alike, found {rounds}", join("transforms", id)
                 )
+
+
+@check(
+    "bind.outer",
+    "L1",
+    "BIND.TENSOR",
+    "TQ-NUM-8",
+    "Store [rows or 1, b], b a divisor of the vectors of a row.",
+    needs=REFERENCED,
+)
+def bind_outer(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        for key, _, outer in stage.factors:
+            shape = repo.payload[outer].shape if outer in repo.payload else ()
+            vectors = stage.cols // stage.vector_length
+            if len(shape) == 2 and (shape[0] not in (1, stage.rows) or not shape[1] or vectors % shape[1]):
+                message = f"expected [{stage.rows} or 1, a divisor of {vectors}], found {list(shape)}"
+                yield Finding(message, f"{stage.pointer}/outer_{key}")
 
 
 # 12 Tied weights

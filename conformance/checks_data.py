@@ -8,20 +8,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conformance import oracle
 from conformance.check import check
 from conformance.checks_binding import STORED
 from conformance.checks_structure import SHAPED
 from conformance.container import DTYPES, Stored
 from conformance.findings import Finding, NotReachedError, brief, join
 from conformance.formulas import lloyd_max_sphere, seed_signs
-from conformance.subject import Stage, Subject
+from conformance.subject import BYTES, Stage, Subject
 
 # tensors are there, once, with the right dtype and shape
-BOUND = (*STORED, *SHAPED, "schema.", "bind.missing_tensor", "bind.multiple", "bind.dtype", "bind.shape", "bind.rounds")
+BOUND = (
+    *STORED,
+    *SHAPED,
+    "schema.",
+    "bind.missing_tensor",
+    "bind.multiple",
+    "bind.rounds",
+    "bind.outer",
+    "bind.dtype",
+    "bind.shape",
+)
 PACKED = (*BOUND, "pack.length")
 MAX_CONSTRUCTIONS = 4096  # of Lloyd-Max levels; a limit of this judge
 
-Words = NDArray[np.uint16] | NDArray[np.uint32]
+Words = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]
 
 # 6 Codes
 
@@ -35,9 +46,9 @@ def pack_length(repo: Subject) -> Iterator[Finding]:
             yield Finding(message, stage.pointer + "/codes")
 
 
-@check("pack.padding", "L2", "PACK.PADDING", "TQ-CODE-5", "Clear the bits after a tile's last symbol.", needs=PACKED)
+@check("pack.padding", "L2", "PACK.PADDING", "TQ-CODE-5", "Clear the bits after a tile's last symbol.", needs=BOUND)
 def pack_padding(repo: Subject) -> Iterator[Finding]:
-    for stage in repo.stages:
+    for stage in _of_right_length(repo):
         used = stage.symbols * stage.bits % 8
         if not used:
             continue
@@ -49,9 +60,9 @@ def pack_padding(repo: Subject) -> Iterator[Finding]:
                 yield Finding(message, stage.pointer + "/codes", repo.payload[stage.codes].file, place)
 
 
-@check("pack.code_range", "L2", "PACK.CODE_RANGE", "TQ-BOOK-4", "Write symbols below `entries`.", needs=PACKED)
+@check("pack.code_range", "L2", "PACK.CODE_RANGE", "TQ-BOOK-4", "Write symbols below `entries`.", needs=BOUND)
 def pack_code_range(repo: Subject) -> Iterator[Finding]:
-    for stage in repo.stages:
+    for stage in _of_right_length(repo):
         if stage.window > stage.bits or stage.entries == 2**stage.bits:
             continue  # every symbol has an entry
         for offset, codes in _tiles(repo, stage):
@@ -60,6 +71,11 @@ def pack_code_range(repo: Subject) -> Iterator[Finding]:
                 place = offset + tile * stage.tile_bytes + symbol * stage.bits // 8
                 message = f"symbol {symbol} of a tile is {value}, the codebook has {stage.entries} entries"
                 yield Finding(message, stage.pointer + "/codes", repo.payload[stage.codes].file, place)
+
+
+def _of_right_length(repo: Subject) -> Iterator[Stage]:
+    """The stages whose codes can be unpacked: PACK is judged tensor by tensor [TQ-ERR-2]."""
+    return (stage for stage in repo.stages if repo.payload[stage.codes].shape == (stage.tiles, stage.tile_bytes))
 
 
 def _tiles(repo: Subject, stage: Stage) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -92,22 +108,20 @@ def _first_beyond(codes: NDArray[np.uint8], symbols: int, bits: int, entries: in
 
 # Numbers, judged by their bits
 
-_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
-WORDS: dict[str, Any] = {"F16": np.dtype("<u2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
+_EXPONENT = {"F8_E4M3": 0x7F, "F8_E8M0": 0xFF, "F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+WORDS: dict[str, Any] = {
+    **dict.fromkeys(BYTES, np.dtype("u1")),
+    **dict.fromkeys(("F16", "BF16"), np.dtype("<u2")),
+    "F32": np.dtype("<u4"),
+}
 
 
 def not_finite(words: Words, dtype: str) -> NDArray[np.bool_]:
+    if dtype in ("U8", "I8"):
+        return np.zeros(words.shape, np.bool_)
+    # F8_E4M3 has no infinities, and F8_E8M0 no sign [TQ-NUM-8]
     mask = words.dtype.type(_EXPONENT[dtype])
     result: NDArray[np.bool_] = (words & mask) == mask
-    return result
-
-
-def _negative(words: Words, dtype: str) -> NDArray[np.bool_]:
-    """Below zero: -0 is not, and NaN is the business of another check."""
-    sign = words.dtype.type(1 << (8 * words.itemsize - 1))
-    result: NDArray[np.bool_] = (words > sign) & ~not_finite(words, dtype) | (
-        words == (sign | words.dtype.type(_EXPONENT[dtype]))
-    )
     return result
 
 
@@ -198,14 +212,9 @@ def read_floats(repo: Subject, stored: Stored) -> NDArray[np.float64]:
 
 
 def floats(data: bytes, dtype: str) -> NDArray[np.float64]:
-    """The exact values of F16, BF16 or F32 bytes."""
-    if dtype == "BF16":  # the upper half of a binary32
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        values = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype])
+    """The exact values of the bytes of levels, scales, offsets or weights."""
     with np.errstate(invalid="ignore"):  # a signalling NaN is no surprise here
-        exact: NDArray[np.float64] = values.astype(np.float64)
-    return exact
+        return oracle.to_float64((dtype, (len(data) // DTYPES[dtype],), data))
 
 
 # 8 Transforms
@@ -289,6 +298,16 @@ def data_pairs(repo: Subject) -> Iterator[Finding]:
                 yield Finding(message, join("transforms", id, "pairs"), stored.file, offset)
 
 
+@check("data.permutation", "L2", "DATA.PERMUTATION", "TQ-TRAN-9", "Let `index` hold 0 to B - 1 once each.", needs=BOUND)
+def data_permutation(repo: Subject) -> Iterator[Finding]:
+    for id, transform in _transforms(repo, "permutation"):
+        stored = repo.payload[transform["index"]]
+        bad = np.flatnonzero(np.sort(np.frombuffer(repo.bytes_of(stored), "<i4")) != np.arange(transform["size"]))
+        if bad.size:
+            message = f"expected each index from 0 to {transform['size'] - 1} exactly once, found {int(bad[0])} missing or more"
+            yield Finding(message, join("transforms", id, "index"), stored.file, stored.offset)
+
+
 # 9 Scales
 
 
@@ -298,10 +317,21 @@ def data_scales(repo: Subject) -> Iterator[Finding]:
         yield from _elements(repo, stage.scales, stage.pointer + "/scales", not_finite, "a scale that is not finite")
 
 
-@check("data.scale_sign", "L2", "DATA.SCALE", "TQ-NUM-1", "Store scales from 0; flip the levels instead.", needs=BOUND)
-def data_scale_sign(repo: Subject) -> Iterator[Finding]:
+@check("data.offsets", "L2", "DATA.NON_FINITE", "TQ-NUM-9", "Store finite offsets.", needs=BOUND)
+def data_offsets(repo: Subject) -> Iterator[Finding]:
     for stage in repo.stages:
-        yield from _elements(repo, stage.scales, stage.pointer + "/scales", _negative, "a negative scale")
+        if stage.offsets is not None:
+            what = "an offset that is not finite"
+            yield from _elements(repo, stage.offsets, stage.pointer + "/offsets", not_finite, what)
+
+
+@check("data.outer", "L2", "DATA.NON_FINITE", "TQ-NUM-8", "Store finite outer scales and offsets.", needs=BOUND)
+def data_outer(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        for key, _, outer in stage.factors:
+            if outer is not None:
+                what = f"one of the outer {key} that is not finite"
+                yield from _elements(repo, outer, f"{stage.pointer}/outer_{key}", not_finite, what)
 
 
 @check("data.column_scale", "L2", "DATA.NON_FINITE", "TQ-NUM-2", "Store finite column scales.", needs=BOUND)

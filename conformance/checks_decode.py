@@ -48,7 +48,7 @@ def decode_finite(repo: Subject) -> Iterator[Finding]:
     with repo.progress("weights", len(repo.quantized), "weight") as bar:
         for name, entry in repo.quantized.items():
             # most weights are far from the limits, and a bound shows it without decoding
-            bound = sum(_largest(repo, s.scales) * levels[s.codebook] * growth[s.transform] for s in stages[name])
+            bound = sum(_bound(repo, stage, levels[stage.codebook], growth[stage.transform]) for stage in stages[name])
             column = _largest(repo, entry["column_scale"]) if entry.get("column_scale") is not None else 1.0
             if bound * 1.001 > LARGEST["F32"] or bound * column * 1.001 > LARGEST[entry["dtype"]]:
                 message = _overflow(repo, stages[name])
@@ -59,20 +59,54 @@ def decode_finite(repo: Subject) -> Iterator[Finding]:
 
 def _overflow(repo: Subject, stages: list[Stage]) -> str | None:
     """Where a weight overflows its dtype, or binary32 on the way there."""
-    # a stage's products and transforms, the sums of the first stages, the weight
-    parts = [[stage] for stage in stages] + [stages[:count] for count in range(2, len(stages) + 1)]
-    for part in [*parts, stages]:
-        whole = part is stages
-        for first, decoded in _decoded(repo, part, whole):
-            dtype = decoded.dtype if whole else "F32"
-            # the tolerance of one stage holds the largest magnitude before and after its transform [TQ-NUM-4]
-            size = decoded.tolerance * 2.0**20 if len(part) == 1 and not whole else np.abs(decoded.exact)
-            bad = np.argwhere(~np.isfinite(oracle.round_to(size, dtype)))
-            if len(bad):
-                row, column = (int(i) for i in bad[0])
-                what = "the element" if whole else "an intermediate value"
-                return f"{what} at row {first + row}, column {column} is {size[row, column]:.6g} in magnitude, beyond {dtype}"
+    cols = stages[0].cols
+    for first, count in _groups(stages):
+        manifest, payload = _cut(repo, stages, first, count)
+        entry = manifest["tensors"][stages[0].weight]
+        total = np.zeros((count, cols))
+        for stage in entry["stages"]:
+            for key in ("scales", "offsets"):
+                if stage.get(key) is not None and (
+                    where := _beyond(oracle.vector_values(stage, key, payload), "F32", first)
+                ):
+                    return f"one of the {key}, times its outer one, at {where}"
+            for part in oracle.decode_stage(stage, manifest, payload, (count, cols)):
+                total[part.rows] += part.exact
+                steps = (part.product, part.product + part.offset, part.exact, total[part.rows])
+                for what, values in zip(
+                    ("scale * level", "its sum with the offset", "T^-1", "a sum of stages"), steps, strict=True
+                ):
+                    if where := _beyond(values, "F32", first + part.rows.start):
+                        return f"{what} at {where}"
+        decoded = oracle.decode_weight(manifest, payload, stages[0].weight)
+        if where := _beyond(decoded.exact.reshape(count, cols), decoded.dtype, first):
+            return f"the element at {where}"
     return None
+
+
+def _beyond(values: NDArray[np.float64], dtype: str, first: int) -> str | None:
+    """The place of the first value that rounds to infinity, in rows that begin at `first`."""
+    bad = np.argwhere(~np.isfinite(oracle.round_to(values, dtype)))
+    if not len(bad):
+        return None
+    row, column = (int(i) for i in bad[0])
+    return f"row {first + row}, column {column} is {abs(values[row, column]):.6g} in magnitude, beyond {dtype}"
+
+
+def _bound(repo: Subject, stage: Stage, level: float, growth: float) -> float:
+    """A bound on the magnitudes of a stage's scales, products, offsets and decoded values."""
+    scale, offset = (_largest_factor(repo, stage, key) for key in ("scales", "offsets"))
+    return max(scale, (scale * level + offset) * growth)
+
+
+def _largest_factor(repo: Subject, stage: Stage, key: str) -> float:
+    """A bound on the magnitudes of a stage's scales or offsets, outer ones included."""
+    largest = [
+        _largest(repo, name) * (1.0 if outer is None else _largest(repo, outer))
+        for found, name, outer in stage.factors
+        if found == key
+    ]
+    return sum(largest)
 
 
 def _largest(repo: Subject, name: str) -> float:
@@ -92,7 +126,7 @@ def _largest_level(repo: Subject, id: str) -> float:
 def _growth(repo: Subject, id: str) -> float:
     """How much the largest magnitude of a block can grow under T^-1."""
     transform = repo.manifest["transforms"][id]
-    if transform["kind"] == "identity":
+    if transform["kind"] in ("identity", "permutation"):
         return 1.0
     if transform["kind"] == "dense":  # Qᵗ y: the largest column sum of magnitudes
         q = read_floats(repo, repo.payload[transform["matrix"]])
@@ -100,20 +134,22 @@ def _growth(repo: Subject, id: str) -> float:
     return math.sqrt(transform["size"])  # orthogonal: no element exceeds the block's norm
 
 
-def _decoded(repo: Subject, stages: list[Stage], scaled: bool = True) -> Iterator[tuple[int, oracle.Decoded]]:
-    """Stages of a weight as the oracle decodes them, some rows [rows, cols] at a time, each with its first row.
-
-    `scaled` is whether the column scale is applied.
-    """
-    rows, cols = stages[0].rows, stages[0].cols
+def _groups(stages: list[Stage]) -> Iterator[tuple[int, int]]:
+    """The first row and the number of rows of groups of whole tile rows of a weight."""
     step = math.lcm(*(stage.tile[0] for stage in stages))
-    step *= max(1, GROUP // (step * cols))
-    for first in range(0, rows, step):
-        yield first, _decode_rows(repo, stages, scaled, first, min(step, rows - first))
+    step *= max(1, GROUP // (step * stages[0].cols))
+    for first in range(0, stages[0].rows, step):
+        yield first, min(step, stages[0].rows - first)
 
 
-def _decode_rows(repo: Subject, stages: list[Stage], scaled: bool, first: int, count: int) -> oracle.Decoded:
-    """The oracle's view of `count` rows from `first` on: a weight of its own, whose payload is cut out of the whole."""
+def _decoded(repo: Subject, stages: list[Stage]) -> Iterator[tuple[int, oracle.Decoded]]:
+    """A weight as the oracle decodes it, some rows [rows, cols] at a time, each with its first row."""
+    for first, count in _groups(stages):
+        yield first, oracle.decode_weight(*_cut(repo, stages, first, count), stages[0].weight)
+
+
+def _cut(repo: Subject, stages: list[Stage], first: int, count: int) -> tuple[dict[str, Any], oracle.Payload]:
+    """`count` rows of a weight from `first` on as a weight of its own, whose payload is cut out of the whole."""
     payload: oracle.Payload = {}
 
     def cut(name: str, per_row: float, whole: bool = False) -> None:
@@ -129,22 +165,21 @@ def _decode_rows(repo: Subject, stages: list[Stage], scaled: bool, first: int, c
 
     name = stages[0].weight
     entry: dict[str, Any] = {**repo.manifest["tensors"][name], "shape": [count, stages[0].cols]}
-    entry["stages"] = [entry["stages"][stage.index] for stage in stages]
-    if not scaled:
-        entry["column_scale"] = None
     books, transforms = repo.manifest["codebooks"], repo.manifest["transforms"]
     for stage in stages:
         cut(stage.codes, stage.cols // stage.tile[1] / stage.tile[0])
-        cut(stage.scales, 1)
+        for _, values, outer in stage.factors:
+            cut(values, 1)
+            if outer is not None:
+                cut(outer, 1, whole=repo.payload[outer].shape[0] != stage.rows)
         if books[stage.codebook].get("tensor") is not None:
             cut(books[stage.codebook]["tensor"], 1, whole=books[stage.codebook].get("rows") is None)
-        for key in ("matrix", "pairs", "angles"):
+        for key in ("matrix", "pairs", "angles", "index"):
             if key in transforms[stage.transform]:
                 cut(transforms[stage.transform][key], 1, whole=True)
     if entry.get("column_scale") is not None:
         cut(entry["column_scale"], 1, whole=True)
-    manifest = {"tensors": {name: entry}, "codebooks": books, "transforms": transforms}
-    return oracle.decode_weight(manifest, payload, name)
+    return {"tensors": {name: entry}, "codebooks": books, "transforms": transforms}, payload
 
 
 # The embedded loader [TQ-REPO-6, TQ-REPO-7]

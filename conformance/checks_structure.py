@@ -8,11 +8,15 @@ from collections.abc import Iterator
 
 from conformance import jsonio, subject
 from conformance.check import check
+from conformance.container import DTYPES
 from conformance.findings import MANIFEST, Finding, brief, join
 from conformance.formulas import has_hadamard
 from conformance.subject import Subject
 
-KNOWN_FEATURES = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens")
+KNOWN_FEATURES = (
+    *("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles"),
+    *("offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation"),
+)
 
 # What a check needs before it makes sense. READ: there is a manifest of a version that we know.
 READ = ("manifest.", "json.", "version.")
@@ -132,17 +136,28 @@ def _listed(repo: Subject) -> list[str]:
 @check("path.name", "L0", "PATH.NAME", "TQ-REPO-2", "Use a plain base name such as tokenizer.json.", needs=READ)
 def path_name(repo: Subject) -> Iterator[Finding]:
     for name in _listed(repo):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?<!\.)", name):
             yield Finding(
-                f"expected letters, digits and ._- after a letter, digit or _, found {brief(name)}", join("files", name)
+                f"expected letters, digits and ._- after a letter, digit or _, no dot at the end, found {brief(name)}",
+                join("files", name),
             )
 
 
 @check("path.reserved", "L0", "PATH.NAME", "TQ-REPO-2", "Leave it out of `files`: it is never listed.", needs=READ)
 def path_reserved(repo: Subject) -> Iterator[Finding]:
     for name in _listed(repo):
-        if name in (MANIFEST, "README.md"):
+        if name.lower() in (MANIFEST, "readme.md", "__pycache__"):
             yield Finding(f"{name} must not be listed", join("files", name))
+
+
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{k}" for port in ("com", "lpt") for k in range(1, 10))}
+
+
+@check("path.device", "L0", "PATH.NAME", "TQ-REPO-2", "Rename it: some systems cannot make such a file.", needs=READ)
+def path_device(repo: Subject) -> Iterator[Finding]:
+    for name in _listed(repo):
+        if name.partition(".")[0].lower() in DEVICES:
+            yield Finding(f"{brief(name)} is the name of a device", join("files", name))
 
 
 @check(
@@ -218,6 +233,33 @@ def schema_loader_role(repo: Subject) -> Iterator[Finding]:
         yield Finding(f"expected the role code for the embedded loader, found {role}", "/files/load_quantized.py/role")
 
 
+@check(
+    "schema.chunks_alone",
+    "L0",
+    "SCHEMA.MISSING_FIELD",
+    "TQ-REPO-8",
+    "Write chunk_size and chunks, or neither.",
+    needs=SHAPED,
+)
+def schema_chunks_alone(repo: Subject) -> Iterator[Finding]:
+    for name, file in repo.manifest["files"].items():
+        for key, other in (("chunk_size", "chunks"), ("chunks", "chunk_size")):
+            if file.get(key) is None and file.get(other) is not None:
+                yield Finding(f"the key {key} is required beside {other}", join("files", name, key))
+
+
+@check(
+    "schema.chunks_count", "L0", "SCHEMA.VALUE", "TQ-REPO-8", "Write a digest for each chunk of the file.", needs=SHAPED
+)
+def schema_chunks_count(repo: Subject) -> Iterator[Finding]:
+    for name, file in repo.manifest["files"].items():
+        if file.get("chunk_size") is not None and file.get("chunks") is not None:
+            count = -(-file["size"] // file["chunk_size"])
+            if len(file["chunks"]) != count:
+                message = f"expected {count} chunks of {file['chunk_size']} bytes, found {len(file['chunks'])}"
+                yield Finding(message, join("files", name, "chunks"))
+
+
 @check("schema.columns", "L0", "SCHEMA.VALUE", "TQ-MAN-7", "Store such a weight as passthrough.", needs=SHAPED)
 def schema_columns(repo: Subject) -> Iterator[Finding]:
     for name, entry in repo.quantized.items():
@@ -231,14 +273,15 @@ def schema_columns(repo: Subject) -> Iterator[Finding]:
     "L0",
     "LIMIT.SIZE",
     "TQ-LIM-1",
-    "No tensor can have so many scalars; correct the shape.",
+    "No tensor can have so many bytes; correct the shape.",
     needs=SHAPED,
 )
 def schema_scalars(repo: Subject) -> Iterator[Finding]:
     for name, entry in repo.manifest["tensors"].items():
         # [TQ-SEC-3] Python's integers do not overflow; the strides of an empty tensor must not, either
-        if (scalars := math.prod(size or 1 for size in entry["shape"])) > jsonio.MAX_INTEGER:
-            yield Finding(f"expected at most 2^53 - 1 scalars, found {scalars}", join("tensors", name, "shape"))
+        size = math.prod(length or 1 for length in entry["shape"]) * DTYPES[entry["dtype"]]
+        if size > jsonio.MAX_INTEGER:
+            yield Finding(f"expected at most 2^53 - 1 bytes, found {size}", join("tensors", name, "shape"))
 
 
 @check(
@@ -496,14 +539,45 @@ def schema_vector_columns(repo: Subject) -> Iterator[Finding]:
     "L0",
     "SCHEMA.VALUE",
     "TQ-TRAN-1",
-    "Choose a transform whose size divides vector_length.",
+    "Choose a transform whose size divides vector_length, or a vector_length that divides it.",
     needs=SHAPED,
 )
 def schema_block(repo: Subject) -> Iterator[Finding]:
     for stage in repo.stages:
-        if stage.vector_length % stage.size:
-            message = f"expected a transform whose size divides {stage.vector_length}, found size {stage.size}"
+        if stage.vector_length % stage.size and stage.size % stage.vector_length:
+            message = (
+                f"expected size and vector_length to divide one another, found {stage.size} and {stage.vector_length}"
+            )
             yield Finding(message, stage.pointer + "/transform")
+
+
+@check(
+    "schema.block_columns",
+    "L0",
+    "SCHEMA.VALUE",
+    "TQ-TRAN-1",
+    "Choose a transform whose size divides the columns.",
+    needs=SHAPED,
+)
+def schema_block_columns(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        if stage.cols % stage.size:
+            message = f"expected a transform whose size divides {stage.cols} columns, found size {stage.size}"
+            yield Finding(message, stage.pointer + "/transform")
+
+
+@check(
+    "schema.outer_alone",
+    "L0",
+    "SCHEMA.MISSING_FIELD",
+    "TQ-NUM-9",
+    "Add `offsets`, or leave `outer_offsets` out.",
+    needs=SHAPED,
+)
+def schema_outer_alone(repo: Subject) -> Iterator[Finding]:
+    for stage in repo.stages:
+        if stage.outer_offsets is not None and stage.offsets is None:
+            yield Finding("the key offsets is required beside outer_offsets", stage.pointer + "/offsets")
 
 
 @check(
@@ -584,7 +658,7 @@ def _in_use(repo: Subject) -> dict[str, str]:
         if book.get("rows") is not None:
             in_use["row_codebook"] = join("codebooks", id)
     for id, transform in repo.manifest["transforms"].items():
-        if transform["kind"] in ("dense", "givens"):
+        if transform["kind"] in ("dense", "givens", "permutation"):
             in_use[transform["kind"]] = join("transforms", id)
     for name, entry in repo.quantized.items():
         if len(entry["stages"]) > 1:
@@ -596,12 +670,18 @@ def _in_use(repo: Subject) -> dict[str, str]:
             in_use["trellis"] = stage.pointer
         if stage.tile != (1, stage.cols):
             in_use["tiles"] = stage.pointer
+        if stage.offsets is not None:
+            in_use["offsets"] = stage.pointer
+        if stage.outer_scales is not None or stage.outer_offsets is not None:
+            in_use["outer_scales"] = stage.pointer
+        if stage.vector_length < stage.size:
+            in_use["fine_scales"] = stage.pointer
     return in_use
 
 
 # 5 Payload container: read_header reads, each check owns one kind of breach
 
-NAMED = (*SHAPED, "path.name", "path.reserved", "path.collision")  # the table of files can be trusted
+NAMED = (*SHAPED, "path.name", "path.reserved", "path.device", "path.collision")  # the table of files can be trusted
 OPENED = (*SHAPED, "path.", "bind.shards", "container.absent")  # and the payload files are there
 
 
@@ -615,6 +695,9 @@ def bind_shards(repo: Subject) -> Iterator[Finding]:
         yield Finding(f"expected a payload file {name} among {count}, found none", "/files", name)
     for name in sorted(set(repo.payload_files) - wanted):
         yield Finding(f"{name} is no name of a payload file among {count}", join("files", name), name)
+    for name, file in repo.manifest["files"].items():
+        if name.startswith("turboquant_weights") and name.endswith(".safetensors") and file["role"] != "payload":
+            yield Finding(f"expected the role payload, found {file['role']}", join("files", name, "role"), name)
 
 
 @check(
@@ -647,6 +730,7 @@ _container("duplicate_name", "CONTAINER.DUPLICATE_NAME", "TQ-PAY-3", "Keep one o
 _container("dtype", "CONTAINER.DTYPE", "TQ-PAY-4", "Store the tensor as one of the dtypes of the rule.")
 _container("shape", "CONTAINER.SHAPE", "TQ-PAY-4", "Make shape, dtype and range agree.")
 _container("offsets", "CONTAINER.OFFSETS", "TQ-PAY-5", "Lay the tensors one after another, up to the end of the file.")
+_container("alignment", "CONTAINER.ALIGNMENT", "TQ-PAY-8", "Pad the header, and lay tensors of wide elements first.")
 _container("values", "LIMIT.MEMORY", "TQ-LIM-1", "This judge reads no more: use more shards.")
 
 

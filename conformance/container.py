@@ -14,7 +14,7 @@ MAX_HEADER = 100_000_000
 
 # [TQ-PAY-4]
 DTYPES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
@@ -76,13 +76,15 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Head
             tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     if parsed.value is not None and not findings:
         findings.extend(_coverage(file, tensors, 8 + length, size))
+    findings.extend(_misaligned(file, tensors))
     return Header(tensors, findings)
 
 
 def _in_header(finding: Finding, file: str) -> Finding:
     """A breach of section 3 in the header of `file`; a key that occurs twice at the top is a storage name."""
     offset = 8 + (finding.offset or 0)
-    is_name = finding.kind == "duplicate_key" and (finding.pointer or "").count("/") == 1
+    pointer = finding.pointer or ""
+    is_name = finding.kind == "duplicate_key" and pointer.count("/") == 1 and pointer != "/__metadata__"
     kind = "values" if finding.kind == "values" else "duplicate_name" if is_name else "header"
     message = finding.message if finding.kind != "depth" else "the header is " + finding.message
     return Finding(message, finding.pointer, file, offset, kind, rule=RULES.get(finding.kind))
@@ -130,9 +132,9 @@ def _entry_breach(name: str, entry: Any, data: int) -> Breach | None:
     # [TQ-PAY-4] Python's integers do not overflow
     if dtype not in DTYPES:
         return "dtype", f"expected one of {', '.join(DTYPES)}, found {brief(dtype)}", ("dtype",)
-    size = math.prod(shape) * DTYPES[dtype]
-    if size > MAX_INTEGER:
+    if math.prod(length or 1 for length in shape) * DTYPES[dtype] > MAX_INTEGER:
         return "shape", f"expected at most 2^53 - 1 bytes, found shape {shape} of {dtype}", ("shape",)
+    size = math.prod(shape) * DTYPES[dtype]
     if offsets[1] - offsets[0] != size:
         message = f"expected a range of {size} bytes for shape {shape} of {dtype}, found {offsets}"
         return "shape", message, ("data_offsets",)
@@ -170,6 +172,14 @@ def _coverage(file: str, tensors: dict[str, Stored], start: int, end: int) -> It
         if not tensor.size and tensor.offset not in points:
             message = f"expected the empty tensor {brief(name)} where a range begins or ends"
             yield Finding(message, join(name, "data_offsets"), file, tensor.offset, "offsets")
+
+
+def _misaligned(file: str, tensors: dict[str, Stored]) -> Iterator[Finding]:
+    """[TQ-PAY-8] The tensors with elements that begin at no multiple of their element size."""
+    for name, tensor in tensors.items():
+        if tensor.size and tensor.offset % DTYPES[tensor.dtype]:
+            message = f"expected {brief(name)} at a multiple of {DTYPES[tensor.dtype]} bytes, found it at byte {tensor.offset}"
+            yield Finding(message, join(name, "data_offsets"), file, tensor.offset, "alignment")
 
 
 def _gap(file: str, first: int, last: int) -> Finding:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -73,14 +73,33 @@ def read_payload(path: str | Path) -> Payload:
     }
 
 
+def float8_table(dtype: str) -> Floats:
+    """The values [256] of the bytes of F8_E4M3 or F8_E8M0, in their order [TQ-NUM-8]."""
+    table = np.empty(256)
+    for byte in range(256):
+        sign, exponent, mantissa = 1 - 2 * (byte >> 7), byte >> 3 & 15, byte & 7
+        if dtype == "F8_E8M0":
+            table[byte] = 2.0 ** (byte - 127) if byte < 255 else math.nan
+        elif byte & 0x7F == 0x7F:
+            table[byte] = math.nan
+        else:  # the exponent 0 is that of the subnormal numbers
+            table[byte] = sign * (mantissa + 8 * (exponent > 0)) * 2.0 ** (max(exponent, 1) - 10)
+    return table
+
+
+FLOAT8 = {dtype: float8_table(dtype) for dtype in ("F8_E4M3", "F8_E8M0")}
+
+
 def to_float64(tensor: tuple[str, tuple[int, ...], bytes]) -> Floats:
-    """The exact values of an F16, BF16 or F32 payload tensor."""
+    """The exact values of a payload tensor that can hold levels, scales or offsets."""
     dtype, shape, raw = tensor
     # [TQ-PAY-7] row-major, little-endian; BF16 is the upper half of a binary32
+    if dtype in FLOAT8:
+        return FLOAT8[dtype][np.frombuffer(raw, np.uint8)].reshape(shape)
     if dtype == "BF16":
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
-        values = np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[dtype])
+        values = np.frombuffer(raw, {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}[dtype])
     return values.astype(np.float64).reshape(shape)
 
 
@@ -219,6 +238,18 @@ def inverse_givens(transform: dict[str, Any], payload: Payload) -> Callable[[Flo
     return inverse
 
 
+def inverse_permutation(transform: dict[str, Any], payload: Payload) -> Callable[[Floats], Floats]:
+    """T^-1(y)[index[i]] = y[i] for each row of y [blocks, B] [TQ-TRAN-9]."""
+    index = np.frombuffer(payload[transform["index"]][2], "<i4")  # [B]
+
+    def inverse(y: Floats) -> Floats:
+        v: Floats = np.empty_like(y)
+        v[:, index] = y
+        return v
+
+    return inverse
+
+
 def inverse_transform(transform: dict[str, Any], payload: Payload) -> Callable[[Floats], Floats]:
     """T^-1 as a function of y [blocks, B], one block in each row."""
     if transform["kind"] == "identity":  # [TQ-TRAN-2]
@@ -227,12 +258,25 @@ def inverse_transform(transform: dict[str, Any], payload: Payload) -> Callable[[
         return inverse_hadamard(transform)
     if transform["kind"] == "givens":
         return inverse_givens(transform, payload)
+    if transform["kind"] == "permutation":
+        return inverse_permutation(transform, payload)
     # [TQ-TRAN-7] dense: T^-1(y) = Qᵗ y
     q = to_float64(payload[transform["matrix"]])
     return lambda y: np.matmul(y, q)
 
 
 # 9 Scales and arithmetic
+
+
+def vector_values(stage: dict[str, Any], key: str, payload: Payload) -> Floats:
+    """The scales or offsets [rows, cols / G] of a stage, as `key` says, multiplied by the outer ones if there are any."""
+    values = to_float64(payload[stage[key]])
+    # [TQ-NUM-8] vector v of row r has the outer one [r or 0, floor(v / (cols / G / b))]
+    if stage.get(f"outer_{key}") is not None:
+        outer = to_float64(payload[stage[f"outer_{key}"]])  # [rows or 1, b]
+        values = values * np.repeat(outer, values.shape[1] // outer.shape[1], axis=1)
+    return values
+
 
 FORMATS = {
     "F32": (24, -149, 128),
@@ -265,11 +309,27 @@ def is_correct(values: Floats, decoded: Decoded) -> NDArray[np.bool_]:
 # 10 Stages
 
 
-def add_stage(
-    stage: dict[str, Any], manifest: dict[str, Any], payload: Payload, exact: Floats, tolerance: Floats
-) -> None:
-    """Adds one stage's matrix to `exact` and its tolerance to `tolerance`, both [rows, cols]."""
-    rows, cols = exact.shape
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stage's matrix, on its way from symbols to values; all [rows, cols]."""
+
+    rows: slice  # of the weight
+    product: Floats  # scale * level
+    offset: Floats
+    exact: Floats  # after T^-1
+
+    def largest(self, size: int) -> Floats:
+        """M of [TQ-NUM-4] of each element, in blocks of `size` elements."""
+        before = np.abs(self.product) + np.abs(self.offset)
+        magnitudes = np.maximum(before, np.abs(self.exact)).reshape(-1, size)
+        return np.repeat(magnitudes.max(axis=1), size).reshape(self.exact.shape)
+
+
+def decode_stage(
+    stage: dict[str, Any], manifest: dict[str, Any], payload: Payload, shape: tuple[int, int]
+) -> Iterator[Part]:
+    """A stage's matrix [rows, cols] = `shape`, some tile rows at a time."""
+    rows, cols = shape
     codebook, transform = manifest["codebooks"][stage["codebook"]], manifest["transforms"][stage["transform"]]
     bits, p, size = stage["bits"], codebook["dimension"], transform["size"]
     # [TQ-MAN-2] defaults
@@ -278,9 +338,11 @@ def add_stage(
     tr, tc = (1, cols) if stage.get("tile") is None else stage["tile"]
 
     levels, inverse = codebook_levels(codebook, payload), inverse_transform(transform, payload)
-    scales = to_float64(payload[stage["scales"]])  # [rows, cols / G] [TQ-NUM-1]
-    _, shape, raw = payload[stage["codes"]]
-    codes = np.frombuffer(raw, np.uint8).reshape(shape)  # [tiles, tile_bytes] [TQ-CODE-4]
+    scales = vector_values(stage, "scales", payload)  # [rows, cols / G] [TQ-NUM-1]
+    # [TQ-NUM-9]
+    offsets = np.zeros_like(scales) if stage.get("offsets") is None else vector_values(stage, "offsets", payload)
+    _, codes_shape, raw = payload[stage["codes"]]
+    codes = np.frombuffer(raw, np.uint8).reshape(codes_shape)  # [tiles, tile_bytes] [TQ-CODE-4]
 
     across = cols // tc  # tiles in a tile row
     tile_rows = max(1, GROUP // (tr * cols))  # tile rows in a group
@@ -288,16 +350,12 @@ def add_stage(
         first = row // tr * across
         symbols = unpack(codes[first : first + tile_rows * across], tr * tc // p, bits, window)
         symbols = untile(symbols, (len(symbols) // across, across), (tr, tc // p))
-        # [TQ-STAGE-1] levels, times the scale of their vector, then T^-1 on each block
+        # [TQ-STAGE-1] levels, times the scale of their vector, plus its offset, then T^-1 on each block of a row
         group = slice(row, row + len(symbols))
-        y = look_up(symbols, levels, row) * np.repeat(scales[group], vector_length, axis=1)
-        before = y.reshape(-1, size)  # [blocks, B]: B divides G and G divides cols [TQ-TRAN-1]
-        after = inverse(before)
-        # [TQ-NUM-4] M is the block's largest magnitude before and after, the tolerance 2^-20 M
-        m = np.maximum(np.abs(before).max(axis=1), np.abs(after).max(axis=1))
-        # [TQ-STAGE-2] stages add, and so do their tolerances
-        exact[group] += after.reshape(-1, cols)
-        tolerance[group] += np.repeat(m * 2.0**-20, size).reshape(-1, cols)
+        product = look_up(symbols, levels, row) * np.repeat(scales[group], vector_length, axis=1)
+        offset = np.repeat(offsets[group], vector_length, axis=1)
+        exact = inverse((product + offset).reshape(-1, size)).reshape(-1, cols)  # [TQ-TRAN-1] B divides cols
+        yield Part(group, product, offset, exact)
 
 
 def decode_weight(manifest: dict[str, Any], payload: Payload, name: str) -> Decoded:
@@ -307,11 +365,14 @@ def decode_weight(manifest: dict[str, Any], payload: Payload, name: str) -> Deco
     # [TQ-PASS-1] the stored bytes are the weight
     if entry["kind"] == "passthrough":
         return Decoded(entry["dtype"], shape, np.empty(0), np.empty(0), payload[entry["data"]][2])
-    exact = np.zeros((math.prod(shape[:-1]), shape[-1]))  # [rows, cols]
-    tolerance = np.zeros_like(exact)
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    exact, tolerance = np.zeros((rows, cols)), np.full((rows, cols), 2.0**-140)
+    # [TQ-STAGE-2, TQ-NUM-4] stages add, and so do their tolerances
     for stage in entry["stages"]:
-        add_stage(stage, manifest, payload, exact, tolerance)
-    tolerance += 2.0**-140
+        size = manifest["transforms"][stage["transform"]]["size"]
+        for part in decode_stage(stage, manifest, payload, (rows, cols)):
+            exact[part.rows] += part.exact
+            tolerance[part.rows] += 2.0**-20 * part.largest(size)
     # [TQ-NUM-2, TQ-NUM-4] the column scale comes last, and multiplies the tolerance by its magnitude
     if entry.get("column_scale") is not None:
         column_scale = to_float64(payload[entry["column_scale"]])
@@ -324,3 +385,44 @@ def decode_weight(manifest: dict[str, Any], payload: Payload, name: str) -> Deco
 def decode(manifest: dict[str, Any], payload: Payload) -> dict[str, Decoded]:
     """Decodes every entry of `tensors` of a conformant repository: weight name -> Decoded; aliases are not repeated."""
     return {name: decode_weight(manifest, payload, name) for name in manifest["tensors"]}
+
+
+# 22 Fused products
+
+
+def fused_product(manifest: dict[str, Any], payload: Payload, name: str, x: Floats) -> tuple[list[float], list[float]]:
+    """The exact product y_r of the weight `name` with x [cols], and the magnitude A_r, both for each row.
+
+    The sums are those of `math.fsum`, so that the order of addition does not show.
+    """
+    entry = manifest["tensors"][name]
+    rows, cols = math.prod(entry["shape"][:-1]), entry["shape"][-1]
+    column_scale = entry.get("column_scale")
+    scaled = x if column_scale is None else to_float64(payload[column_scale]) * x
+    # [TQ-FUSE-1] y_r = sum over columns of w_rc x_c
+    products: list[list[float]] = [[] for _ in range(rows)]
+    bounds: list[list[float]] = [[] for _ in range(rows)]
+    for stage in entry["stages"]:
+        size = manifest["transforms"][stage["transform"]]["size"]
+        for part in decode_stage(stage, manifest, payload, (rows, cols)):
+            before = np.abs(part.product) + np.abs(part.offset)
+            for row in range(part.rows.start, part.rows.stop):
+                products[row] += (part.exact[row - part.rows.start] * scaled).tolist()
+                # [TQ-FUSE-2] for each block the norm of its values before T^-1, times that of its part of x
+                blocks = zip(before[row - part.rows.start].reshape(-1, size), scaled.reshape(-1, size), strict=True)
+                bounds[row] += [norm(u) * norm(v) for u, v in blocks]
+    return [math.fsum(terms) for terms in products], [math.fsum(terms) for terms in bounds]
+
+
+def norm(values: Floats) -> float:
+    """The Euclidean norm."""
+    return math.sqrt(math.fsum((values * values).tolist()))
+
+
+BEST_GRADE = 40  # the precision to which the products of the vectors are known [TQ-FUSE-3]
+
+
+def grade(got: float, exact: float, bound: float) -> int:
+    """The largest g up to 40 with |got - exact| <= 2^-g * bound + 2^-126 [TQ-FUSE-2]; -1 if there is none from 0 on."""
+    error = abs(got - exact) - 2.0**-126
+    return next((g for g in range(BEST_GRADE, -1, -1) if error <= math.ldexp(bound, -g)), -1)

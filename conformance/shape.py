@@ -83,7 +83,10 @@ def _is_consequence(error: jsonschema.ValidationError, manifest: dict[str, Any])
     entry = manifest[path[0]][path[1]]
     if path[0] == "codebooks":
         return "method" not in entry["origin"]
-    kinds = {"tensors": ("quantized", "passthrough"), "transforms": ("identity", "hadamard", "dense", "givens")}
+    kinds = {
+        "tensors": ("quantized", "passthrough"),
+        "transforms": ("identity", "hadamard", "dense", "givens", "permutation"),
+    }
     return entry.get("kind") not in kinds[str(path[0])]
 
 
@@ -115,6 +118,9 @@ def _explain(error: jsonschema.ValidationError, manifest: dict[str, Any]) -> Ite
         for cause in error.context or []:
             if cause.schema_path[0] == 0:
                 yield from _explain(cause, manifest)
+    elif error.validator == "type" and value is None and "then" in error.absolute_schema_path:
+        # null is as good as absent [TQ-MAN-2, TQ-BOOK-7]
+        yield finding("missing_field", f"the key {path[-1]} is required; give it a value")
     elif error.validator == "type" or (error.validator in ("enum", "const") and not isinstance(value, str)):
         wanted = error.validator_value if error.validator == "type" else "string"
         types = " or ".join([wanted] if isinstance(wanted, str) else wanted)
@@ -154,9 +160,11 @@ _RULES: list[tuple[str, str]] = [
     (r"/features.*", "TQ-VER-1"),
     (r"/loader_kind", "TQ-MAN-5"),
     (r"/files/[^/]*/(size|sha256)", "TQ-REPO-4"),
+    (r"/files/[^/]*/chunk.*", "TQ-REPO-8"),
     (r"/files.*", "TQ-REPO-3"),
     (r"/transforms/[^/]*/(matrix|size)", "TQ-TRAN-7"),
     (r"/transforms/[^/]*/(pairs|angles)", "TQ-TRAN-8"),
+    (r"/transforms/[^/]*/index", "TQ-TRAN-9"),
     (r"/transforms/[^/]*/signs", "TQ-TRAN-5"),
     (r"/transforms/[^/]*/seed", "TQ-TRAN-6"),
     (r"/transforms/[^/]*/factors.*", "TQ-TRAN-4"),
@@ -169,7 +177,7 @@ _RULES: list[tuple[str, str]] = [
     (r"/tensors/[^/]*/(shape|dtype).*", "TQ-MAN-7"),
     (r"/tensors/[^/]*/kind", "TQ-MAN-6"),
     (r"/accounting.*", "TQ-ACC-1"),
-    (r"/tied_weights.*|.*/(codes|scales|codebook|transform|data|column_scale)", "TQ-MAN-4"),
+    (r"/tied_weights.*|.*/(codes|(outer_)?(scales|offsets)|codebook|transform|data|column_scale)", "TQ-MAN-4"),
 ]
 
 

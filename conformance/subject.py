@@ -5,6 +5,7 @@ Each property trusts only what the checks named in its docstring have found with
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,9 @@ class Stage:
     size: int  # of the transform
     codes: str
     scales: str
+    outer_scales: str | None
+    offsets: str | None
+    outer_offsets: str | None
 
     @property
     def pointer(self) -> str:
@@ -79,6 +83,12 @@ class Stage:
     def tile_bytes(self) -> int:
         return -(-self.symbols * self.bits // 8)
 
+    @property
+    def factors(self) -> list[tuple[str, str, str | None]]:
+        """The scales, and the offsets if any: (key, storage name, storage name of the outer ones) [TQ-NUM-8, TQ-NUM-9]."""
+        offsets = [] if self.offsets is None else [("offsets", self.offsets, self.outer_offsets)]
+        return [("scales", self.scales, self.outer_scales), *offsets]
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -93,6 +103,7 @@ class Reference:
 
 
 FLOATS = ("F16", "BF16", "F32")
+BYTES = ("U8", "I8", "F8_E4M3", "F8_E8M0")  # of scales and offsets that outer ones multiply [TQ-NUM-1]
 
 
 class Subject:
@@ -132,6 +143,29 @@ class Subject:
     def payload_files(self) -> list[str]:
         """The listed payload files."""
         return [name for name, file in self.manifest["files"].items() if file["role"] == "payload"]
+
+    @cached_property
+    def digests(self) -> dict[str, tuple[str, list[str]]]:
+        """Each listed file that is there -> its SHA-256, and those of its chunks [TQ-REPO-8]; needs `path`, `schema`."""
+        sizes = {name: self.folder.size(name) for name, kind in self.file_kinds.items() if kind == "file"}
+        with self.progress("digests", sum(sizes.values())) as bar:
+            return {name: self._digests_of(name, size, bar) for name, size in sizes.items()}
+
+    def _digests_of(self, name: str, size: int, bar: tqdm.tqdm[Any]) -> tuple[str, list[str]]:
+        length = self.manifest["files"][name].get("chunk_size")
+        whole, chunks = hashlib.sha256(), []
+        chunk, left = hashlib.sha256(), length
+        for data in self.folder.chunks(name, 0, size, CHUNK):
+            whole.update(data)
+            rest = memoryview(data if length else b"")
+            while rest:
+                chunk.update(rest[:left])
+                rest, left = rest[left:], left - len(rest[:left])
+                if not left:
+                    chunks.append(chunk.hexdigest())
+                    chunk, left = hashlib.sha256(), length
+            bar.update(len(data))
+        return whole.hexdigest(), chunks if left == length else [*chunks, chunk.hexdigest()]
 
     @cached_property
     def headers(self) -> dict[str, Header]:
@@ -185,6 +219,9 @@ class Subject:
                 size=transform["size"],
                 codes=stage["codes"],
                 scales=stage["scales"],
+                outer_scales=stage.get("outer_scales"),
+                offsets=stage.get("offsets"),
+                outer_offsets=stage.get("outer_offsets"),
             )
 
     @cached_property
@@ -198,7 +235,7 @@ class Subject:
                 rows = () if book.get("rows") is None else (book["rows"],)
                 shape = (*rows, book["entries"], book["dimension"])
                 pointer = join("codebooks", id, "tensor")
-                yield Reference(book["tensor"], pointer, "TQ-BOOK-3", "levels", ("F16", "F32"), shape)
+                yield Reference(book["tensor"], pointer, "TQ-BOOK-3", "levels", FLOATS, shape)
         for id, transform in self.manifest["transforms"].items():
             size = transform["size"]
             if transform["kind"] == "dense":
@@ -209,13 +246,22 @@ class Subject:
                 yield Reference(transform["pairs"], pointer, "TQ-TRAN-8", "pairs", ("I32",), (None, size // 2, 2))
                 pointer = join("transforms", id, "angles")
                 yield Reference(transform["angles"], pointer, "TQ-TRAN-8", "angles", ("F32",), (None, size // 2))
+            elif transform["kind"] == "permutation":
+                pointer = join("transforms", id, "index")
+                yield Reference(transform["index"], pointer, "TQ-TRAN-9", "index", ("I32",), (size,))
 
     def _weight_references(self) -> Iterator[Reference]:
         for stage in self.stages:
             shape: tuple[int, ...] = (stage.tiles, stage.tile_bytes)
             yield Reference(stage.codes, stage.pointer + "/codes", "TQ-CODE-4", "codes", ("U8",), shape)
             shape = (stage.rows, stage.cols // stage.vector_length)
-            yield Reference(stage.scales, stage.pointer + "/scales", "TQ-NUM-1", "scales", FLOATS, shape)
+            for key, name, outer in stage.factors:
+                rule = "TQ-NUM-1" if key == "scales" else "TQ-NUM-9"
+                dtypes = FLOATS if outer is None else BYTES
+                yield Reference(name, f"{stage.pointer}/{key}", rule, key, dtypes, shape)
+                if outer is not None:
+                    pointer = f"{stage.pointer}/outer_{key}"
+                    yield Reference(outer, pointer, "TQ-NUM-8", f"outer_{key}", FLOATS, (None, None))
         for name, entry in self.manifest["tensors"].items():
             if entry["kind"] == "passthrough":
                 pointer, shape = join("tensors", name, "data"), tuple(entry["shape"])

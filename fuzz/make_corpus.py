@@ -12,6 +12,7 @@ import target
 from conformance.vectors import cases, load_case, materialise
 
 LARGEST, VALID, INVALID = 12_000, 190_000, 80_000  # bytes of one seed, of all valid ones, of all invalid ones
+RICHEST = "valid-versions-features-order"  # uses every feature
 
 
 def main() -> None:
@@ -21,6 +22,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, target.Runner("validator") as runner:
         for number, case in enumerate(cases()):
             about = load_case(case)
+            if case.parts[-2] == "products":  # repositories like others
+                continue
             if any(step["op"] in ("truncate", "write", "fill", "fifo", "symlink") for step in about.get("recipe", ())):
                 continue
             repo = materialise(case, Path(folder) / str(number))
@@ -40,7 +43,7 @@ def main() -> None:
     for kind, data, name in seeds:
         seen[kind] = seen.get(kind, 0) + 1
         if kind[0] == "valid" or seen[kind] == 1:
-            ranked.append((seen[kind], len(data), name, data))
+            ranked.append((seen[kind] * (name != RICHEST), len(data), name, data))
     room = {"valid": VALID, "invalid": INVALID}
     for _, size, name, data in sorted(ranked):
         if room[name.partition("-")[0]] >= size:

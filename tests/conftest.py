@@ -16,7 +16,7 @@ from helpers import CONFIG, Make
 from safetensors.torch import save_file
 
 from tqformat import RepoWriter, pack
-from tqformat.load_quantized import MANIFEST
+from tqformat.load_quantized import MANIFEST, torch_dtype
 
 ROOT = Path(__file__).parents[1]
 # The tensors are small, and threads that wait for each other on a busy machine are slow; so it is in processes that tests start.
@@ -58,7 +58,24 @@ def random_stage(rng: np.random.Generator, shape: Iterable[int], p: int = 1, **s
     )
     scales = rng.uniform(0.01, 0.02, (rows, cols // (stage.get("vector_length") or cols)))
     dtype = stage.pop("scale_dtype", torch.float32)
-    return {**stage, "codes": pack(symbols, bits, stage.get("window")), "scales": torch.tensor(scales).to(dtype)}
+    numbers = {"scales": torch.tensor(scales).to(dtype)} | random_numbers(rng, stage, scales.shape)
+    return {**stage, "codes": pack(symbols, bits, stage.get("window")), **numbers}
+
+
+def random_numbers(rng: np.random.Generator, stage: dict[str, Any], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """8-bit scales and offsets [rows, cols/G] where the stage names a dtype for them (and takes the name away)."""
+    found: dict[str, torch.Tensor] = {}
+    for kind in ("scale", "offset"):
+        name = stage.pop(f"{kind}s", None)
+        if name == "F32":
+            found[f"{kind}s"] = torch.from_numpy(rng.normal(size=shape)).float()
+        elif name is not None:
+            low, high = {"U8": (0, 256), "I8": (0, 256), "F8_E4M3": (0, 127), "F8_E8M0": (110, 140)}[name]
+            data = torch.from_numpy(rng.integers(low, high, shape, dtype=np.uint8))
+            found[f"{kind}s"] = data if name == "F8_E8M0" else data.view(torch_dtype(name))
+            found[f"outer_{kind}s"] = torch.from_numpy(rng.normal(size=stage.pop(f"outer_{kind}s"))).float() / 64
+            stage[f"{kind}_dtype"] = name
+    return found
 
 
 def random_signs(rng: np.random.Generator, size: int) -> str:
@@ -79,11 +96,13 @@ def every_setting(writer: RepoWriter, seed: int = 0) -> None:
     writer.add_transform("q", "dense", 8, matrix=torch.linalg.qr(torch.from_numpy(rng.normal(size=(8, 8))).float())[0])
     pairs = np.stack([rng.permutation(8).reshape(4, 2) for _ in range(3)]).astype(np.int32)
     writer.add_transform("g", "givens", 8, pairs=pairs, angles=rng.normal(size=(3, 4)).astype(np.float32))
+    writer.add_transform("p", "permutation", 24, index=rng.permutation(24).astype(np.int32))
     writer.add_codebook("c", levels)
     writer.add_codebook("vector", torch.from_numpy(rng.normal(size=(16, 4))).half(), stored=True)
     writer.add_codebook("row", torch.from_numpy(rng.normal(size=(6, 4, 1))).float())
     writer.add_codebook("trellis", torch.from_numpy(rng.normal(size=64)).float())
     writer.add_codebook("ternary", [-1.0, 0.0, 1.0])
+    writer.add_codebook("brain", torch.from_numpy(rng.normal(size=4)).bfloat16(), stored=True)
 
     def stage(shape: list[int], transform: str, codebook: str, bits: int = 2, **keys: Any) -> dict[str, Any]:
         return random_stage(rng, shape, transform=transform, codebook=codebook, bits=bits, **keys)
@@ -100,6 +119,14 @@ def every_setting(writer: RepoWriter, seed: int = 0) -> None:
     add("stages", [6, 48], "BF16", stages, column_scale=torch.from_numpy(rng.uniform(0.5, 2, 48)).half())
     add("conv", [2, 3, 2, 2, 24], "F32", [stage([2, 3, 2, 2, 24], "h", "c")])
     add("empty", [0, 24], "F32", [stage([0, 24], "h", "c")])
+    offsets = {"vector_length": 8, "offsets": "F32", "scale_dtype": torch.bfloat16}
+    add("offsets", [6, 48], "F32", [stage([6, 48], "i", "brain", **offsets)])
+    fine = {"vector_length": 8, "scales": "U8", "outer_scales": (6, 2), "offsets": "I8", "outer_offsets": (1, 3)}
+    add("fine", [6, 48], "BF16", [stage([6, 48], "h", "c", **fine)])
+    floats = {"vector_length": 12, "scales": "F8_E8M0", "outer_scales": (1, 1)}
+    add("exponents", [6, 48], "F32", [stage([6, 48], "p", "c", **floats)])
+    floats = {"vector_length": 24, "scales": "F8_E4M3", "outer_scales": (6, 1), "offsets": "F32"}
+    add("floats", [2, 3, 48], "F16", [stage([2, 3, 48], "p", "c", **floats)])
     writer.add_passthrough("norm", torch.from_numpy(rng.normal(size=48)).bfloat16())
     writer.add_passthrough("count", torch.tensor(7))
     writer.add_passthrough("mask", torch.tensor([[True, False, True]]))

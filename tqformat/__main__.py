@@ -53,6 +53,9 @@ def table_text(header: Sequence[str], rows: list[Sequence[object]], left: int = 
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
 
 
+PARTS = ("codes", "scales", "outer_scales", "offsets", "outer_offsets")  # of a stage
+
+
 def summary(repo: Repo) -> dict[str, Any]:
     """What a repository holds: identity, method, storage by kind and weight, bits per weight.
 
@@ -63,7 +66,7 @@ def summary(repo: Repo) -> dict[str, Any]:
     stored = {name: span.end - span.begin for name, span in spans.items()}
     weights: list[dict[str, Any]] = []
     for name, w in m.tensors.items():
-        names = [w.data, w.column_scale, *(key for s in w.stages or () for key in (s.codes, s.scales))]
+        names = [w.data, w.column_scale, *(getattr(s, part) for s in w.stages or () for part in PARTS)]
         nbytes, scalars = sum(stored[key] for key in names if key is not None), math.prod(w.shape)
         row = {"name": name, "kind": w.kind, "shape": list(w.shape), "dtype": w.dtype, "bits": w.effective_bits}
         weights.append({**row, "scalars": scalars, "stored_bytes": nbytes, "original_bytes": scalars * DTYPES[w.dtype]})

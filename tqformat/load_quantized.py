@@ -12,6 +12,7 @@ It runs no code from a repository and unpickles nothing. Input that breaks a rul
 
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -19,18 +20,27 @@ import re
 import threading
 import typing
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
-if TYPE_CHECKING:  # torch is imported where tensors are made, so that a manifest can be read without it
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     Dtype: typing.TypeAlias = torch.dtype | None
     PathLike: typing.TypeAlias = str | os.PathLike[str]
+    Shape: typing.TypeAlias = tuple[int | Container[int], ...]  # each dimension, or those that are allowed
+else:
+
+    class _Torch:  # imported when it is first used, so that a manifest can be read without it
+        def __getattr__(self, name):
+            return getattr(importlib.import_module("torch"), name)
+
+    torch = _Torch()
 
 __version__ = "1.0.0"
 MANIFEST = "quant_manifest.json"
@@ -56,10 +66,12 @@ def require(ok: object, code: str, where: str, expected: str, found: object = No
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `data` by the strict rules of SPEC section 3; raises TQFormatError JSON.* otherwise."""
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:  # [TQ-JSON-3]
+    twice: list[tuple[dict[str, Any], str]] = []  # objects, and a key that they repeat
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in items:
-            require(key not in result, "JSON.DUPLICATE_KEY", where, "each key once in an object", repr(key))
+            twice.extend([(result, key)] if key in result else ())
             result[key] = value
         return result
 
@@ -85,17 +97,22 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise TQFormatError(code, where, f"expected one JSON text: {error}") from None
     except RecursionError:  # [TQ-JSON-5]
         raise TQFormatError("JSON.DEPTH", where, "expected at most 64 levels of nesting") from None
+    for found, key in twice:  # [TQ-JSON-3]
+        at = where if found is value else f"{where}, below the top"
+        require(False, "JSON.DUPLICATE_KEY", at, "each key once in an object", repr(key))
     require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
     return dict(value)
 
 
 # 4 Manifest: the tables of the specification as frozen dataclasses. After Manifest.from_dict they are trusted. ---------
 
-DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}  # in bytes
-DTYPES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # [TQ-PAY-4]
-TORCH_NAMES = {"BOOL": "bool", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "BF16": "bfloat16"}
+DTYPES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | {"U16": 2, "I16": 2, "F16": 2}
+DTYPES |= {"BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # in bytes [TQ-PAY-4]
+TORCH_NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "BF16": "bfloat16"}
 FLOATS = ("F16", "BF16", "F32")
-FEATURES = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens")
+SMALL = ("U8", "I8", "F8_E4M3", "F8_E8M0")  # scales and offsets that outer ones multiply [TQ-NUM-1]
+FEATURES: tuple[str, ...] = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles")
+FEATURES += ("offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation")  # [TQ-VER-1]
 LOADER_KINDS = {  # [TQ-MAN-5]
     "text-generation": "AutoModelForCausalLM",
     "image-text-to-text": "AutoModelForImageTextToText",
@@ -110,9 +127,11 @@ Count = Annotated[int, (0, 2**53 - 1)]
 Size = Annotated[int, (1, 2**20)]
 _NAME = r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f]{1,512}"
 Name = Annotated[str, _NAME, "1 to 512 characters, none a control character, no path, not __metadata__"]  # [TQ-MAN-4]
-_FILE = r"(?!(quant_manifest\.json|README\.md)\Z)[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-_FILE_TEXT = "1 to 128 of A-Z a-z 0-9 . _ -, no . or - in front, and neither quant_manifest.json nor README.md"
+_FILE = r"(?!(?i:(quant_manifest\.json|readme\.md|__pycache__)\Z|(con|prn|aux|nul|com[1-9]|lpt[1-9])(\.|\Z)))"
+_FILE += r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?<!\.)"
+_FILE_TEXT = "1 to 128 of A-Z a-z 0-9 . _ -, no . or - in front, no . at the end, no reserved name: README.md, nul ..."
 FileName = Annotated[str, _FILE, _FILE_TEXT, "PATH.NAME"]  # a pattern, in words, and its error's code [TQ-REPO-2]
+Sha256 = Annotated[str, "[0-9a-f]{64}", "64 lower-case hexadecimal digits"]
 Extra = dict[str, Any]
 
 
@@ -120,13 +139,15 @@ Extra = dict[str, Any]
 class File:
     role: Literal["payload", "support", "code", "document"]
     size: Count
-    sha256: Annotated[str, "[0-9a-f]{64}", "64 lower-case hexadecimal digits"]
+    sha256: Sha256
+    chunk_size: Annotated[int, (4096, 2**53 - 1)] | None = None
+    chunks: tuple[Sha256, ...] | None = None
     extra: Extra = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Transform:
-    kind: Literal["identity", "hadamard", "dense", "givens"]
+    kind: Literal["identity", "hadamard", "dense", "givens", "permutation"]
     size: Size
     factors: tuple[Size, ...] | None = None
     signs: Annotated[str, "[0-9a-f]*", "lower-case hexadecimal digits"] | None = None
@@ -134,6 +155,7 @@ class Transform:
     matrix: Name | None = None
     pairs: Name | None = None
     angles: Name | None = None
+    index: Name | None = None
     extra: Extra = field(default_factory=dict)
 
 
@@ -158,6 +180,9 @@ class Stage:
     window: Annotated[int, (1, 16)] | None = None
     vector_length: Size | None = None
     tile: tuple[Annotated[int, (1, 2**22)], ...] | None = None
+    outer_scales: Name | None = None
+    offsets: Name | None = None
+    outer_offsets: Name | None = None
     extra: Extra = field(default_factory=dict)
 
     def layout(self, cols: int) -> tuple[int, int, int, int]:
@@ -207,9 +232,15 @@ class Manifest:
             ok, wanted = feature in FEATURES or not isinstance(feature, str), f"one of {', '.join(FEATURES)}"
             require(ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"{wanted} (or a newer reader)", feature)
         for key in ("files", "transforms", "codebooks", "tensors", "tied_weights"):  # [TQ-LIM-1]
-            ok = not isinstance(data.get(key), dict) or len(data[key]) <= 2**20
-            require(ok, "LIMIT.SIZE", key, "at most 2^20 entries")
+            count = len(data[key]) if isinstance(data.get(key), dict) else 0
+            require(count <= 2**20, "LIMIT.SIZE", key, "at most 2^20 entries", count)
         manifest: Manifest = typed(cls, data, "")
+        require(len({*manifest.features}) == len(manifest.features), "SCHEMA.VALUE", "features", "each feature once")
+        for key, file in manifest.files.items():
+            size, chunks, at = file.chunk_size, file.chunks, f"files[{key!r}].chunks"  # [TQ-REPO-8]
+            require((size is None) == (chunks is None), "SCHEMA.MISSING_FIELD", at, "chunk_size and chunks, or neither")
+            ok = size is None or chunks is None or len(chunks) == -(-file.size // size) <= 2**20
+            require(ok, "SCHEMA.VALUE", at, "a digest for each chunk, at most 2^20", len(chunks or ()))
         for key, t in manifest.transforms.items():
             check_transform(t, f"transforms[{key!r}]")
         for key, c in manifest.codebooks.items():
@@ -263,16 +294,11 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     return kind(**{key: typed(types[key], v, dot + key) for key, v in value.items()})
 
 
-KEYS = {  # [TQ-MAN-6] the keys that belong to one kind only
-    "hadamard": ("factors", "signs"),
-    "dense": ("matrix",),
-    "givens": ("pairs", "angles"),
-    "quantized": ("effective_bits", "stages"),
-    "passthrough": ("data",),
-}
+KEYS: dict[str, tuple[str, ...]] = {"hadamard": ("factors", "signs"), "dense": ("matrix",), "permutation": ("index",)}
+KEYS |= {"givens": ("pairs", "angles"), "quantized": ("effective_bits", "stages"), "passthrough": ("data",)}
 
 
-def _check_keys(item: Transform | Weight, where: str) -> None:
+def _check_keys(item: Transform | Weight, where: str) -> None:  # [TQ-MAN-6]
     for kind, keys in KEYS.items():
         for key in keys if hasattr(item, keys[0]) else ():
             ok = (getattr(item, key) is not None) == (kind == item.kind)
@@ -282,8 +308,7 @@ def _check_keys(item: Transform | Weight, where: str) -> None:
 
 def check_transform(t: Transform, where: str) -> None:
     _check_keys(t, where)
-    ok = t.seed is None or t.kind == "hadamard"
-    require(ok, "SCHEMA.AMBIGUOUS", f"{where}.seed", "this key for hadamard only")
+    require(t.kind == "hadamard" or t.seed is None, "SCHEMA.AMBIGUOUS", f"{where}.seed", "this key for hadamard only")
     ok = (t.kind != "dense" or t.size <= 4096) and (t.kind != "givens" or t.size % 2 == 0)  # [TQ-TRAN-7, TQ-TRAN-8]
     require(ok, "SCHEMA.VALUE", f"{where}.size", "at most 4096 for dense, an even number for givens", t.size)
     if t.factors is not None and t.signs is not None:  # [TQ-TRAN-4, TQ-TRAN-5]
@@ -305,12 +330,11 @@ def check_codebook(c: Codebook, where: str) -> None:
 
 def check_weight(w: Weight, where: str, m: Manifest) -> None:
     _check_keys(w, where)
-    ok = w.column_scale is None or w.kind == "quantized"
+    ok = w.kind == "quantized" or w.column_scale is None
     require(ok, "SCHEMA.AMBIGUOUS", f"{where}.column_scale", "this key for quantized only")
     ok = w.dtype in (FLOATS if w.kind == "quantized" else DTYPES)
     require(ok, "SCHEMA.VALUE", f"{where}.dtype", "F16, BF16 or F32 (quantized), or a known dtype", w.dtype)
-    ok = len(w.shape) <= 8 and math.prod(w.shape) * DTYPES[w.dtype] < 2**53
-    ok = ok and math.prod(n or 1 for n in w.shape) < 2**53  # strides overflow for an empty tensor, too [TQ-SEC-3]
+    ok = len(w.shape) <= 8 and math.prod(n or 1 for n in w.shape) * DTYPES[w.dtype] < 2**53  # [TQ-SEC-3]
     require(ok, "SCHEMA.VALUE", f"{where}.shape", "at most 8 dimensions and 2^53 - 1 bytes", w.shape)
     if w.stages is None:
         return
@@ -328,8 +352,12 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
         require(s.bits <= window, "SCHEMA.VALUE", f"{at}.window", f"an integer from {s.bits} to 16", window)
         ok = rows % tr == 0 and cols % tc == 0 and tc % p == 0 and tr * tc // p * s.bits >= window  # [TQ-CODE-2]
         require(ok, "SCHEMA.VALUE", f"{at}.tile", f"a divisor of [{rows}, {cols}] that holds whole entries", [tr, tc])
-        ok = cols % g == 0 and g % p == 0 and g % size == 0  # [TQ-NUM-1, TQ-CODE-2, TQ-TRAN-1]
-        require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p} and {size}", g)
+        ok = cols % g == 0 and g % p == 0  # [TQ-NUM-1, TQ-CODE-2]
+        require(ok, "SCHEMA.VALUE", f"{at}.vector_length", f"a divisor of {cols}, a multiple of {p}", g)
+        ok = cols % size == 0 and 0 in (g % size, size % g)  # [TQ-TRAN-1]
+        require(ok, "SCHEMA.VALUE", f"{at}.transform", f"a size that divides {cols}, and {g} or the reverse", size)
+        ok = s.offsets is not None or s.outer_offsets is None  # [TQ-NUM-9]
+        require(ok, "SCHEMA.MISSING_FIELD", f"{at}.offsets", "offsets where outer_offsets are")
         ok = book.entries == 2**window if window > s.bits else book.entries <= 2**window  # [TQ-BOOK-4]
         ok = ok and book.rows in (None, rows)
         require(ok, "SCHEMA.VALUE", f"{at}.codebook", f"window {window}, {rows} rows", book)
@@ -341,18 +369,14 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor in a safetensors header; data_offsets count from the end of the header [TQ-PAY-3]."""
-
+class Entry:  # of a safetensors header; data_offsets count from its end [TQ-PAY-3]
     dtype: str
     shape: tuple[Count, ...]
     data_offsets: tuple[Count, ...]
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where a payload tensor lies: bytes `begin` to `end` of `file`."""
-
+class Span:  # where a payload tensor lies: bytes `begin` to `end` of `file`
     file: BinaryIO
     dtype: str
     shape: tuple[int, ...]
@@ -374,7 +398,8 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
         typed(dict[str, str], header.pop("__metadata__", {}), f"{name}: __metadata__")
         entries: dict[str, Entry] = typed(dict[str, Entry], header, name)
     except TQFormatError as error:
-        code = "CONTAINER.DUPLICATE_NAME" if error.code == "JSON.DUPLICATE_KEY" else "CONTAINER.HEADER"
+        ok = (error.code, error.where) == ("JSON.DUPLICATE_KEY", name) and "'__metadata__'" not in error.message
+        code = "CONTAINER.DUPLICATE_NAME" if ok else "CONTAINER.HEADER"
         raise TQFormatError(code, error.where, error.message) from None
     spans, start = {}, 8 + length
     for key, entry in entries.items():
@@ -383,38 +408,57 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
         require(ok, "CONTAINER.HEADER", where, "at most 8 dimensions and two data_offsets")
         require(entry.dtype in DTYPES, "CONTAINER.DTYPE", where, "a known dtype", entry.dtype)  # [TQ-PAY-4]
         (begin, end), nbytes = entry.data_offsets, math.prod(entry.shape) * DTYPES[entry.dtype]
-        require(end - begin == nbytes < 2**53, "CONTAINER.SHAPE", where, f"{nbytes} bytes", entry.data_offsets)
+        ok = end - begin == nbytes and math.prod(n or 1 for n in entry.shape) * DTYPES[entry.dtype] < 2**53
+        require(ok, "CONTAINER.SHAPE", where, f"{nbytes} bytes, fewer than 2^53", entry.data_offsets)
         spans[key] = Span(file, entry.dtype, entry.shape, start + begin, start + end)
     for span in sorted(spans.values(), key=lambda s: (s.begin, s.end)):  # [TQ-PAY-5]
         require(span.begin == start, "CONTAINER.OFFSETS", name, f"tensor data at byte {start}", span.begin)
+        ok = span.begin % DTYPES[span.dtype] == 0 or span.begin == span.end  # [TQ-PAY-8]
+        require(ok, "CONTAINER.ALIGNMENT", name, f"{span.dtype} at a multiple of its size", f"byte {span.begin}")
         start = span.end
     require(start == size, "CONTAINER.OFFSETS", name, f"the file to end with its last tensor, at byte {start}", size)
     return spans
 
 
-def stored_tensors(m: Manifest) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], str]]:
-    """Every storage name in the manifest, its allowed dtypes, its shape (-1: any size) and its place [TQ-PAY-6]."""
+def divisors(n: int) -> tuple[int, ...]:
+    return tuple(sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)}))
+
+
+def fits(shape: tuple[int, ...], wanted: "Shape") -> bool:
+    each = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(n == w if isinstance(w, int) else n in w for n, w in each)
+
+
+def stored_tensors(m: Manifest) -> Iterator[tuple[str, tuple[str, ...], "Shape", str]]:
+    """Every storage name in the manifest, its allowed dtypes, its shape and its place [TQ-PAY-6]."""
     for name, t in m.transforms.items():
         where = f"transforms[{name!r}]"
         if t.matrix is not None:  # [TQ-TRAN-7]
             yield t.matrix, FLOATS, (t.size, t.size), f"{where}.matrix"
         if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
-            yield t.pairs, ("I32",), (-1, t.size // 2, 2), f"{where}.pairs"
-            yield t.angles, ("F32",), (-1, t.size // 2), f"{where}.angles"
+            yield t.pairs, ("I32",), (range(1, 65), t.size // 2, 2), f"{where}.pairs"
+            yield t.angles, ("F32",), (range(1, 65), t.size // 2), f"{where}.angles"
+        if t.index is not None:  # [TQ-TRAN-9]
+            yield t.index, ("I32",), (t.size,), f"{where}.index"
     for name, c in m.codebooks.items():
         if c.tensor is not None:  # [TQ-BOOK-3]
             shape = (c.entries, c.dimension) if c.rows is None else (c.rows, c.entries, c.dimension)
-            yield c.tensor, ("F16", "F32"), shape, f"codebooks[{name!r}].tensor"
+            yield c.tensor, FLOATS, shape, f"codebooks[{name!r}].tensor"
     for name, w in m.tensors.items():
         where = f"tensors[{name!r}]"
         if w.data is not None:  # [TQ-PASS-1]
             yield w.data, (w.dtype,), w.shape, f"{where}.data"
         for i, s in enumerate(w.stages or ()):
-            rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
+            rows, cols, at = math.prod(w.shape[:-1]), w.shape[-1], f"{where}.stages[{i}]"
             _, g, tr, tc = s.layout(cols)
             tile_bytes = -(-tr * tc // m.codebooks[s.codebook].dimension * s.bits // 8)  # [TQ-CODE-4]
-            yield s.codes, ("U8",), (rows * cols // (tr * tc), tile_bytes), f"{where}.stages[{i}].codes"
-            yield s.scales, FLOATS, (rows, cols // g), f"{where}.stages[{i}].scales"  # [TQ-NUM-1]
+            yield s.codes, ("U8",), (rows * cols // (tr * tc), tile_bytes), f"{at}.codes"
+            for kind in ("scales", "offsets"):
+                values, outer = getattr(s, kind), getattr(s, f"outer_{kind}")
+                if values is not None:  # [TQ-NUM-1, TQ-NUM-9]
+                    yield values, FLOATS if outer is None else SMALL, (rows, cols // g), f"{at}.{kind}"
+                if outer is not None:  # [TQ-NUM-8]
+                    yield outer, FLOATS, ((rows, 1), divisors(cols // g)), f"{at}.outer_{kind}"
         if w.column_scale is not None:  # [TQ-NUM-2]
             yield w.column_scale, FLOATS, (w.shape[-1],), f"{where}.column_scale"
 
@@ -424,8 +468,6 @@ def stored_tensors(m: Manifest) -> Iterator[tuple[str, tuple[str, ...], tuple[in
 
 def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
     """The symbols, int32 [tiles, n], of `codes`, uint8 [tiles, tile_bytes] [TQ-CODE-5, TQ-CODE-6]. Inverse of writer.pack."""
-    import torch
-
     whole, rest = divmod(n * bits, 8)
     ok = not rest or not bool((codes[:, -1] >> rest).any())
     require(ok, "PACK.PADDING", "codes", "the unused high bits of each tile's last byte to be zero")
@@ -452,8 +494,6 @@ def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
 
 def lookup(symbols: "Tensor", levels: "Tensor") -> "Tensor":
     """Levels float32 [rows, cols] for symbols [rows, cols/p]; levels [entries, p] or [rows, entries, p] [TQ-BOOK-6]."""
-    import torch
-
     if levels.dim() == 3:  # [TQ-BOOK-3]
         first = torch.arange(len(symbols), device=symbols.device) * levels.shape[1]
         symbols, levels = symbols + first[:, None], levels.flatten(0, 1)
@@ -480,12 +520,10 @@ def _order_kind(f: int) -> str:
 @functools.lru_cache(maxsize=8)  # a Paley factor may take 16 MiB, and there are 220 of them
 def hadamard_factor(f: int) -> "Tensor":
     """H_f as float32 [f, f], entries 1 and -1 [TQ-TRAN-4]."""
-    import torch
-
     kind = _order_kind(f)
     if kind == "sylvester":
-        half = hadamard_factor(f // 2) if f > 1 else torch.ones(0, 0)
-        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), half) if f > 1 else torch.ones(1, 1)
+        two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        return torch.kron(two, hadamard_factor(f // 2)) if f > 1 else torch.ones(1, 1)
     q = f - 1 if kind == "paley1" else f // 2 - 1
     i, chi = torch.arange(q), torch.full((q,), -1.0)
     chi[i * i % q], chi[0] = 1.0, 0.0
@@ -510,8 +548,6 @@ def wide(y: "Tensor") -> "Tensor":
 
 def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
     """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5]."""
-    import torch
-
     size = math.prod(factors)
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
     s = wide((1.0 - 2.0 * bits.flatten()[:size]).to(device)) / math.sqrt(size)
@@ -546,10 +582,10 @@ def inverse_givens(pairs: "Tensor", angles: "Tensor") -> Callable[["Tensor"], "T
 
 def torch_dtype(name: str) -> "torch.dtype":
     """The torch dtype of a safetensors dtype name."""
-    import torch
-
-    plain = name.replace("U", "uint").replace("I", "int").replace("F", "float")
-    return getattr(torch, TORCH_NAMES.get(name, plain))  # type: ignore[no-any-return]
+    plain = name.replace("U", "uint").replace("I", "int").replace("F", "float").lower()
+    dtype = getattr(torch, TORCH_NAMES.get(name, plain), None)
+    require(dtype is not None, "UNSUPPORTED.LIBRARY", name, "a torch that has this dtype", torch.__version__)
+    return dtype  # type: ignore[return-value]
 
 
 def finite(values: "Tensor", where: str) -> "Tensor":
@@ -557,19 +593,18 @@ def finite(values: "Tensor", where: str) -> "Tensor":
     return values
 
 
-class Repo:
+class Repo(ExitStack):
     """An open, checked repository; get one from open_repo. Weights are decoded one at a time, in groups of rows."""
 
     def __init__(self, path: "PathLike", verify: bool = True) -> None:
+        super().__init__()  # closes the files
         self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
         self._advice = f"; if you changed it yourself: python -m tqformat update {path}"
         self.manifest = m = read_manifest(self.path)
         known = {MANIFEST, "README.md", "__pycache__", *m.files}
-        extra = [entry for entry in sorted(os.listdir(self.path)) if entry[0] != "." and entry not in known]
-        wanted = "only files that the manifest lists"  # [TQ-REPO-5]
-        require(not extra, "BIND.EXTRA_FILE", str(self.path), wanted, extra, self._advice)
+        extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
+        require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
         self.spans: dict[str, Span] = {}
-        self._files: list[BinaryIO] = []
         self._tables: dict[str, Any] = {}
         try:
             self._open_payload(m)
@@ -578,13 +613,15 @@ class Repo:
             raise
 
     def _open_payload(self, m: Manifest) -> None:
-        shards = sorted(name for name, file in m.files.items() if file.role == "payload")
+        named = re.compile(r"turboquant_weights.*\.safetensors")
+        shards = sorted(name for name, file in m.files.items() if file.role == "payload" or named.fullmatch(name))
         many = [f"turboquant_weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        ok = shards == ["turboquant_weights.safetensors"] or (shards == many and len(shards) > 1)
-        require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards", shards)  # [TQ-SHARD-1]
+        ok = shards == ["turboquant_weights.safetensors"] or (shards == many and len(shards) > 1)  # [TQ-SHARD-1]
+        ok = ok and all(m.files[name].role == "payload" for name in shards)
+        require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards as payload", shards)
         for name in shards:
-            self._files.append(open(self.check_file(name), "rb"))  # noqa: SIM115 (closed by close)
-            header = read_header(self._files[-1], m.files[name].size, name)
+            file = self.enter_context(self.check_file(name).open("rb"))
+            header = read_header(file, m.files[name].size, name)
             require(header or not shards[1:], "BIND.SHARDS", name, "a tensor in every shard")  # [TQ-SHARD-2]
             for key, span in header.items():
                 require(key not in self.spans, "CONTAINER.DUPLICATE_NAME", name, "a name once in all shards", key)
@@ -595,44 +632,42 @@ class Repo:
             require(key in self.spans, "BIND.MISSING_TENSOR", where, "a tensor in the payload", key)
             seen.add(key)
             span, code = self.spans[key], "PACK.LENGTH" if where.endswith(".codes") else "BIND.TENSOR"
-            ok = span.dtype in dtypes and len(span.shape) == len(shape)
-            ok = ok and all(want in (-1, got) for want, got in zip(shape, span.shape, strict=True))
+            ok = span.dtype in dtypes and fits(span.shape, shape)
             require(ok, code, where, f"{' or '.join(dtypes)} {list(shape)}", f"{span.dtype} {list(span.shape)}")
         extra = sorted(self.spans.keys() - seen)
         require(not extra, "BIND.EXTRA_TENSOR", "payload", "only tensors that the manifest names", extra)
         for name, t in m.transforms.items():  # [TQ-TRAN-8]
             rounds = {self.spans[key].shape[0] for key in (t.pairs, t.angles) if key is not None}
-            ok = len(rounds) <= 1 and all(1 <= r <= 64 for r in rounds)
-            require(ok, "BIND.TENSOR", f"transforms[{name!r}]", "the same 1 to 64 rounds in pairs and angles", rounds)
+            require(len(rounds) <= 1, "BIND.TENSOR", f"transforms[{name!r}]", "as many pairs as angles", rounds)
 
     def check_file(self, name: str) -> Path:
         """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4]."""
-        path, listed, digest = self.path / name, self.manifest.files[name], hashlib.sha256()
+        path, listed = self.path / name, self.manifest.files[name]
         advice = self._advice * (listed.role != "payload")
         require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
         require(path.is_file(), "PATH.TYPE", name, "a regular file")
         require((n := path.stat().st_size) == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", n, advice)
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20) if self._verify else b"":
-                digest.update(block)
-        ok = not self._verify or digest.hexdigest() == listed.sha256
-        require(ok, "BIND.DIGEST", name, f"sha256 {listed.sha256}", digest.hexdigest(), advice)
+        size, digests = listed.chunk_size or listed.size, listed.chunks or (listed.sha256,)  # [TQ-REPO-8]
+        workers = min(len(digests), os.cpu_count() or 1, 16)
+
+        def check(first: int) -> None:
+            with open(path, "rb") as file:
+                for k in range(first, len(digests), workers):
+                    left, digest = size, hashlib.sha256()
+                    file.seek(k * size)
+                    while block := file.read(min(left, 1 << 20)):
+                        digest.update(block)
+                        left -= len(block)
+                    wanted, found = f"sha256 {digests[k]} of the bytes from {k * size}", digest.hexdigest()
+                    require(found == digests[k], "BIND.DIGEST", name, wanted, found, advice)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(check, range(workers if self._verify else 0)))
         return path
 
     def check_roles(self, *roles: str) -> None:
-        for name, file in self.manifest.files.items():
-            if file.role in roles:
-                self.check_file(name)
-
-    def __enter__(self) -> "Repo":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+        for name in [key for key, file in self.manifest.files.items() if file.role in roles]:
+            self.check_file(name)
 
     def names(self) -> list[str]:
         """The names of all weights, aliases of tied weights not among them."""
@@ -643,8 +678,6 @@ class Repo:
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: "Dtype" = None) -> "Tensor":
         """The weight (or alias) `name`, decoded on `device` in its shape; `dtype` converts the result [TQ-NUM-7]."""
-        import torch
-
         device, name = find_device(device), self.manifest.tied_weights.get(name, name)
         require(name in self.manifest.tensors, "BIND.MISSING_TENSOR", name, "a weight of this repository")
         w = self.manifest.tensors[name]
@@ -668,10 +701,8 @@ class Repo:
 
     def _decode(self, w: Weight, a: int, b: int, device: "torch.device") -> "Tensor":
         """Rows a to b of a weight in its own dtype [TQ-STAGE-2, TQ-PASS-1]."""
-        import torch
-
         if w.data is not None:
-            return self._read(w.data, a, b, flat=True).to(device)[:, None]
+            return self._read(w.data, a, b, flat=True).view(torch_dtype(w.dtype)).to(device)[:, None]
         total = torch.zeros(b - a, w.shape[-1], dtype=torch.float32, device=device)
         for i, s in enumerate(w.stages or ()):
             total += self._decode_stage(s, a, b, w.shape[-1], device, f"stages[{i}]")
@@ -692,21 +723,32 @@ class Repo:
             levels = self._table("codebooks/" + s.codebook, lambda: self._levels(book).to(device))
         else:
             levels = finite(self._read(book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
-        scales = finite(self._read(s.scales, a, b).to(device).float(), f"{where}.scales")
-        require(not bool((scales < 0).any()), "DATA.SCALE", f"{where}.scales", "scales >= 0")  # [TQ-NUM-1]
-        y = lookup(symbols, levels).reshape(b - a, cols // g, g) * scales[:, :, None]
+        y = lookup(symbols, levels).reshape(b - a, cols // g, g)
+        y = y * self._scales(s, "scales", a, b, device, where)
+        if s.offsets is not None:  # [TQ-NUM-9]
+            y += self._scales(s, "offsets", a, b, device, where)
         inverse = self._table("transforms/" + s.transform, lambda: self._inverse(transform, device))
         return inverse(y.reshape(-1, transform.size)).reshape(b - a, cols)  # type: ignore[no-any-return]
 
-    def _levels(self, book: Codebook) -> "Tensor":
-        import torch
+    def _scales(self, s: Stage, kind: str, a: int, b: int, device: "torch.device", where: str) -> "Tensor":
+        """Rows a to b of the scales or offsets, float32 [b - a, cols/G, 1] [TQ-NUM-1, TQ-NUM-8]."""
+        key, outer = getattr(s, kind), getattr(s, f"outer_{kind}")
+        values = self._read(key, a, b)
+        if self.spans[key].dtype == "F8_E8M0":  # the exponents of float32 numbers: 0 is subnormal there, 255 infinite
+            values = (values.int() << 23 | (values == 0).int() << 22).view(torch.float32)
+        values = finite(values.to(device).float(), f"{where}.{kind}")
+        if outer is None:
+            return values[:, :, None]
+        rows = (0, 1) if self.spans[outer].shape[0] == 1 else (a, b)
+        factors = finite(self._read(outer, *rows).to(device).float(), f"{where}.outer_{kind}")  # [rows or 1, n]
+        values = values.reshape(b - a, factors.shape[1], values.shape[1] // factors.shape[1])
+        return (values * factors[:, :, None]).flatten(1)[:, :, None]
 
+    def _levels(self, book: Codebook) -> "Tensor":
         values = self._read(book.tensor) if book.tensor is not None else torch.tensor(book.values, dtype=torch.float64)
         return finite(values.float(), "codebook").reshape(book.entries, book.dimension)  # [TQ-BOOK-2, TQ-BOOK-3]
 
     def _inverse(self, t: Transform, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
-        import torch
-
         if t.matrix is not None:  # [TQ-TRAN-7]
             q = wide(finite(self._read(t.matrix).to(device).float(), "transform"))
             return lambda y: (wide(y) @ q).float()
@@ -715,6 +757,11 @@ class Repo:
             ok = torch.equal(pairs.flatten(1).sort(1).values, torch.arange(t.size).expand(len(pairs), -1).int())
             require(ok, "DATA.PAIRS", "transform", "every index once in each round")
             return inverse_givens(pairs.to(device), angles.to(device))
+        if t.index is not None:  # [TQ-TRAN-9]
+            values, places = self._read(t.index).to(device).sort()
+            ok = torch.equal(values.cpu(), torch.arange(t.size).int())
+            require(ok, "DATA.PERMUTATION", "transform", "every index once")
+            return lambda y: y.index_select(1, places)
         if t.factors is not None and t.signs is not None:
             return inverse_hadamard(t.factors, t.signs, device)
         return lambda y: y  # [TQ-TRAN-2]
@@ -726,18 +773,17 @@ class Repo:
         return self._tables[name]
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
-        """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU."""
-        import torch
-
+        """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU; F8_E8M0 as its bytes."""
         span = self.spans[key]
         shape = (math.prod(span.shape),) if flat else span.shape
         shape = ((shape[0] if b is None else b) - a, *shape[1:])
         width = math.prod(shape[1:]) * DTYPES[span.dtype]
+        dtype = torch_dtype("U8" if span.dtype == "F8_E8M0" else span.dtype)  # torch before 2.7 has no F8_E8M0
         data = torch.empty(shape[0] * width, dtype=torch.uint8)
         span.file.seek(span.begin + a * width)
         ok = span.file.readinto(data.numpy().data) == len(data)  # type: ignore[attr-defined]
         require(ok, "BIND.SIZE", key, "a file that does not change while it is read")
-        return data.view(torch_dtype(span.dtype)).reshape(shape)
+        return data.view(dtype).reshape(shape)
 
 
 def read_manifest(path: "PathLike") -> Manifest:
@@ -857,8 +903,6 @@ def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = 
 
 
 def find_device(device: Any) -> "torch.device":
-    import torch
-
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -906,8 +950,6 @@ class LazyWeight:
         return self
 
     def to(self, device: Any = None, dtype: "Dtype" = None) -> "Tensor":
-        import torch
-
         if str(device) == "meta":
             return torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
         return self.repo.dequantize(self.name, "cpu" if device is None else device, dtype)  # 0 is a GPU
@@ -915,8 +957,6 @@ class LazyWeight:
 
 def build_model(repo: Repo, device_map: Any, dtype: Any, trust_remote_code: bool, options: Extra) -> Any:
     """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
-    import torch
-
     transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
     with translated(" with ".join(["config.json", *options])):  # an option may be a key of the configuration
         options = {**options, "local_files_only": True, "return_unused_kwargs": True, **trust}

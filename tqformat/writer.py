@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from .load_quantized import (
     check_codebook,
     check_transform,
     check_weight,
+    fits,
     open_repo,
     parse_json,
     require,
@@ -49,8 +50,10 @@ from .load_quantized import (
 )
 
 FORMAT_VERSION = "1.0"
-DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES}
+CHUNK_SIZE = 4 << 20  # of the digests of a payload file
+DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if name != "F8_E8M0" or hasattr(torch, "float8_e8m0fnu")}
 Data = torch.Tensor | np.ndarray[Any, Any]
+Key = TypeVar("Key")
 
 
 def pack(symbols: torch.Tensor, bits: int, window: int | None = None) -> torch.Tensor:
@@ -128,39 +131,77 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], data: Callable[[str], Iterable[memoryview | bytes]]
-) -> tuple[int, str]:
-    """Streams a safetensors file; `tensors` gives dtype and shape by name, `data` the bytes. Returns size and SHA-256.
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # storage name -> dtype and shape
 
-    The order is that of the safetensors library (wide dtypes first, then names), which keeps every tensor aligned.
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    return math.prod(shape) * DTYPES[dtype]
+
+
+def lay_out(groups: Iterable[Tensors]) -> Tensors:
+    """The tensors of all groups in the order of a file, each aligned to its element size [TQ-PAY-8, TQ-PAY-9].
+
+    Within a group wide dtypes come first. A tensor whose length would misalign what follows goes to the end of the file,
+    where wide dtypes come first, too.
+    """
+
+    def width(item: tuple[str, tuple[str, tuple[int, ...]]]) -> int:
+        return DTYPES[item[1][0]]
+
+    order = [item for group in groups for item in sorted(group.items(), key=width, reverse=True)]
+    unit = max(map(width, order), default=1)
+    last = {name: tensor for name, tensor in order if nbytes(*tensor) % unit}
+    inside = {name: tensor for name, tensor in order if name not in last}
+    return inside | dict(sorted(last.items(), key=width, reverse=True))
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Tensors,
+    data: Callable[[str], Iterable[memoryview | bytes]],
+    chunk_size: int | None = None,
+) -> dict[str, Any]:
+    """Streams a safetensors file, the tensors in their order, `data` giving their bytes by name.
+
+    Returns the size and the digests, as a manifest lists them [TQ-REPO-4, TQ-REPO-8]. Data begin at a multiple of 64.
     """
     header: dict[str, Any] = {}
     offset = 0
-    for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]], name)):
-        dtype, shape = tensors[name]
-        end = offset + math.prod(shape) * DTYPES[dtype]
+    for name, (dtype, shape) in tensors.items():
+        end = offset + nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
+    text += b" " * (-(8 + len(text)) % 64)
+    whole, chunk, chunks, size = hashlib.sha256(), hashlib.sha256(), [], 0
     with _naming(path), open(path, "wb") as file:
 
         def put(block: memoryview | bytes) -> int:
-            digest.update(block)
+            nonlocal chunk, size
+            view = memoryview(block)
+            whole.update(view)
+            while chunk_size and len(view):
+                piece = view[: chunk_size - size % chunk_size]
+                chunk.update(piece)
+                size, view = size + len(piece), view[len(piece) :]
+                if size % chunk_size == 0:
+                    chunks.append(chunk.hexdigest())
+                    chunk = hashlib.sha256()
+            size += len(view)
             return file.write(block)
 
-        size += put(len(text).to_bytes(8, "little") + text)
+        put(len(text).to_bytes(8, "little") + text)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             written = sum(put(block) for block in data(name))
             if written != end - begin:
                 raise ValueError(f"{name}: expected {end - begin} bytes, got {written}")
-            size += written
         file.flush()
         os.fsync(file.fileno())
-    return size, digest.hexdigest()
+    result = {"size": size, "sha256": whole.hexdigest()}
+    if chunk_size:
+        result |= {"chunk_size": chunk_size, "chunks": chunks + ([chunk.hexdigest()] if size % chunk_size else [])}
+    return result
 
 
 def shard_names(stem: str, count: int) -> list[str]:
@@ -170,9 +211,9 @@ def shard_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def split_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def split_shards(sizes: dict[Key, int], limit: int) -> list[list[Key]]:
     """Names in order, cut into groups of at most `limit` bytes (more only where a single item has more)."""
-    groups: list[list[str]] = [[]]
+    groups: list[list[Key]] = [[]]
     total = 0
     for name, size in sizes.items():
         if groups[-1] and total + size > limit:
@@ -205,9 +246,11 @@ def features_in_use(m: Manifest) -> list[str]:
         "stages": any(len(w.stages or ()) > 1 for w in m.tensors.values()),
         "column_scale": any(w.column_scale is not None for w in m.tensors.values()),
         "tiles": any((tr, tc) != (1, w.shape[-1]) for _, (_, _, tr, tc), w in stages),
-        "dense": any(t.kind == "dense" for t in m.transforms.values()),
-        "givens": any(t.kind == "givens" for t in m.transforms.values()),
+        "offsets": any(s.offsets is not None for s, _, _ in stages),
+        "outer_scales": any(s.outer_scales is not None or s.outer_offsets is not None for s, _, _ in stages),
+        "fine_scales": any(g < m.transforms[s.transform].size for s, (_, g, _, _), _ in stages),
     }
+    in_use |= {k: any(t.kind == k for t in m.transforms.values()) for k in ("dense", "givens", "permutation")}
     return [feature for feature in FEATURES if in_use[feature]]
 
 
@@ -259,6 +302,16 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+NUMBERS = ("scales", "outer_scales", "offsets", "outer_offsets")  # of a stage
+
+
+def _finite(tensor: torch.Tensor, dtype: str) -> bool:
+    """Whether the numbers are finite that `tensor`, of the dtype or its bytes, holds [TQ-NUM-1, TQ-NUM-8]."""
+    if dtype == "F8_E8M0":
+        return not bool((tensor.view(torch.uint8) == 255).any())
+    return bool(tensor.view(torch_dtype(dtype)).float().isfinite().all())
+
+
 class RepoWriter:
     """Builds a repository beside `path` and renames it into place in finish(); a crash leaves the old state or the new one.
 
@@ -284,11 +337,16 @@ class RepoWriter:
             writer.add_file(embed.stamped_loader(), "code", "load_quantized.py")
             writer.finish()
 
+    Beside the keys shown, a stage may have `window`, `vector_length` (scales are [rows, cols/vector_length]), `tile`,
+    `offsets`, which are added to scale * level, and `outer_scales` and `outer_offsets`, which multiply 8-bit ones;
+    add_quantized takes several stages and a `column_scale`. SPEC.md, sections 4 and 9, says what they mean.
+
     Leaving the `with` block without finish() is an error. Wrong arguments raise TQFormatError or another ValueError.
 
     Tensors go to a spool in `.<name>.partial` as they are added. With a `resume_key`, a text that identifies the job, a
     later writer with the same key finds them there again: `done` names the weights that need not be added once more.
-    Tables and files are simply added again. The result does not depend on the order of the calls.
+    Tables and files are simply added again. Weights are stored in the order in which they were added, unless finish() is
+    given another; but for that, the result does not depend on the order of the calls.
     """
 
     COMMIT_SECONDS = 2.0
@@ -303,6 +361,7 @@ class RepoWriter:
         generator: str,
         pipeline_tag: str | None = None,
         max_shard_bytes: int = 5_000_000_000,
+        chunk_size: int | None = CHUNK_SIZE,
         overwrite: bool = False,
         resume_key: str | None = None,
         extra: dict[str, Any] | None = None,
@@ -329,17 +388,16 @@ class RepoWriter:
                 require(ok, "SCHEMA.MISSING_FIELD", f"{key}.{name}", "this key to be given")
         ok = type(max_shard_bytes) is int and max_shard_bytes > 0
         require(ok, "SCHEMA.VALUE", "max_shard_bytes", "a number of bytes", repr(max_shard_bytes))
+        ok = chunk_size is None or (type(chunk_size) is int and chunk_size >= 4096)  # [TQ-REPO-8]
+        require(ok, "SCHEMA.VALUE", "chunk_size", "4096 bytes or more, or None for no chunks", repr(chunk_size))
         typed(str | None, resume_key, "resume_key")
-        self._extra, self._max_shard_bytes, self._overwrite, self._resumable = (
-            extra,
-            max_shard_bytes,
-            overwrite,
-            resume_key is not None,
-        )
+        self._extra, self._max_shard_bytes, self._chunk_size = extra, max_shard_bytes, chunk_size
+        self._overwrite, self._resumable = overwrite, resume_key is not None
         self._tables: dict[str, dict[str, Any]] = {"transforms": {}, "codebooks": {}, "tensors": {}}
         self._digests: dict[tuple[str, str], str] = {}  # of the data of transforms and codebooks
         self._lock_fd = -1
         self._parts: dict[str, list[Any]] = {}  # storage name -> [dtype, shape, offset in the spool]
+        self._owned: dict[tuple[str, str], list[str]] = {}  # table and id -> its storage names
         self._tied: dict[str, str] = {}
         self._sources: dict[str, tuple[str, Path | bytes]] = {}
         self._finished = False
@@ -377,6 +435,7 @@ class RepoWriter:
             self._tables[record["table"]][record["id"]] = record["entry"]
             self._digests[record["table"], record["id"]] = record["sha256"]
             self._parts |= record["parts"]
+            self._owned[record["table"], record["id"]] = list(record["parts"])
             end = record["end"]
         self._spool, self._journal = open(spool, "ab"), open(journal, "ab")  # noqa: SIM115 (closed in _close)
         if self._spool.tell() < end:
@@ -431,7 +490,8 @@ class RepoWriter:
                 raise ValueError(f"{table}[{id!r}] was added before with another content")
             return
         record: dict[str, Any] = {"table": table, "id": id, "entry": entry, "parts": {}}
-        nonnegative = {stage["scales"] for stage in entry.get("stages", ())}
+        numbers = {stage[key] for stage in entry.get("stages", ()) for key in NUMBERS if stage.get(key)}
+        numbers |= {entry["column_scale"]} if entry.get("column_scale") else set()
         start, digest = self._end, hashlib.sha256()
         for name, (dtype, shape, chunks) in parts.items():
             if name in self._parts or name in record["parts"]:
@@ -439,10 +499,11 @@ class RepoWriter:
             record["parts"][name] = [dtype, list(shape), self._end]
             for chunk in chunks:
                 tensor = _tensor(chunk, name)
-                if DTYPE_NAMES[tensor.dtype] not in (dtype, "U8"):
+                raw = DTYPE_NAMES[tensor.dtype] == "U8" and (name not in numbers or DTYPES[dtype] == 1)
+                if DTYPE_NAMES[tensor.dtype] != dtype and not raw:
                     raise ValueError(f"{name}: expected {dtype} data, got {tensor.dtype}")
-                if name in nonnegative and not bool((tensor.isfinite() & (tensor >= 0)).all()):
-                    raise ValueError(f"{name}: scales must be finite and not negative [TQ-NUM-1]")
+                ok = name not in numbers or _finite(tensor, dtype)
+                require(ok, "DATA.NON_FINITE", name, "finite numbers")
                 if table != "tensors":
                     digest.update(raw_bytes(tensor))
                 with _naming(self._partial):
@@ -456,6 +517,7 @@ class RepoWriter:
         line = _json(record, f"{table}[{id!r}]") + "\n"
         self._tables[table][id], self._digests[table, id] = entry, record["sha256"]
         self._parts |= record["parts"]
+        self._owned[table, id] = list(record["parts"])
         self._pending.append(line)
         if time.monotonic() - self._committed > self.COMMIT_SECONDS:
             self.commit()
@@ -471,13 +533,13 @@ class RepoWriter:
         self._pending, self._committed = [], time.monotonic()
 
     def add_transform(self, id: str, kind: str, size: int, **keys: Any) -> None:
-        """Adds a transform [SPEC section 8]: keys factors, signs, seed, or matrix, or pairs and angles (as tensors), extra."""
+        """Adds a transform [SPEC section 8]: keys factors, signs, seed, or (tensors) matrix, pairs and angles, index; extra."""
         where = f"transforms[{id!r}]"
         typed(Name, id, where)
         entry: dict[str, Any] = {"kind": kind, "size": size}
         parts: dict[str, Any] = {}
         for key, value in keys.items():
-            if key in ("matrix", "pairs", "angles") and value is not None:
+            if key in ("matrix", "pairs", "angles", "index") and value is not None:
                 data = _tensor(value, f"{where}.{key}")
                 entry[key] = f"{id}.{key}"
                 parts[entry[key]] = (DTYPE_NAMES[data.dtype], tuple(data.shape), [data])
@@ -485,13 +547,11 @@ class RepoWriter:
                 entry[key] = value
         check_transform(typed(Transform, entry, where), where)
         for name, dtypes, shape, at in stored_tensors(self._manifest(transforms={id: entry})):
-            found, dims, _ = parts[name]
-            ok = (
-                found in dtypes
-                and len(dims) == len(shape)
-                and all(n in (-1, d) for n, d in zip(shape, dims, strict=True))
-            )
+            found, dims, (data,) = parts[name]
+            ok = found in dtypes and fits(dims, shape)
             require(ok, "BIND.TENSOR", at, f"{' or '.join(dtypes)} {list(shape)}", f"{found} {list(dims)}")
+            ok = kind != "permutation" or torch.equal(data.cpu().sort().values, torch.arange(size).int())
+            require(ok, "DATA.PERMUTATION", at, f"every integer from 0 to {size - 1} once")
         self._add("transforms", id, entry, parts)
 
     def add_codebook(
@@ -502,7 +562,7 @@ class RepoWriter:
         origin: dict[str, Any] | None = None,
         stored: bool | None = None,
     ) -> None:
-        """Adds a codebook, [entries], [entries, p] or, one per row, [rows, entries, p]; F16 or F32 if stored, else inline.
+        """Adds a codebook, [entries], [entries, p] or, one per row, [rows, entries, p]; F16, BF16 or F32 if stored, else inline.
 
         `stored` defaults to what the format requires: large codebooks and codebooks per row go to the payload.
         """
@@ -524,7 +584,7 @@ class RepoWriter:
         if levels.dim() == 3:
             entry["rows"] = levels.shape[0]
         if stored or levels.dim() == 3 or levels.numel() > 4096:
-            levels = levels if levels.dtype == torch.float16 else levels.float()
+            levels = levels if levels.dtype in (torch.float16, torch.bfloat16) else levels.float()
             entry["tensor"] = f"{id}.levels"
             parts[entry["tensor"]] = (DTYPE_NAMES[levels.dtype], tuple(levels.shape), [levels])
         else:
@@ -544,9 +604,11 @@ class RepoWriter:
     ) -> None:
         """Adds a quantized weight. Each stage has the keys of SPEC section 4, with data instead of storage names.
 
-        `codes` is uint8 [tiles, tile_bytes] and `scales` [rows, cols/G]; either may be an iterable of chunks along the first
-        dimension, and `scale_dtype` then names the dtype of the scales. All codes of a stage are taken before its scales.
-        `extra` is recorded once everything has been taken, so an encoder may still fill it in while it yields chunks.
+        `codes` is uint8 [tiles, tile_bytes], `scales` and `offsets` are [rows, cols/G]; each may be an iterable of chunks along
+        the first dimension, and `scale_dtype` and `offset_dtype` then name the dtypes (F8_E8M0 may come as uint8, too). All
+        codes of a stage are taken before its scales, and these before its offsets. `outer_scales` and `outer_offsets` are
+        tensors [rows or 1, n], where n divides cols/G. `extra` is recorded once everything has been taken, so an encoder may
+        still fill it in while it yields chunks.
         """
         where = f"tensors[{name!r}]"
         typed(Name, name, where)
@@ -555,17 +617,26 @@ class RepoWriter:
         ok = isinstance(stages, (list, tuple)) and all(isinstance(stage, dict) for stage in stages)
         require(ok, "SCHEMA.TYPE", f"{where}.stages", "a list of dictionaries", repr(stages))
         data: dict[str, tuple[str, Iterable[Data]]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}  # of the first chunks
         for i, stage in enumerate(stages):
             suffix = f".{i}" if len(stages) > 1 else ""
-            record = {k: v for k, v in stage.items() if k not in ("codes", "scales", "scale_dtype") and v is not None}
-            for key in ("codes", "scales"):
+            given = {"codes": "U8", "scales": stage.get("scale_dtype"), "offsets": stage.get("offset_dtype")}
+            other = ("codes", *NUMBERS, "scale_dtype", "offset_dtype")
+            record = {k: v for k, v in stage.items() if k not in other and v is not None}
+            for key in ("codes", *NUMBERS):
                 at = f"{where}.stages[{i}].{key}"
-                require(stage.get(key) is not None, "SCHEMA.MISSING_FIELD", at, "this key to be given")
-                chunks = _pieces(stage[key], at)
-                first = chunks[0] if isinstance(chunks, list) and chunks else None
-                found = stage.get("scale_dtype") if first is None else DTYPE_NAMES[_tensor(first, at).dtype]
+                needed = key in ("codes", "scales")
+                require(stage.get(key) is not None or not needed, "SCHEMA.MISSING_FIELD", at, "this key to be given")
+                if stage.get(key) is None:
+                    continue
+                chunks, found = _pieces(stage[key], at), given.get(key)
                 record[key] = f"{name}.{key}{suffix}"
-                data[record[key]] = ("U8" if key == "codes" else str(found), chunks)
+                if isinstance(chunks, list) and chunks:
+                    tensor = _tensor(chunks[0], at)
+                    found, shapes[record[key]] = found or DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+                ok = key in given or (isinstance(chunks, list) and len(chunks) == 1)
+                require(ok, "SCHEMA.TYPE", at, "a tensor or array, not chunks")
+                data[record[key]] = (str(found), chunks)
             entry["stages"].append(record)
         if column_scale is not None:
             entry["column_scale"] = f"{name}.column_scale"
@@ -592,7 +663,11 @@ class RepoWriter:
             if key not in data:
                 continue
             found, chunks = data[key]
-            require(found in dtypes, "BIND.TENSOR", at, f"{' or '.join(dtypes)} (scale_dtype says which)", found)
+            expected = " or ".join(dtypes)
+            require(found in dtypes, "BIND.TENSOR", at, f"{expected} (scale_dtype or offset_dtype says which)", found)
+            if ".outer_" in at:
+                require(fits(shapes[key], part_shape), "BIND.TENSOR", at, f"{list(part_shape)}", list(shapes[key]))
+                part_shape = shapes[key]
             parts[key] = (found, part_shape, chunks)
         self._add("tensors", name, entry, parts)
 
@@ -659,31 +734,39 @@ class RepoWriter:
                 left -= len(block)
                 yield block
 
-    def finish(self) -> Path:
+    def finish(self, order: Sequence[str] | None = None) -> Path:
         """Writes shards, files and manifest, checks them with the reader, and renames the directory into place.
 
+        `order` names all weights in the order in which the model uses them [TQ-PAY-9], which is otherwise that of the calls.
         What a reader may leave to validators ([TQ-ERR-3]: provenance, signs and their seed, levels and their origin) is
         the caller's word; `python -m conformance check` judges it.
         """
         if self._finished:
             raise RuntimeError(f"{self.path}: finish() was called before")
+        names = list(self._tables["tensors"]) if order is None else list(order)
+        wrong = sorted(set(names) ^ self.done)
+        ok = not wrong and len(names) == len(self.done)
+        require(ok, "SCHEMA.REFERENCE", "order", "every weight that was added, once", ", ".join(wrong))
         self._close()
         built = self._partial / "release"
         shutil.rmtree(built, ignore_errors=True)
         built.mkdir()
         tables = {key: dict(sorted(table.items())) for key, table in self._tables.items()}
+        tables["tensors"] = {name: tables["tensors"][name] for name in names}
         used = [stage for weight in tables["tensors"].values() for stage in weight.get("stages", ())]
         for key, column in (("transforms", "transform"), ("codebooks", "codebook")):
             unused = tables[key].keys() - {stage[column] for stage in used}
             if unused:
                 raise ValueError(f"{key} that no stage names: {', '.join(sorted(unused))} [TQ-MAN-9]")
-        parts = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in sorted(self._parts.items())}
-        sizes = {name: math.prod(shape) * DTYPES[dtype] for name, (dtype, shape) in parts.items()}
         files: dict[str, dict[str, Any]] = {}
-        groups = split_shards(sizes, self._max_shard_bytes)
-        for file, group in zip(shard_names("turboquant_weights", len(groups)), groups, strict=True):
-            size, digest = write_safetensors(built / file, {name: parts[name] for name in group}, self._chunks)
-            files[file] = {"role": "payload", "size": size, "sha256": digest}
+        parts = {part: (dtype, tuple(shape)) for part, (dtype, shape, _) in self._parts.items()}
+        owners = [(key, id) for key, table in tables.items() for id in table if self._owned[key, id]]
+        sizes = {owner: sum(nbytes(*parts[part]) for part in self._owned[owner]) for owner in owners}
+        shards = split_shards(sizes, self._max_shard_bytes)
+        for file, group in zip(shard_names("turboquant_weights", len(shards)), shards, strict=True):
+            inside = lay_out([{part: parts[part] for part in self._owned[owner]} for owner in group])
+            written = write_safetensors(built / file, inside, self._chunks, self._chunk_size)
+            files[file] = {"role": "payload", **written}
         for name, (role, source) in sorted(self._sources.items()):
             content = source if isinstance(source, bytes) else source.read_bytes()
             files[name] = {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -770,10 +853,11 @@ def _write_plain(
 ) -> None:
     with open_repo(path, verify) as repo:
         m = repo.manifest
-        names = {name: m.tensors[m.tied_weights.get(name, name)] for name in sorted([*m.tensors, *m.tied_weights])}
+        names = {name: m.tensors[m.tied_weights.get(name, name)] for name in [*m.tensors, *sorted(m.tied_weights)]}
         floats = {"F16", "BF16", "F32", "F64"}
         kinds = {n: DTYPE_NAMES[dtype] if dtype and w.dtype in floats else w.dtype for n, w in names.items()}
-        sizes = {name: math.prod(w.shape) * DTYPES[kinds[name]] for name, w in names.items()}
+        tensors: Tensors = {name: (kinds[name], w.shape) for name, w in names.items()}
+        sizes = {name: nbytes(*tensor) for name, tensor in tensors.items()}
 
         def data(name: str) -> Iterator[memoryview]:
             yield raw_bytes(repo.dequantize(name, device, torch_dtype(kinds[name])))
@@ -781,7 +865,7 @@ def _write_plain(
         groups = split_shards(sizes, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for shard, group in zip(shard_names("model", len(groups)), groups, strict=True):
-            write_safetensors(built / shard, {name: (kinds[name], names[name].shape) for name in group}, data)
+            write_safetensors(built / shard, lay_out({name: tensors[name]} for name in group), data)
             weight_map |= dict.fromkeys(group, shard)
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

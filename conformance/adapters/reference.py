@@ -47,6 +47,22 @@ def describe(tensor: torch.Tensor, out: Path) -> Json:
     return described
 
 
+# decoding and multiplying: what rounding to the weight's dtype leaves [TQ-FUSE-2]
+GRADES = {"F32": 14, "F16": 9, "BF16": 7}
+
+
+def product(request: Json) -> Json:
+    """Multiplies the decoded weight, in binary64: tqformat has no fused product."""
+    try:
+        with tqformat.open_repo(request["path"]) as repo:
+            weight = repo.dequantize(request["weight"])
+    except tqformat.TQFormatError as error:
+        return {"status": "rejection", "code": error.code, "where": error.where, "message": error.message}
+    rows = weight.reshape(-1, weight.shape[-1]).double()
+    y = describe(rows @ tensor(request["x"]).double(), Path())
+    return {"status": "results", "y": y, "grade": GRADES[DTYPE_NAMES[weight.dtype]]}
+
+
 def tensor(value: Json) -> torch.Tensor:
     """A tensor of a description."""
     data = torch.frombuffer(bytearray(base64.b64decode(value["base64"])) or bytearray(1), dtype=torch.uint8)
@@ -93,4 +109,4 @@ def write(request: Json) -> Json:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the vectors are tiny
     about = {"implementation": "tqformat", "version": tqformat.__version__, "features": list(FEATURES)}
-    serve(about, {"load": load, "write": write})
+    serve(about, {"load": load, "product": product, "write": write})

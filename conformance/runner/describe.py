@@ -46,12 +46,12 @@ def with_tensors(entry: Json, keys: tuple[str, ...], payload: Payload) -> Json:
 
 
 def describe_stage(stage: Json, shape: list[int], dimension: int, payload: Payload) -> Json:
-    """A stage with `symbols` U16 [tiles, n] in the place of `codes`, and its scales."""
+    """A stage with `symbols` U16 [tiles, n] in the place of `codes`, and its scales and offsets."""
     tr, tc = stage.get("tile") or (1, shape[-1])
     n, bits = tr * tc // dimension, stage["bits"]
     _, dims, raw = payload[stage["codes"]]
     symbols = oracle.unpack(np.frombuffer(raw, np.uint8).reshape(dims), n, bits, stage.get("window") or bits)
-    described = with_tensors(stage, ("scales",), payload)
+    described = with_tensors(stage, ("scales", "outer_scales", "offsets", "outer_offsets"), payload)
     del described["codes"]
     return described | {"symbols": tensor("U16", symbols.shape, symbols.astype("<u2").tobytes())}
 
@@ -60,7 +60,7 @@ def describe(repo: Path) -> Json:
     """The description of a valid repository."""
     manifest, payload = oracle.read_repo(repo)
     described: dict[str, Any] = {key: value for key, value in manifest.items() if key not in OMITTED}
-    for table, keys in (("transforms", ("matrix", "pairs", "angles")), ("codebooks", ("tensor",))):
+    for table, keys in (("transforms", ("matrix", "pairs", "angles", "index")), ("codebooks", ("tensor",))):
         described[table] = {id: with_tensors(entry, keys, payload) for id, entry in manifest[table].items()}
     tensors = described["tensors"] = {}
     for name, weight in manifest["tensors"].items():

@@ -58,7 +58,8 @@ def many(count: int, thing: str) -> str:
 
 def case_line(case: Json) -> str:
     """A case as a list item: what was answered, and why that is not enough."""
-    what = " (write)" if case["operation"] == "write" else ""
+    what = f" ({case['operation']})" if case["operation"] != "load" else ""
+    what += "" if case["grade"] is None else f", grade {case['grade']}"
     memory = "" if case["megabytes"] is None else f", {case['megabytes']:g} MiB"
     line = f"<li><code>{escape(case['id'])}</code>{what}: {escape(case['answer'][:300])}"
     line += f' <span class="muted">({case["seconds"]:.3f} s{memory})</span>'
@@ -92,6 +93,9 @@ def page(report: dict[str, Any]) -> str:
         f"Operations: {', '.join(about['operations'])}.",
         f"Not implemented: {', '.join(about['lacks'])}." if about["lacks"] else "Every feature is implemented.",
         f"{many(totals['crashes'], 'crash').replace('crashs', 'crashes')}, {totals['errored']} errored.",
+        f"Products: grade {report['grade']['reached']} reached, {report['grade']['stated']} stated."
+        if report["grade"]
+        else "",
         "" if totals["memory_measured"] else "Memory was not measured.",
         f"{totals['seconds']:.0f} s.",
     ]

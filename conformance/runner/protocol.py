@@ -99,6 +99,10 @@ def fault(command: str, body: Any) -> str | None:
         if not isinstance(tensors, dict):
             return "load is answered with the object tensors"
         return next((f"{name!r:.80}: {found}" for name in tensors if (found := _tensor_fault(tensors[name]))), None)
+    if command == "product":
+        if not isinstance(body.get("y"), dict) or "base64" not in body["y"]:
+            return "product is answered with the tensor y, its base64 in place"
+        return _tensor_fault(body["y"]) or (None if _count(body.get("grade")) else "grade is an integer from 0")
     return None
 
 
@@ -206,7 +210,7 @@ class Session:
         self._baseline = resident(self._process.pid, "VmRSS")
 
     def ask(self, request: Json, seconds: float, megabytes: int) -> Answer:
-        """The answer to load or write within `seconds`; the peak of memory is measured against the state after start."""
+        """The answer to load, product or write within `seconds`; the peak of memory is measured against the state after start."""
         if self._process is None:
             try:
                 self.start()

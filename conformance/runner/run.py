@@ -17,12 +17,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from conformance.findings import named, tell
 from conformance.runner import describe, html
 from conformance.runner.protocol import Answer, Json, Session, StartError
-from conformance.runner.score import SCORES, Case, Outcome, judge_load, said
+from conformance.runner.score import SCORES, Case, Outcome, judge_load, judge_product, products, said
 from conformance.runner.weaknesses import weaknesses
 from conformance.vectors import ROOT, load_case, materialise
 
@@ -39,6 +40,7 @@ scores, each over the cases where it applies:
   bounded   time and memory stay within the case's limits (memory where the system tells it)
   correct   decoded values are right by [TQ-NUM-5], passthrough bytes equal, no weight is missing
   stable    every answer is one: no crash, no hang, no malformed line, nothing errored
+  multiplied  (implementations that multiply without decoding) products are as near as they state [TQ-FUSE-2]
   written   (implementations that write) what is written passes L2 and decodes to the same weights
 """
 
@@ -74,35 +76,37 @@ def find_cases(root: Path, globs: list[str]) -> list[Case]:
 
 
 def put(session: Session, request: Json, seconds: float, megabytes: int) -> Answer:
-    """The answer to load or write. If it seems to take too much memory, a fresh process is asked, whose answer counts:
+    """The answer to load, product or write. If it seems to take too much memory, a fresh process is asked, whose answer counts:
     one that collects its garbage late may have paid for what the cases before left in it."""
     answer = session.ask(request, seconds, megabytes)
     if session.asked > 1 and answer.megabytes is not None and answer.megabytes > megabytes:
         session.stop()
-        made = Path(request["out" if request["command"] == "load" else "path"])
-        if made.is_dir() and not made.is_symlink():
-            shutil.rmtree(made)
-        else:
-            made.unlink(missing_ok=True)
+        if request["command"] == "load":
+            Path(request["out"]).unlink(missing_ok=True)
+        elif request["command"] == "write":
+            shutil.rmtree(request["path"], ignore_errors=True)
         answer = session.ask(request, seconds, megabytes)
     return answer
 
 
 def run_case(session: Session, case: Case, slow_factor: float) -> Iterator[Outcome]:
-    """Puts one case to the implementation: load, and write where it can and the case is a valid repository."""
+    """Puts one case to the implementation: load, and product and write where it can and the case is a valid repository."""
     limits, features = case.about["limits"], set(session.about["features"])
     seconds = limits["seconds"] * slow_factor
     with tempfile.TemporaryDirectory(prefix="tqformat-") as directory, named(directory):
         place = Path(directory)
         repo, out = materialise(case.path, place / "repo"), place / "out"
-        request = {"command": "load", "path": str(repo), "out": str(out)}
+        request: Json = {"command": "load", "path": str(repo), "out": str(out)}
         answer = put(session, request, seconds, limits["megabytes"])
         yield judge_load(case, answer, features, repo, out)
-        if (
-            "write" in session.about["operations"]
-            and case.about["result"] == "valid"
-            and set(case.about["features"]) <= features
-        ):
+        if case.about["result"] != "valid" or not set(case.about["features"]) <= features:
+            return
+        for product in products(case) if "product" in session.about["operations"] else []:
+            x = np.array([float.fromhex(text) for text in product["x"]], "<f4")
+            request = {"command": "product", "path": str(repo), "weight": product["weight"]}
+            request["x"] = describe.tensor("F32", x.shape, x.tobytes())
+            yield judge_product(case, put(session, request, seconds, limits["megabytes"]), product)
+        if "write" in session.about["operations"]:
             description, written = place / "description.json", place / "written"
             description.write_text(json.dumps(describe.describe(repo)), "utf-8")
             request = {"command": "write", "description": str(description), "path": str(written)}
@@ -178,6 +182,7 @@ def as_json(run: Run) -> dict[str, Any]:
             "seconds": round(run.seconds, 3),
         },
         "scores": tally(run.outcomes),
+        "grade": lowest_grade(run.outcomes),
         # [TQ-ERR-3] what a reader may leave to validators
         "beyond_duty": {
             "passed": sum(o.answer.status == "rejection" for o in others),
@@ -188,6 +193,14 @@ def as_json(run: Run) -> dict[str, Any]:
         "areas": {area: tally(outcomes) for area, outcomes in areas.items()},
         "cases": [case_as_json(outcome) for outcome in run.outcomes],
     }
+
+
+def lowest_grade(outcomes: list[Outcome]) -> dict[str, int] | None:
+    """The lowest grade that the products state and reach [TQ-FUSE-2]; None without products."""
+    grades = [(outcome.answer.body["grade"], outcome.grade) for outcome in outcomes if outcome.grade is not None]
+    if not grades:
+        return None
+    return {"stated": min(stated for stated, _ in grades), "reached": min(reached for _, reached in grades)}
 
 
 def case_as_json(outcome: Outcome) -> Json:
@@ -206,6 +219,7 @@ def case_as_json(outcome: Outcome) -> Json:
         "limits": about["limits"],
         "not_implemented": outcome.not_implemented,
         "scores": outcome.scores,
+        "grade": outcome.grade,
         "notes": outcome.notes,
     }
 
@@ -218,7 +232,7 @@ def text(report: dict[str, Any]) -> str:
         if failing:
             lines += [f"not {score} ({meaning}): {len(failing)}"]
             for case in failing[:SHOWN]:
-                label = case["id"] + (" (write)" if case["operation"] == "write" else "")
+                label = case["id"] + (f" ({case['operation']})" if case["operation"] != "load" else "")
                 lines.append(f"  {label}: {plain(case['notes'][score])[:200]}")
             lines += [f"  and {len(failing) - SHOWN} more"] * (len(failing) > SHOWN) + [""]
     if report["weaknesses"]:
@@ -228,12 +242,14 @@ def text(report: dict[str, Any]) -> str:
     for score, count in report["scores"].items():
         share = f"{count['passed']} of {count['total']}"
         lines.append(
-            f"{'ok  ' if count['passed'] == count['total'] else 'FAIL'} {score:8} {share:>12}  {SCORES[score]}"
+            f"{'ok  ' if count['passed'] == count['total'] else 'FAIL'} {score:10} {share:>12}  {SCORES[score]}"
         )
+    if report["grade"]:
+        lines.append(f"grade of products: {report['grade']['reached']} reached, {report['grade']['stated']} stated")
     beyond = report["beyond_duty"]
     if beyond["total"]:
         lines.append(
-            f"     {'(extra)':8} {beyond['passed']} of {beyond['total']:<6} of what only validators must reject"
+            f"     {'(extra)':10} {beyond['passed']} of {beyond['total']:<6} of what only validators must reject"
         )
     lines.append(
         f"{totals['crashes']} crashes, {totals['errored']} errored; {totals['not_implemented']} not implemented"

@@ -1,4 +1,4 @@
-"""One answer judged: safe, precise, bounded, correct, stable, written.
+"""One answer judged: safe, precise, bounded, correct, stable, multiplied, written.
 
 | score | applies to | is given for |
 |---|---|---|
@@ -7,6 +7,7 @@
 | bounded | answers, and ends for want of time or memory | staying within the case's time and memory |
 | correct | valid input; acceptable input that is decoded | every weight and alias as [TQ-NUM-5] wants it |
 | stable | everything | an answer that is neither a crash nor errored |
+| multiplied | products of valid input, where the implementation offers them | every y as [TQ-FUSE-2] wants it, to the grade that the implementation states |
 | written | valid input given to a writer | a repository that passes L2 and decodes to the same weights |
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 from conformance import oracle
 from conformance.oracle import Decoded, Floats
 from conformance.runner.protocol import Answer, Json
-from conformance.vectors import MANIFEST
+from conformance.vectors import MANIFEST, SIZES
 
 SCORES = {
     "safe": "invalid input is rejected",
@@ -33,13 +34,8 @@ SCORES = {
     "bounded": "time and memory stay within the limits",
     "correct": "decoded values are right",
     "stable": "no crash, nothing errored",
+    "multiplied": "products reach the stated grade",
     "written": "written repositories conform",
-}
-SIZES = {
-    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"], 1),
-    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
-    **dict.fromkeys(["U32", "I32", "F32"], 4),
-    **dict.fromkeys(["U64", "I64", "F64"], 8),
 }
 UNKNOWN_FEATURE = "SCHEMA.UNKNOWN_FEATURE"
 
@@ -70,6 +66,7 @@ class Outcome:
     not_implemented: bool = False
     scores: dict[str, bool] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    grade: int | None = None  # of a product: the lowest of its rows [TQ-FUSE-2]
 
     def give(self, score: str, ok: bool, note: str) -> None:
         self.scores[score] = ok
@@ -209,4 +206,41 @@ def judge_load(case: Case, answer: Answer, features: set[str], repo: Path, out: 
     if result == "valid" or (result == "acceptable" and status == "results"):
         faults = wrong_weights(case, repo, answer.body["tensors"], out) if status == "results" else [said(answer)]
         outcome.give("correct", not faults, "; ".join(faults[:3]) + (f"; {len(faults) - 3} more" * (len(faults) > 3)))
+    return outcome
+
+
+def products(case: Case) -> list[Json]:
+    """The products of a case: weight, x, y and bound, as products.json has them; most cases have none."""
+    path = case.path / "products.json"
+    return list(json.loads(path.read_text("utf-8"))["products"]) if path.is_file() else []
+
+
+def judge_product(case: Case, answer: Answer, product: Json) -> Outcome:
+    """Judges the answer to product by the grade that it states; an implementation may skip what it cannot multiply."""
+    outcome = judge_common(case, "product", answer)
+    if answer.status == "skipped":
+        outcome.not_implemented = True
+        return outcome
+    if answer.status != "results":
+        outcome.give("multiplied", False, said(answer))
+        return outcome
+    y, bound = ([float.fromhex(text) for text in product[key]] for key in ("y", "bound"))
+    tensor, stated = answer.body["y"], answer.body["grade"]
+    if tensor["dtype"] not in ("F32", "F64") or tensor["shape"] != [len(y)]:
+        shown = f"{tensor['dtype']:.20} {tensor['shape']!s:.60}"
+        outcome.give("multiplied", False, f"y is {shown} instead of F32 or F64 [{len(y)}]")
+        return outcome
+    try:
+        data = tensor_bytes(tensor, len(y) * SIZES[tensor["dtype"]], Path())
+    except ValueError as error:
+        outcome.give("multiplied", False, str(error))
+        return outcome
+    got = np.frombuffer(data, "<f4" if tensor["dtype"] == "F32" else "<f8").astype(np.float64).tolist()
+    grades = [oracle.grade(*row) for row in zip(got, y, bound, strict=True)]
+    outcome.grade = min(grades, default=oracle.BEST_GRADE)
+    worst = grades.index(outcome.grade) if grades else 0
+    note = f"row {worst}: grade {outcome.grade}, {stated} was stated" + (
+        f": {got[worst]:.9g} instead of {y[worst]:.9g}" if grades else ""
+    )
+    outcome.give("multiplied", outcome.grade >= stated, note)
     return outcome

@@ -56,16 +56,18 @@ ACCEPTS = {  # of invalid input
     "accepts padding bits that are set": ["pack/padding-*"],
     "accepts codes beyond the codebook": ["pack/range-*"],
     "accepts codes of the wrong length": ["pack/*"],
-    "accepts scales that are negative": ["data/scale-negative-*"],
-    "accepts scales, levels or angles that are not finite": [
+    "accepts data that are not aligned": ["container/alignment-*"],
+    "accepts scales, offsets, levels or angles that are not finite": [
         "data/scale-*",
+        "data/offset-*",
+        "data/outer-*",
         "data/level-*",
         "data/angle-*",
         "data/matrix-*",
         "data/column-scale-*",
     ],
     "accepts weights that are not finite": ["data/overflow-*"],
-    "accepts pairs that are no permutation": ["data/pairs-*"],
+    "accepts pairs or permutations that are none": ["data/pairs-*", "data/permutation-*"],
     "accepts more than the limits": ["limit/*"],
 }
 WRONG = {  # values of valid or acceptable input
@@ -85,6 +87,11 @@ WRONG = {  # values of valid or acceptable input
         "transforms/hadamard-*12*",
     ],
     "builds Sylvester matrices or signs wrongly": ["transforms/hadamard-*", "transforms/seed-*"],
+    "applies permutations wrongly": ["transforms/permutation-*", "offsets/activation-order"],
+    "refuses or misplaces scales finer than blocks": ["transforms/fine-*", "offsets/fine"],
+    "reads 8-bit or outer scales wrongly": ["scales/outer-*", "scales/every-*", "scales/*fp4", "scales/q6-k"],
+    "refuses negative scales": ["scales/negative-*"],
+    "adds offsets wrongly": ["offsets/*"],
     "applies Givens rotations wrongly": ["transforms/givens-*"],
     "applies dense matrices wrongly": ["transforms/dense-*"],
     "looks up vector or row codebooks wrongly": ["codebooks/vector-*", "codebooks/rows-*"],
@@ -122,6 +129,8 @@ def names(outcome: Outcome) -> Iterable[str]:
         yield ROUNDS_DOWN
     elif "correct" in outcome.notes and outcome.answer.status != "errored":
         yield from first(WRONG, case)
+    if "multiplied" in outcome.notes:
+        yield "multiplies less precisely than it states, or wrongly"
     if "written" in outcome.notes:
         yield "writes repositories that do not conform"
 

@@ -1,27 +1,6 @@
 """The conformance vectors: tiny repositories with a stated verdict, and `materialise`, which puts one on disk.
 
-A case is a directory `v1/{valid,invalid,acceptable}/<area>/<id>/` with `case.json` (schemas/vector.schema.json). It either
-holds its repository in `repo/`, or names a `base` case and a `recipe`: steps that change a copy of the base. At most one
-step is the mutation; the others are marked as its consequence (`"consequence": true`, and every `refresh`), so that no
-other rule is broken than the intended one.
-
-The operations of a recipe; `file` names a file of the repository:
-
-| op | effect |
-|---|---|
-| `set`, `remove`, `rename` | change the manifest at the JSON pointer `path`: to `value`, away, to the key `to` |
-| `header_set`, `header_remove`, `header_rename` | the same in the header of the payload file `file`; its data stay |
-| `splice` | replace the text `find` (which occurs once), or `remove` bytes at `offset` (negative: from the end), |
-| | by the UTF-8 of `text` or the bytes `hex`, repeated `count` times (default 1) |
-| `header_splice` | the same within the header of a payload file, whose length is then written anew |
-| `fill` | insert behind the text `find` (which occurs once) `count` texts `format`, in which `%d` is 0, 1, 2, ... |
-| `tensor_bytes` | overwrite the data of the payload tensor `name` from byte `offset` on by `hex` |
-| `tensor` | replace or add the payload tensor `name`: `dtype`, `shape`, `hex`; the file is laid out anew |
-| `write` | the file becomes `text`, or `hex`, repeated `count` times |
-| `truncate` | the file's length becomes `size`; new bytes are zero and take no room on disk |
-| `delete`, `move`, `copy` | remove the file, or move or copy it to `to` |
-| `symlink`, `directory`, `fifo` | the entry becomes a link to `target`, an empty directory, a FIFO |
-| `refresh` | `size` and `sha256` of the file in the manifest's `files` become those of the file |
+SPEC.md, section 21, says how they are written: the keys of `case.json`, and the operations of a recipe.
 """
 
 from __future__ import annotations
@@ -36,6 +15,13 @@ from typing import Any
 ROOT = Path(__file__).parent / "v1"
 MANIFEST = "quant_manifest.json"
 CHUNK = 2**20
+# bytes of an element [TQ-PAY-4]
+SIZES = {
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"], 1),
+    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
+    **dict.fromkeys(["U32", "I32", "F32"], 4),
+    **dict.fromkeys(["U64", "I64", "F64"], 8),
+}
 
 
 def cases(result: str = "*") -> list[Path]:
@@ -96,8 +82,9 @@ def split(raw: bytes) -> tuple[bytes, bytes]:
     return raw[8:base], raw[base:]
 
 
-def join(header: bytes, data: bytes) -> bytes:
-    """Inverse of `split`."""
+def join(header: bytes, data: bytes, alignment: int = 64) -> bytes:
+    """Inverse of `split`; spaces fill the header up until the data begin at a multiple of `alignment` [TQ-PAY-8]."""
+    header += b" " * (-(8 + len(header)) % alignment)
     return len(header).to_bytes(8, "little") + header + data
 
 
@@ -124,11 +111,25 @@ def replace_tensor(raw: bytes, step: dict[str, Any]) -> bytes:
     bodies = {name: data[slice(*t["data_offsets"])] for name, t in header.items() if name != "__metadata__"}
     bodies[step["name"]] = content(step)
     header[step["name"]] = {"dtype": step["dtype"], "shape": step["shape"]}
-    end = 0
-    for name, body in bodies.items():
-        header[name]["data_offsets"] = [end, end + len(body)]
-        end += len(body)
-    return join(dump(header), b"".join(bodies.values()))
+    offsets = layout({name: (SIZES[header[name]["dtype"]], len(body)) for name, body in bodies.items()})
+    for name, begin in offsets.items():
+        header[name]["data_offsets"] = [begin, begin + len(bodies[name])]
+    return join(dump(header), b"".join(bodies[name] for name in offsets))
+
+
+def layout(tensors: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Where the data of tensors (bytes of an element, bytes) begin, in the order in which they lie [TQ-PAY-8].
+
+    That is the order given, or, where a tensor would be misaligned so, the largest elements first.
+    """
+    for names in (list(tensors), sorted(tensors, key=lambda name: -tensors[name][0])):
+        offsets, end = {}, 0
+        for name in names:
+            offsets[name] = end
+            end += tensors[name][1]
+        if all(begin % tensors[name][0] == 0 for name, begin in offsets.items() if tensors[name][1]):
+            break
+    return offsets
 
 
 def apply(step: dict[str, Any], repo: Path) -> None:

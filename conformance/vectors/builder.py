@@ -17,16 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from conformance import oracle
+from conformance.vectors import SIZES, join, layout
 
 Json: TypeAlias = dict[str, Any]
 Floats: TypeAlias = NDArray[np.float64]
 
-SIZES = {
-    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"], 1),
-    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
-    **dict.fromkeys(["U32", "I32", "F32"], 4),
-    **dict.fromkeys(["U64", "I64", "F64"], 8),
-}
 LOADER_KINDS = [
     "text-generation",
     "image-text-to-text",
@@ -37,7 +32,10 @@ LOADER_KINDS = [
     "image-classification",
     "feature-extraction",
 ]
-FEATURES = ["trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens"]
+FEATURES = [
+    *("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles"),
+    *("offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation"),
+]
 
 
 class Random:
@@ -120,10 +118,16 @@ def orthogonal(size: int, one: int) -> Floats:
 def encode(values: ArrayLike, dtype: str) -> bytes:
     """The little-endian bytes of float64 values that `dtype` holds exactly."""
     exact = np.asarray(values, np.float64)
+    if dtype in oracle.FLOAT8:
+        table = {value: byte for byte, value in enumerate(oracle.FLOAT8[dtype].tolist())}
+        return bytes(table[value] for value in exact.ravel().tolist())
     single = exact.astype("<f4")
     if dtype == "F16":
         half = exact.astype("<f2")
         back, raw = half.astype(np.float64), half.tobytes()
+    elif dtype in ("U8", "I8"):
+        byte = exact.astype("i1" if dtype == "I8" else "u1")
+        back, raw = byte.astype(np.float64), byte.tobytes()
     elif dtype == "BF16":
         upper = (single.view("<u4") >> np.uint32(16)).astype("<u2")
         back, raw = (upper.astype("<u4") << np.uint32(16)).view("<f4").astype(np.float64), upper.tobytes()
@@ -143,8 +147,24 @@ def pack(symbols: NDArray[np.int64], bits: int) -> bytes:
 
 
 @dataclass
+class Factor:
+    """Scales or offsets to be drawn at random, or their `values` [rows, cols / G].
+
+    `outer` is the shape [a, b] of the outer ones, or their values; None for none.
+    """
+
+    dtype: str = "F16"
+    outer: tuple[int, int] | Floats | None = None
+    outer_dtype: str = "F16"
+    values: ArrayLike | None = None
+
+
+@dataclass
 class Stage:
-    """A stage to be drawn at random; `scales` [rows, cols / G] and `symbols` [tiles, n] may be given."""
+    """A stage to be drawn at random; `scales` [rows, cols / G] and `symbols` [tiles, n] may be given.
+
+    `factor` says more about the scales than `scale_dtype` and `scales` do.
+    """
 
     bits: int
     codebook: str = "b"
@@ -155,6 +175,8 @@ class Stage:
     scale_dtype: str = "F16"
     scales: ArrayLike | None = None
     symbols: ArrayLike | None = None
+    factor: Factor | None = None
+    offsets: Factor | None = None
     keys: Json = field(default_factory=dict)  # further keys of the manifest's stage
 
 
@@ -183,6 +205,9 @@ class Repo:
         self.top: Json = {}  # keys of the manifest to set or override at the end
         self.metadata: Json | None = None
         self.header_tail = b""
+        self.alignment = 64  # of the data of a payload file
+        self.chunk_size: int | None = None  # of the files' digests
+        self.products: list[tuple[str, Floats]] = []  # weights and the x [cols] that they are multiplied by
         self.order: list[str] | None = None  # storage names in the order of their data
         kinds = LOADER_KINDS
         self.loader_kind = kinds[int(self.random.words(1)[0]) % len(kinds)]
@@ -208,6 +233,11 @@ class Repo:
         self.transforms[id] = {"kind": "givens", "size": size, **names, **keys}
         self.payload[f"{id}.pairs"] = Raw("I32", (rounds, size // 2, 2), pairs.astype("<i4").tobytes())
         self.put(f"{id}.angles", "F32", self.random.fixed(-1000, 1000, 256, (rounds, size // 2)))
+
+    def permutation(self, size: int, id: str = "t", **keys: Any) -> None:
+        index = np.argsort(self.random.words(size), kind="stable")
+        self.transforms[id] = {"kind": "permutation", "size": size, "index": f"{id}.index", **keys}
+        self.payload[f"{id}.index"] = Raw("I32", (size,), index.astype("<i4").tobytes())
 
     # codebooks
 
@@ -239,7 +269,8 @@ class Repo:
         self.codebooks[id] = {"entries": entries, "dimension": p, "tensor": f"{id}.levels", **keys}
         if rows is not None:
             self.codebooks[id]["rows"] = rows
-        self.put(f"{id}.levels", dtype, self.random.fixed(-600, 600, 256, shape) if values is None else values)
+        span = 256 if dtype == "BF16" else 600  # what it holds exactly
+        self.put(f"{id}.levels", dtype, self.random.fixed(-span, span, 256, shape) if values is None else values)
 
     # tensors
 
@@ -261,6 +292,30 @@ class Repo:
                 codes[:, -1] &= 2 ** (n * bits % 8) - 1
             data = codes.tobytes()
         return Raw("U8", (tiles, tile_bytes), data)
+
+    def factor(self, record: Json, prefix: str, key: str, factor: Factor, vectors: tuple[int, int]) -> None:
+        """Adds the scales or offsets [rows, cols / G] of a stage, and the outer ones if there are any."""
+        record[key] = f"{prefix}.{key}"
+        drawn: ArrayLike
+        if factor.values is not None:
+            drawn = np.reshape(factor.values, vectors)
+        elif factor.dtype in oracle.FLOAT8:  # of both signs and all sizes where there are any
+            signs = self.random.integers(0, 2, vectors) << 7
+            numbers = self.random.integers(0, 127, vectors) + signs
+            exponents = self.random.integers(118, 130, vectors)
+            drawn = oracle.FLOAT8[factor.dtype][numbers if factor.dtype == "F8_E4M3" else exponents]
+        elif factor.dtype in ("U8", "I8"):
+            drawn = self.random.integers(
+                0 if factor.dtype == "U8" else -128, 256 if factor.dtype == "U8" else 128, vectors
+            )
+        else:
+            drawn = self.random.fixed(16 if key == "scales" else -256, 256, 256, vectors)
+        self.put(f"{prefix}.{key}", factor.dtype, drawn)
+        if factor.outer is not None:
+            record[f"outer_{key}"] = f"{prefix}.outer_{key}"
+            given = factor.outer
+            outer = self.random.fixed(-32, 32, 4096, given) if isinstance(given, tuple) else given
+            self.put(f"{prefix}.outer_{key}", factor.outer_dtype, outer)
 
     def weight(
         self,
@@ -288,12 +343,10 @@ class Repo:
             tr, tc = stage.tile or (1, cols)
             self.payload[f"{prefix}.codes"] = self.draw_codes(stage, rows * cols // (tr * tc), tr * tc // p, entries)
             vectors = (rows, cols // (stage.vector_length or cols))
-            drawn = self.random.fixed(16, 256, 256, vectors)
-            self.put(
-                f"{prefix}.scales",
-                stage.scale_dtype,
-                np.reshape(drawn if stage.scales is None else stage.scales, vectors),
-            )
+            scales = stage.factor or Factor(stage.scale_dtype, values=stage.scales)
+            self.factor(record, prefix, "scales", scales, vectors)
+            if stage.offsets is not None:
+                self.factor(record, prefix, "offsets", stage.offsets, vectors)
         if column_scale is not None:
             entry["column_scale"] = f"{name}.column_scale"
             if isinstance(column_scale, str):
@@ -327,8 +380,15 @@ class Repo:
             "stages": any(len(t["stages"]) > 1 for t in weights),
             "column_scale": any(t.get("column_scale") is not None for t in weights),
             "tiles": any((s.get("tile") or [1, cols]) != [1, cols] for cols, s in stages),
-            "dense": any(t["kind"] == "dense" for t in self.transforms.values()),
-            "givens": any(t["kind"] == "givens" for t in self.transforms.values()),
+            "offsets": any(s.get("offsets") for _, s in stages),
+            "outer_scales": any(s.get("outer_scales") or s.get("outer_offsets") for _, s in stages),
+            "fine_scales": any(
+                (s.get("vector_length") or cols) < self.transforms[s["transform"]]["size"] for cols, s in stages
+            ),
+            **{
+                kind: any(t["kind"] == kind for t in self.transforms.values())
+                for kind in ("dense", "givens", "permutation")
+            },
         }
         return [feature for feature in FEATURES if used[feature]]
 
@@ -354,13 +414,25 @@ class Repo:
         """A safetensors file of the tensors `names`; the data may lie in another order than the header's keys."""
         header: Json = {} if self.metadata is None else {"__metadata__": self.metadata}
         header |= {name: {"dtype": self.payload[name].dtype, "shape": list(self.payload[name].shape)} for name in names}
-        end = 0
         data_order = sorted(names, key=self.order.index) if self.order else names
-        for name in data_order:
-            header[name]["data_offsets"] = [end, end + len(self.payload[name].data)]
-            end += len(self.payload[name].data)
+        offsets = layout({name: (SIZES[self.payload[name].dtype], len(self.payload[name].data)) for name in data_order})
+        for name, begin in offsets.items():
+            header[name]["data_offsets"] = [begin, begin + len(self.payload[name].data)]
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode() + self.header_tail
-        return len(text).to_bytes(8, "little") + text + b"".join(self.payload[name].data for name in data_order)
+        return join(text, b"".join(self.payload[name].data for name in offsets), self.alignment)
+
+    def file_entry(self, role: str, content: bytes) -> Json:
+        """An entry of `files` [TQ-REPO-4, TQ-REPO-8]."""
+        entry: Json = {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        if self.chunk_size is not None:
+            pieces = [content[k : k + self.chunk_size] for k in range(0, len(content), self.chunk_size)]
+            entry |= {"chunk_size": self.chunk_size, "chunks": [hashlib.sha256(piece).hexdigest() for piece in pieces]}
+        return entry
+
+    def multiply(self, name: str) -> None:
+        """Has the weight `name` multiplied by an x drawn at random, of binary32 values [TQ-FUSE-3]."""
+        x = self.random.fixed(-(2**12), 2**12, 2**10, [self.tensors[name]["shape"][-1]])
+        self.products.append((name, x))
 
     def manifest(self) -> Json:
         """The manifest."""
@@ -378,10 +450,7 @@ class Repo:
             "base_model": {"id": "example/model"},
             "loader_kind": self.loader_kind,
             "quantization": {"method": "random", "bits": 2},
-            "files": {
-                name: {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                for name, (role, content) in (files | self.others).items()
-            },
+            "files": {name: self.file_entry(role, content) for name, (role, content) in (files | self.others).items()},
             "transforms": self.transforms,
             "codebooks": self.codebooks,
             "tensors": self.tensors,
@@ -389,11 +458,19 @@ class Repo:
             "accounting": self.accounting(),
         } | self.top
 
-    def build(self) -> tuple[Json, dict[str, bytes], Json]:
-        """The manifest, the other files of the repository, and the content of `expected.json`."""
+    def build(self) -> tuple[Json, dict[str, bytes], Json, list[Json]]:
+        """The manifest, the other files of the repository, and the content of `expected.json` and `products.json`."""
         manifest = self.manifest()
         parts = {name: (raw.dtype, raw.shape, raw.data) for name, raw in self.payload.items()}
-        return manifest, self.contents | self.unlisted, expected(oracle.decode(manifest, parts))
+        products = [product(manifest, parts, name, x) for name, x in self.products]
+        return manifest, self.contents | self.unlisted, expected(oracle.decode(manifest, parts)), products
+
+
+def product(manifest: Json, payload: oracle.Payload, name: str, x: Floats) -> Json:
+    """An entry of `products.json`: the oracle's fused product with floats in hexadecimal."""
+    y, bound = oracle.fused_product(manifest, payload, name, x)
+    rows = {"x": x.tolist(), "y": y, "bound": bound}
+    return {"weight": name} | {key: [value.hex() for value in values] for key, values in rows.items()}
 
 
 def expected(decoded: dict[str, oracle.Decoded]) -> Json:

@@ -1,6 +1,6 @@
-"""Writes the committed conformance vectors, byte for byte reproducibly.
+"""Writes the committed conformance vectors, byte for byte reproducibly, and the codes of each rule into SPEC.md.
 
-python -m conformance.vectors.generate            write conformance/vectors/v1
+python -m conformance.vectors.generate            write conformance/vectors/v1, and the table in section 17 of SPEC.md
 python -m conformance.vectors.generate --check    exit 1 if the files differ from what would be written
 """
 
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from conformance import checks_binding, checks_data, checks_decode, checks_structure  # noqa: F401 (lists the checks)
+from conformance.check import CHECKS
 from conformance.vectors import MANIFEST, ROOT
 from conformance.vectors.builder import Json, compact
 from conformance.vectors.invalid import derived
@@ -25,17 +27,21 @@ LIMITS = {"seconds": 5, "megabytes": 200}
 
 # Rules that no repository can violate or show, with the reason.
 WITHOUT_VECTOR = {
+    "TQ-PAY-9": "advice to writers",
+    "TQ-CODE-7": "advice to writers",
+    "TQ-TRAN-10": "advice to writers",
     "TQ-NUM-7": "concerns a reader's interface: conversion to another dtype on request",
     "TQ-TIE-2": "concerns model building",
     "TQ-VER-5": "advice to writers",
     "TQ-LIM-2": "concerns a reader's memory; every case has a limit, and runners measure it",
     "TQ-ERR-1": "concerns the form of reports; every case states codes and pointer",
-    "TQ-ERR-2": "every invalid case exercises it: the codes it allows are those of the earliest stage",
     "TQ-ERR-3": "concerns what readers may leave to validators; every invalid case names its judge",
     "TQ-SEC-3": "no file shows how a product is computed; TQ-PAY-4 has shapes whose product overflows 64 bits",
     "TQ-SEC-4": "concerns model building (BIND.MODEL)",
     "TQ-SEC-5": "a statement about trust",
     "TQ-SEC-6": "a statement about other libraries",
+    "TQ-VEC-1": "says how vectors are written",
+    "TQ-VEC-2": "says how vectors are written",
 } | {
     f"TQ-EVAL-{k}": "concerns evaluation files, which no reader reads; the validator's own tests have them tampered with"
     for k in range(1, 6)
@@ -53,6 +59,9 @@ ONLY_VALID = {
     "TQ-STAGE-1": "decoding of a stage",
     "TQ-STAGE-2": "sum of the stages",
     "TQ-PAY-7": "order of elements and bytes",
+    "TQ-FUSE-1": "products without decoding",
+    "TQ-FUSE-2": "grades of products",
+    "TQ-FUSE-3": "products in vectors",
 }
 
 
@@ -76,7 +85,7 @@ def valid_files() -> dict[str, bytes]:
     out: dict[str, bytes] = {}
     for case in valid():
         where = f"{case.result}/{case.id}"
-        manifest, files, expected = case.repo.build()
+        manifest, files, expected, products = case.repo.build()
         record = {
             "id": case.id,
             "rules": case.rules,
@@ -94,6 +103,8 @@ def valid_files() -> dict[str, bytes]:
             raise ValueError(f"two cases {case.id}")
         out[f"{where}/case.json"] = dump(record)
         out[f"{where}/expected.json"] = dump(expected)
+        if products:
+            out[f"{where}/products.json"] = dump({"products": products})
         out[f"{where}/repo/{MANIFEST}"] = case.manifest_text(manifest).encode()
         for name, content in files.items():
             out[f"{where}/repo/{name}"] = content
@@ -189,6 +200,40 @@ def rules_document(table: dict[str, dict[str, list[str]]]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+TABLE = "| rule | codes |\n|---|---|\n"
+
+
+def code_table(files: dict[str, bytes]) -> str:
+    """The lines of section 17 of SPEC.md that say which codes may be given for a breach of each rule.
+
+    They are those that the invalid cases allow whose first rule it is, and those of the validator's checks. The rules of
+    section 20 name theirs.
+    """
+    spec = SPEC.read_text(encoding="utf-8")
+    order = re.findall(r"`([A-Z]+\.[A-Z_]+)`", spec[spec.index("| code | cause |") :])
+    codes: dict[str, set[str]] = {rule: set() for rule in spec_rules()}
+    for path, content in files.items():
+        if path.startswith("invalid/") and path.endswith("/case.json"):
+            case = json.loads(content)
+            codes[case["rules"][0]].update(case["codes"])
+    for each in CHECKS.values():
+        codes[each.rule].add(each.code)
+    rows = {
+        rule: found - {"LIMIT.MEMORY"} for rule, found in codes.items() if not rule.startswith(("TQ-ERR", "TQ-EVAL"))
+    }
+    return "".join(
+        f"| {rule} | {', '.join(f'`{code}`' for code in sorted(found, key=order.index))} |\n"
+        for rule, found in rows.items()
+        if found
+    )
+
+
+def spec_with_table(files: dict[str, bytes]) -> str:
+    """SPEC.md with the table of `code_table` in its place."""
+    before, _, rest = SPEC.read_text(encoding="utf-8").partition(TABLE)
+    return before + TABLE + code_table(files) + rest[rest.index("\n## ") :]
+
+
 def generate() -> dict[str, bytes]:
     """All files below v1: path -> content."""
     files = valid_files()
@@ -213,6 +258,11 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(f"rule table: {problem}", file=sys.stderr)
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    spec = spec_with_table(wanted)
+    if spec != SPEC.read_text(encoding="utf-8"):
+        problems.append("section 17 of SPEC.md has other codes")
+        if not options.check:
+            SPEC.write_text(spec, encoding="utf-8")
     if options.check:
         for name in differing:
             print(f"differs: {name}", file=sys.stderr)
@@ -225,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             path.unlink()
     print(f"{len(wanted)} files, {len(differing)} written or removed")
-    return 1 if problems else 0
+    return 1 if holes(rule_table(wanted)) else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from conformance.vectors import invalid_manifest, invalid_payload
 from conformance.vectors.recipes import (
     MANIFEST,
@@ -40,6 +43,18 @@ def valid_recipes(c: Cases) -> None:
     c.add(
         "repository/ignored-entries", "REPO-5", "", text, "Readers ignore them.", *steps, result="valid", pointer=None
     )
+    loader, base = "load_quantized.py", "valid/repository/loader"
+    body = b"x = 1\r\n"
+    stamp = {"format": "1.0", "version": "0.0.0", "body_sha256": hashlib.sha256(body).hexdigest()}
+    content = body + f"# tqformat-stamp: {json.dumps(stamp)}\n".encode()
+    write: Step = {"op": "write", "file": loader, "hex": content.hex()}
+    cut: Step = {"op": "splice", "file": loader, "offset": -1, "remove": 1, "text": ""}
+    for id, step, text, reason in (
+        ("no-line-feed", cut, "The loader's last line feed is cut off.", "The last line may lack its line feed."),
+        ("carriage-return", write, "The loader's lines end in CR LF.", "A carriage return is a byte of the body."),
+    ):
+        id = f"repository/loader-{id}"
+        c.add(id, "REPO-7", "", text, reason, step, refresh(loader), base=base, result="valid", pointer=None)
     text = "White space of 4 MiB goes before the manifest."
     spaces = {"op": "splice", "file": MANIFEST, "offset": 0, "text": "\n", "count": 4 * 2**20}
     c.add(

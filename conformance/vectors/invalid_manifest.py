@@ -19,6 +19,8 @@ from conformance.vectors.recipes import (
     then,
 )
 
+END = f"/features/{len(FEATURES)}"  # behind the features of the case TYPICAL, which has all of them
+
 
 def path(c: Cases) -> None:
     names = [
@@ -41,11 +43,28 @@ def path(c: Cases) -> None:
         ("null", "LICENSE\0", "", "A null character is not allowed."),
         ("empty", "", "", "A name has a character at least."),
         ("long", "L" * 129, "", "A name has at most 128 characters."),
+        ("dot-at-end", "LICENSE.", "", "Some file systems drop a dot at the end."),
     ]
     for id, name, more, reason in names:
         drop = then({"op": "delete", "file": "LICENSE"})
         c.rename(f"path/name-{id}", f"REPO-2 {more}", "PATH.NAME", "/files/LICENSE", name, reason, *drop)
-    for id, name in (("manifest", MANIFEST), ("card", "README.md")):
+    for id, name in (
+        ("device", "nul"),
+        ("device-case", "CON"),
+        ("device-suffix", "aux.txt"),
+        ("device-suffixes", "Com9.tar.gz"),
+        ("device-printer", "LPT1"),
+    ):
+        there = then({"op": "move", "file": "LICENSE", "to": name})
+        c.rename(f"path/name-{id}", "REPO-2", "PATH.NAME", "/files/LICENSE", name, "The name of a device.", *there)
+    for id, name in (
+        ("manifest", MANIFEST),
+        ("card", "README.md"),
+        ("manifest-case", "Quant_Manifest.json"),
+        ("card-case", "readme.md"),
+        ("cache", "__pycache__"),
+        ("cache-case", "__PyCache__"),
+    ):
         move = (
             {"op": "delete", "file": "LICENSE"} if name == MANIFEST else {"op": "move", "file": "LICENSE", "to": name}
         )
@@ -158,7 +177,7 @@ def json_text(c: Cases) -> None:
         c.text(f"json/{id}", "JSON-2", "JSON.SYNTAX", find, new, reason)
     for value in ("NaN", "Infinity", "-Infinity"):
         text = f'{kind}, {add}{{"a": {value}}}'
-        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX JSON.NUMBER", kind, text, f"{value} is not JSON.")
+        c.text(f"json/{value.lower()}", "JSON-4", "JSON.SYNTAX", kind, text, f"{value} is not JSON.")
     at_end = [
         ("truncated", {"offset": -3, "remove": 3, "text": ""}, "The manifest ends early."),
         ("two-values", {"offset": -1, "remove": 0, "text": "{}"}, "A second value follows."),
@@ -240,7 +259,6 @@ def schema_versions(c: Cases) -> None:
     c.set("schema/version-2", "VER-4 MAN-3", version, "/format_version", "2.0", "Another major version.")
     c.set("schema/version-0", "VER-4", version, "/format_version", "0.9", "0.x was never published.")
     c.set("schema/version-10", "VER-4", version, "/format_version", "10.0", "Another major version that begins with 1.")
-    either = f"{version} SCHEMA.VALUE"
     wrong = [
         ("one", "1"),
         ("three", "1.0.0"),
@@ -253,37 +271,35 @@ def schema_versions(c: Cases) -> None:
         ("empty", ""),
     ]
     for id, value in wrong:
-        c.set(f"schema/version-{id}", "MAN-3", either, "/format_version", value, "Not of the form major.minor.")
+        c.set(f"schema/version-{id}", "MAN-3", version, "/format_version", value, "Not of the form major.minor.")
     c.set(
         "schema/version-number",
         "MAN-3",
-        f"SCHEMA.TYPE {version}",
+        version,
         "/format_version",
         1.5,
         "format_version is a string.",
     )
-    c.remove(
-        "schema/missing-format", "MAN-2 MAN-3", f"SCHEMA.MISSING_FIELD {version}", "/format", "`format` is required."
-    )
+    c.remove("schema/missing-format", "MAN-3", version, "/format", "`format` is required.")
     c.remove(
         "schema/missing-version",
-        "MAN-2",
-        f"SCHEMA.MISSING_FIELD {version}",
+        "MAN-3",
+        version,
         "/format_version",
         "`format_version` is required.",
     )
-    step = put("/features/8", "sparse")
+    step = put(END, "sparse")
     new = then(step, put("/sparsity", {"layout": "2:4"}))
     reason = "The version is judged before the unknown feature and key are seen."
     c.set("schema/version-first", "MAN-3 VER-4", version, "/format_version", "2.0", reason, *new)
 
     unknown = "SCHEMA.UNKNOWN_FEATURE"
-    c.set("schema/unknown-feature", "VER-2 VER-1", unknown, "/features/8", "sparse", "A feature that nobody knows.")
+    c.set("schema/unknown-feature", "VER-2 VER-1", unknown, END, "sparse", "A feature that nobody knows.")
     c.set("schema/unknown-feature-case", "VER-2", unknown, "/features/0", "Trellis", "Feature names are lower case.")
     new = then(put("/format_version", "1.7"), put("/sparsity", {"layout": "2:4"}))
     text = "A file of version 1.7 with an unknown feature and the key that it announces."
     reason = "The feature is refused before the unknown key is seen."
-    c.add("schema/unknown-feature-first", "VER-2 VER-3 MAN-3", unknown, text, reason, step, *new, pointer="/features/8")
+    c.add("schema/unknown-feature-first", "VER-2 VER-3 MAN-3", unknown, text, reason, step, *new, pointer=END)
     reason = "A key of a later version needs a feature that announces it."
     c.set(
         "schema/version-1.7-unknown-field",
@@ -297,16 +313,16 @@ def schema_versions(c: Cases) -> None:
     c.set(
         "schema/feature-twice",
         "VER-1",
-        "SCHEMA.FEATURES SCHEMA.VALUE",
-        "/features/8",
+        "SCHEMA.VALUE",
+        END,
         "tiles",
         "Each feature is listed once.",
         pointer="/features",
     )
-    c.set("schema/feature-type", "MAN-1", f"SCHEMA.TYPE {unknown}", "/features/8", 1, "Features are strings.")
+    c.set("schema/feature-type", "MAN-2", "SCHEMA.TYPE", END, 1, "Features are strings.")
     c.set("schema/features-null", "MAN-2", "SCHEMA.TYPE", "/features", None, "`features` is a list.")
-    c.set("schema/features-object", "MAN-1", "SCHEMA.TYPE", "/features", {}, "`features` is a list.")
-    c.set("schema/features-string", "MAN-1", "SCHEMA.TYPE", "/features", "tiles", "`features` is a list.")
+    c.set("schema/features-object", "MAN-2", "SCHEMA.TYPE", "/features", {}, "`features` is a list.")
+    c.set("schema/features-string", "MAN-2", "SCHEMA.TYPE", "/features", "tiles", "`features` is a list.")
     for k, feature in enumerate(FEATURES):
         keys = {"pointer": "/features"}
         c.remove(
@@ -342,6 +358,7 @@ def schema_fields(c: Cases) -> None:
         ("hadamard", TYPICAL, "/transforms/t"),
         ("dense", TYPICAL, "/transforms/dense"),
         ("givens", TYPICAL, "/transforms/givens"),
+        ("permutation", TYPICAL, "/transforms/permutation"),
         ("codebook", TYPICAL, "/codebooks/b"),
         ("origin", TYPICAL, "/codebooks/b/origin"),
         ("quantized", TYPICAL, "/tensors/w"),
@@ -360,7 +377,7 @@ def schema_fields(c: Cases) -> None:
             base=base,
         )
         c.set(
-            f"schema/extra-type-{id}", "MAN-1", "SCHEMA.TYPE", f"{where}/extra", [], "`extra` is an object.", base=base
+            f"schema/extra-type-{id}", "MAN-2", "SCHEMA.TYPE", f"{where}/extra", [], "`extra` is an object.", base=base
         )
     c.set("schema/unknown-case", "MAN-1", "SCHEMA.UNKNOWN_FIELD", "/Extra", {}, "Keys are case sensitive.")
     required = {
@@ -371,6 +388,7 @@ def schema_fields(c: Cases) -> None:
         "/transforms/t": "kind size factors signs",
         "/transforms/dense": "matrix",
         "/transforms/givens": "pairs angles",
+        "/transforms/permutation": "index",
         "/codebooks/b": "entries dimension",
         "/codebooks/b/origin": "method vector_length grid_size iterations",
         "/tensors/w": "kind shape dtype effective_bits stages",
@@ -399,11 +417,10 @@ def schema_fields(c: Cases) -> None:
             "A required key.",
             base=base,
         )
-    code = "SCHEMA.MISSING_FIELD SCHEMA.AMBIGUOUS"
     c.remove(
         "schema/codebook-neither",
         "BOOK-1",
-        code,
+        "SCHEMA.MISSING_FIELD",
         "/codebooks/pairs/values",
         "One of `values` and `tensor` is required.",
     )
@@ -429,6 +446,8 @@ def schema_fields(c: Cases) -> None:
         ("file-size", "/files/LICENSE/size", "15"),
         ("file-size-true", "/files/LICENSE/size", True),
         ("file-sha256", "/files/LICENSE/sha256", 0),
+        ("chunk-size", "/files/LICENSE/chunk_size", "4096"),
+        ("chunks", "/files/LICENSE/chunks", "0"),
         ("role", "/files/LICENSE/role", None),
         ("transforms", "/transforms", None),
         ("transform", "/transforms/t", "hadamard"),
@@ -440,6 +459,7 @@ def schema_fields(c: Cases) -> None:
         ("signs-null", "/transforms/t/signs", None),
         ("seed", "/transforms/t/seed", "7"),
         ("matrix", "/transforms/dense/matrix", None),
+        ("index", "/transforms/permutation/index", [0, 1]),
         ("codebook", "/codebooks/b", []),
         ("dimension-true", "/codebooks/b/dimension", True),
         ("values", "/codebooks/b/values", {}),
@@ -462,6 +482,9 @@ def schema_fields(c: Cases) -> None:
         ("tile-item", "/tensors/w2/stages/1/tile/0", None),
         ("codes", "/tensors/w/stages/0/codes", ["w.codes"]),
         ("scales-null", "/tensors/w/stages/0/scales", None),
+        ("outer-scales", "/tensors/w3/stages/0/outer_scales", 1.0),
+        ("offsets", "/tensors/w3/stages/0/offsets", []),
+        ("outer-offsets", "/tensors/w3/stages/0/outer_offsets", True),
         ("column-scale", "/tensors/w/column_scale", 1.0),
         ("data", "/tensors/norm/data", 1),
         ("tied", "/tied_weights", []),
@@ -472,9 +495,13 @@ def schema_fields(c: Cases) -> None:
         ("ratio", "/accounting/ratio", "0.8"),
     ]
     for id, where, value in types:
-        rule = "MAN-2" if value is None else "MAN-1"
         c.set(
-            f"schema/type-{id}", rule, "SCHEMA.TYPE", where, value, "A value of another JSON type than the table says."
+            f"schema/type-{id}",
+            "MAN-2",
+            "SCHEMA.TYPE",
+            where,
+            value,
+            "A value of another JSON type than the table says.",
         )
 
 
@@ -551,6 +578,27 @@ def schema_values(c: Cases) -> None:
     value("sha256-short", "REPO-4", "/files/LICENSE/sha256", "0" * 63, "A digest has 64 digits.")
     value("sha256-prefix", "REPO-4", "/files/LICENSE/sha256", "sha256:" + "0" * 57, "A digest has 64 hex digits.")
     value("file-size-negative", "REPO-4", "/files/LICENSE/size", -1, "A size is not negative.")
+    # [TQ-REPO-8]
+    three = "/files/three.txt"
+    keys: Json = {"base": "valid/repository/chunks"}
+    missing = "SCHEMA.MISSING_FIELD"
+    for key, other in (("chunk_size", "chunks"), ("chunks", "chunk_size")):
+        reason = f"`{key}` and `{other}` stand together."
+        id = key.replace("_", "-")
+        c.remove(f"schema/missing-{id}", "REPO-8", missing, f"{three}/{key}", reason, pointer=f"{three}/{key}", **keys)
+        value(f"null-{id}", "REPO-8", f"{three}/{key}", None, reason, code=missing, **keys)
+    digests = c.repos[keys["base"]].file_entry("support", c.repos[keys["base"]].others["three.txt"][1])["chunks"]
+    for id, chunks, reason in (
+        ("few", digests[:2], "8,193 bytes are three chunks."),
+        ("many", [*digests, "0" * 64], "8,193 bytes are three chunks."),
+        ("none", [], "8,193 bytes are three chunks."),
+        ("short", [*digests[:2], digests[2][:63]], "A digest has 64 digits."),
+        ("upper", [*digests[:2], digests[2].upper()], "Digits are lower case."),
+    ):
+        value(f"chunks-{id}", "REPO-8", f"{three}/chunks", chunks, reason, **keys)
+    value("chunks-empty-file", "REPO-8", "/files/empty.txt/chunks", ["0" * 64], "No byte is in no chunk.", **keys)
+    value("chunk-size-4095", "REPO-8", f"{three}/chunk_size", 4095, "A chunk has 4,096 bytes at least.", **keys)
+    value("chunk-size-other", "REPO-8", f"{three}/chunk_size", 8192, "8,193 bytes are two chunks then.", **keys)
     # [TQ-MAN-6]
     ambiguous = [
         ("passthrough-stages", "/tensors/norm/stages", []),
@@ -563,6 +611,9 @@ def schema_values(c: Cases) -> None:
         ("dense-seed", "/transforms/dense/seed", None),
         ("givens-factors", "/transforms/givens/factors", [4]),
         ("givens-matrix", "/transforms/givens/matrix", "dense.matrix"),
+        ("dense-index", "/transforms/dense/index", "permutation.index"),
+        ("permutation-seed", "/transforms/permutation/seed", None),
+        ("permutation-pairs", "/transforms/permutation/pairs", "givens.pairs"),
     ]
     for id, where, new in ambiguous:
         value(f"ambiguous-{id}", "MAN-6", where, new, "A key of another kind.", code="SCHEMA.AMBIGUOUS")
@@ -625,6 +676,16 @@ def schema_values(c: Cases) -> None:
         "2^64 scalars are 0 in 64 bits.",
         **keys,
     )
+    value(
+        "scalars-empty",
+        "MAN-7 LIM-1",
+        "/tensors/w/shape",
+        [0, 2**50, 16],
+        "A dimension of 0 is taken as 1.",
+        code=limit,
+    )
+    reason = "2^53 - 2 scalars have more bytes than that."
+    value("bytes-passthrough", "PASS-1 MAN-7", "/tensors/norm/shape", [2**52 - 1, 2], reason, **keys)
     # [TQ-MAN-8, TQ-MAN-9]
     value("effective-bits", "MAN-8", "/tensors/w/effective_bits", 2.00001, "Not the sum of bits / p.")
     value(
@@ -703,7 +764,6 @@ def schema_values(c: Cases) -> None:
             f"{stage}/tile",
             tile,
             "A tile has two sides.",
-            code="SCHEMA.VALUE SCHEMA.TYPE",
             base=PLAIN,
         )
     value("tile-p", "CODE-2", f"{stage}/tile", [2, 2], "p = 3 does not divide 2.", base="valid/tiles/vector")
@@ -821,7 +881,7 @@ def schema_values(c: Cases) -> None:
     )
     keys = {
         "base": "valid/codebooks/unsorted-duplicates",
-        "code": "SCHEMA.VALUE SCHEMA.AMBIGUOUS SCHEMA.MISSING_FIELD",
+        "code": "SCHEMA.VALUE",
         "pointer": book,
     }
     value(
@@ -850,7 +910,7 @@ def schema_values(c: Cases) -> None:
         f"{origin}/grid_size",
         None,
         "Lloyd-Max needs the three integers.",
-        code="SCHEMA.VALUE SCHEMA.TYPE SCHEMA.MISSING_FIELD",
+        code="SCHEMA.MISSING_FIELD",
     )
     lloyd = {"method": "lloyd-max-sphere", "vector_length": 16, "grid_size": 8193, "iterations": 96}
     value(
@@ -873,7 +933,7 @@ def schema_values(c: Cases) -> None:
     value("origin-entries", "BOOK-7", f"{book}/origin", lloyd, "Lloyd-Max codebooks have at most 256 entries.", **keys)
     # [TQ-TRAN-*]
     t = "/transforms/t"
-    value("transform-kind", "TRAN-1", f"{t}/kind", "fourier", "Not one of the four kinds.")
+    value("transform-kind", "TRAN-1", f"{t}/kind", "fourier", "Not one of the five kinds.")
     value("size-0", "TRAN-1", f"{t}/size", 0, "A block has an element at least.", base=PLAIN)
     value("size-not-dividing", "TRAN-1", f"{t}/size", 4, "4 does not divide the row of 21.", base=PLAIN)
     value("size-larger", "TRAN-1", f"{t}/size", 42, "42 does not divide the row of 21.", base=PLAIN)
@@ -887,6 +947,38 @@ def schema_values(c: Cases) -> None:
         "8 divides the row, but not the vector of 12.",
         pointer=stage,
         **keys,
+    )
+    reason = "8 and 12 do not divide one another."
+    value(
+        "size-not-dividing-fine",
+        "TRAN-1",
+        f"{stage}/vector_length",
+        6,
+        "8 and 6 do not divide one another.",
+        pointer=stage,
+        **keys,
+    )
+    fine = {"base": "valid/transforms/fine-hadamard", "pointer": stage}
+    reason = "24 columns are no multiple of a block of 48, though vectors of 6 divide it."
+    value(
+        "size-beyond-columns",
+        "TRAN-1",
+        "/tensors/w/shape",
+        [6, 24],
+        reason,
+        *then(put(f"{t}/size", 48), put(f"{t}/factors", [12, 4]), put(f"{t}/signs", "00" * 6)),
+        **fine,
+    )
+    alone = {"base": "valid/offsets/outer-offsets-alone", "pointer": f"{stage}/offsets"}
+    reason = "Outer offsets multiply offsets."
+    c.remove(
+        "schema/outer-offsets-alone",
+        "NUM-9",
+        missing,
+        f"{stage}/offsets",
+        reason,
+        *then(put("/features", ["outer_scales"])),
+        **alone,
     )
     twelve = "valid/transforms/hadamard-12"
     for id, factors, reason in (
@@ -936,7 +1028,6 @@ def schema_values(c: Cases) -> None:
         f"{t}/signs",
         "0010",
         "The unused bits are zero.",
-        code="SCHEMA.VALUE PACK.PADDING",
         base=twelve,
     )
     value("seed-negative", "TRAN-6", f"{t}/seed", -1, "A seed is not negative.")

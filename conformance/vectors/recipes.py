@@ -59,7 +59,8 @@ def left_to_validators(case: Derived) -> bool:
     """Whether a reader may leave the violation to validators by [TQ-ERR-3]."""
     first = case.steps[0]
     keys = first.get("path", "").split("/")[1:] if first["op"] in ("set", "remove", "rename") else []
-    provenance = {"base_model", "quantization", "accounting", "pipeline_tag", "origin", "extra", "effective_bits"}
+    provenance = {"generator", "base_model", "quantization", "accounting", "pipeline_tag", "origin", "extra"}
+    provenance |= {"effective_bits", "chunk_size", "chunks"}
     codes = {
         "PATH.COLLISION",
         "SCHEMA.FEATURES",

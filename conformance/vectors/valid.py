@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from conformance import oracle
+from conformance.vectors import SIZES
 from conformance.vectors.builder import (
     FEATURES,
-    SIZES,
+    Factor,
     Json,
     Repo,
     Stage,
@@ -92,6 +94,13 @@ def codes() -> Iterator[Valid]:
     text = "21 stream bits in 3 bytes: wrapping symbols skip the 3 padding bits."
     yield Valid("codes/trellis-bits-3-n-7", rules("CODE-5 CODE-6"), text, repo)
 
+    repo = Repo("codes/two-weights")
+    repo.identity()
+    repo.book(5)
+    repo.weight("a", (3, 16), Stage(3))
+    repo.weight("b", (3, 16), Stage(3))
+    yield Valid("codes/two-weights", rules("BOOK-4"), "Two weights, one after the other in the payload.", repo)
+
     repo = Repo("codes/window-equals-bits")
     repo.identity()
     repo.book(5)
@@ -144,7 +153,7 @@ def codebooks() -> Iterator[Valid]:
             f"A vector codebook of p = {p}, {entries} entries.",
             repo,
         )
-    for dtype in ("F16", "F32"):
+    for dtype in ("F16", "BF16", "F32"):
         repo = Repo(f"codebooks/stored-{dtype}")
         repo.identity()
         repo.stored_book(8, 1, dtype)
@@ -328,15 +337,38 @@ def transforms() -> Iterator[Valid]:
             repo,
         )
 
+    for size, cols, length in ((1, 5, None), (24, 24, 8), (4, 24, 12), (36, 36, 36)):
+        repo = Repo(f"transforms/permutation-{size}")
+        repo.permutation(size)
+        repo.book(8)
+        repo.weight("w", (3, cols), Stage(3, vector_length=length), dtype="BF16" if size == 24 else "F32")
+        text = f"A permutation of {size} in rows of {cols}, vectors of {length or cols}."
+        yield Valid(f"transforms/permutation-{size}", rules("TRAN-9 TRAN-1 VER-1"), text, repo)
+
+    fine: list[tuple[str, Callable[[Repo], None], int, int]] = [
+        ("identity", lambda repo: repo.identity(8), 8, 4),
+        ("hadamard", lambda repo: repo.hadamard(12, 2), 24, 6),
+        ("dense", lambda repo: repo.dense(orthogonal(8, 2**20), "F32"), 8, 1),
+        ("givens", lambda repo: repo.givens(8, 2), 8, 2),
+    ]
+    for name, transform, size, length in fine:
+        repo = Repo(f"transforms/fine-{name}")
+        transform(repo)
+        repo.book(8)
+        repo.weight("w", (3, 2 * size), Stage(3, vector_length=length), dtype="F16")
+        text = f"Blocks of {size} in vectors of {length}: {size // length} scales in each block."
+        yield Valid(f"transforms/fine-{name}", rules("TRAN-1 NUM-4 STAGE-1 VER-1"), text, repo)
+
     repo = Repo("transforms/every-kind")
     repo.identity(id="i")
     repo.hadamard(4, id="h", seed=9)
     repo.dense(orthogonal(4, 2**20), "F32", id="d")
     repo.givens(4, 2, id="g")
+    repo.permutation(4, id="p")
     repo.book(4)
-    for id in "ihdg":
+    for id in "ihdgp":
         repo.weight(f"w.{id}", (2, 8), Stage(2, transform=id))
-    yield Valid("transforms/every-kind", rules("TRAN-1"), "Four weights with the four kinds of transform.", repo)
+    yield Valid("transforms/every-kind", rules("TRAN-1"), "Five weights with the five kinds of transform.", repo)
 
 
 def scales() -> Iterator[Valid]:
@@ -352,6 +384,14 @@ def scales() -> Iterator[Valid]:
     repo.book(4)
     repo.weight("w", (3, 8), Stage(2, vector_length=4, scales=[[0.0, 1.0], [0.5, -0.0], [0.0, 0.0]]))
     yield Valid("scales/zero", rules("NUM-1 NUM-4"), "Scales that are 0 and -0.", repo)
+
+    for dtype in ("F16", "BF16", "F32"):
+        repo = Repo(f"scales/negative-{dtype}")
+        repo.hadamard(4)
+        repo.book(4)
+        signed = repo.random.fixed(-256, 256, 256, (3, 2))
+        repo.weight("w", (3, 8), Stage(2, vector_length=4, scale_dtype=dtype, scales=signed))
+        yield Valid(f"scales/negative-{dtype.lower()}", rules("NUM-1"), f"Scales of both signs, {dtype}.", repo)
 
     repo = Repo("scales/subnormal")
     repo.identity()
@@ -420,6 +460,246 @@ def scales() -> Iterator[Valid]:
     yield Valid("scales/column-rank-4", rules("NUM-2"), "A column scale belongs to the last dimension.", repo)
 
 
+def outer_scales() -> Iterator[Valid]:
+    table: list[tuple[str, tuple[int, int], str]] = [
+        ("U8", (3, 2), "F16"),
+        ("I8", (3, 1), "BF16"),
+        ("F8_E4M3", (1, 4), "F32"),
+        ("F8_E8M0", (1, 1), "F16"),
+        ("U8", (3, 4), "F32"),
+    ]
+    for k, (dtype, outer, outer_dtype) in enumerate(table):
+        name = f"outer-{dtype.lower().replace('_', '-')}{'-each' if k == 4 else ''}"
+        repo = Repo(f"scales/{name}")
+        repo.hadamard(4)
+        repo.book(8)
+        stage = Stage(3, vector_length=4, factor=Factor(dtype, outer, outer_dtype))
+        repo.weight("w", (3, 16), stage, dtype="BF16" if k % 2 else "F32")
+        text = f"{dtype} scales of four vectors a row, multiplied by {outer_dtype} {list(outer)}."
+        yield Valid(f"scales/{name}", rules("NUM-1 NUM-8 NUM-4 VER-1 ACC-2"), text, repo)
+    for dtype, shape in (("F8_E4M3", (2, 127)), ("F8_E8M0", (5, 51))):
+        repo = Repo(f"scales/every-{dtype}")
+        repo.identity()
+        repo.book(1, values=[1.0])
+        every = oracle.FLOAT8[dtype][~np.isnan(oracle.FLOAT8[dtype])]
+        repo.weight("w", shape, Stage(1, vector_length=1, factor=Factor(dtype, np.ones((1, 1)), "F32", every)))
+        name, text = (
+            dtype.lower().replace("_", "-"),
+            f"Every finite number of {dtype}, subnormal ones and zeros included.",
+        )
+        yield Valid(f"scales/every-{name}", rules("NUM-8"), text, repo)
+    e2m1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    formats: list[tuple[str, list[float], Stage, str]] = [
+        (
+            "mxfp4",
+            [*e2m1, *[-x for x in e2m1]],
+            Stage(4, vector_length=32, factor=Factor("F8_E8M0", np.ones((1, 1)))),
+            "MXFP4",
+        ),
+        (
+            "nvfp4",
+            [*e2m1, *[-x for x in e2m1]],
+            Stage(4, vector_length=16, factor=Factor("F8_E4M3", (1, 1), "F32")),
+            "NVFP4",
+        ),
+        (
+            "q6-k",
+            [float(k) for k in range(-32, 32)],
+            Stage(6, vector_length=16, factor=Factor("I8", (2, 1))),
+            "GGUF Q6_K",
+        ),
+    ]
+    for name, levels, stage, what in formats:
+        repo = Repo(f"scales/{name}")
+        repo.identity()
+        repo.book(len(levels), values=levels)
+        repo.weight("w", (2, 64), stage, dtype="BF16")
+        yield Valid(f"scales/{name}", rules("NUM-8"), f"The arithmetic of {what}.", repo)
+
+
+def offsets() -> Iterator[Valid]:
+    for dtype in ("F16", "BF16", "F32"):
+        repo = Repo(f"offsets/{dtype}")
+        repo.identity()
+        repo.book(16, values=[float(k) for k in range(16)])
+        repo.weight("w", (3, 16), Stage(4, vector_length=8, offsets=Factor(dtype)), dtype="F16")
+        text = f"Offsets stored as {dtype}, two a row, and levels 0 to 15."
+        yield Valid(f"offsets/{dtype.lower()}", rules("NUM-9 STAGE-1 VER-1 ACC-2"), text, repo)
+
+    repo = Repo("offsets/hadamard")
+    repo.hadamard(12)
+    repo.book(8)
+    repo.weight("w", (3, 24), Stage(3, vector_length=12, offsets=Factor("F32")))
+    yield Valid("offsets/hadamard", rules("NUM-9 NUM-4 STAGE-1"), "Offsets are added before T^-1.", repo)
+
+    repo = Repo("offsets/fine")
+    repo.hadamard(16)
+    repo.book(8)
+    repo.weight("w", (3, 16), Stage(3, vector_length=4, offsets=Factor("F16")), dtype="BF16")
+    yield Valid("offsets/fine", rules("NUM-9 TRAN-1 NUM-4"), "Four scales and four offsets in one block.", repo)
+
+    repo = Repo("offsets/outer")
+    repo.identity()
+    repo.book(16, values=[float(k) for k in range(16)])
+    scale, offset = Factor("U8", (2, 1)), Factor("U8", (2, 1))
+    repo.weight("w", (2, 256), Stage(4, vector_length=32, factor=scale, offsets=offset), dtype="BF16")
+    yield Valid("offsets/outer", rules("NUM-9 NUM-8"), "The arithmetic of GGUF Q4_K.", repo)
+
+    repo = Repo("offsets/outer-mixed")
+    repo.givens(4, 2)
+    repo.book(16)
+    scale, offset = Factor("F8_E4M3", (1, 2), "BF16"), Factor("I8", (3, 4), "F32")
+    repo.weight("w", (3, 16), Stage(4, vector_length=4, factor=scale, offsets=offset))
+    text = "Scales and offsets of other dtypes, with outer ones of other shapes."
+    yield Valid("offsets/outer-mixed", rules("NUM-9 NUM-8"), text, repo)
+
+    repo = Repo("offsets/outer-offsets-alone")
+    repo.identity()
+    repo.book(4)
+    repo.weight("w", (2, 8), Stage(2, vector_length=4, offsets=Factor("F8_E8M0", (2, 2))))
+    text = "Scales without outer ones, offsets with them: the feature is in use."
+    yield Valid("offsets/outer-offsets-alone", rules("NUM-9 VER-1"), text, repo)
+
+    repo = Repo("offsets/cancel")
+    repo.identity(4)
+    repo.book(4, values=[0.0, 1.0, 2.0, 3.0])
+    stage = Stage(2, symbols=[[0, 1, 2, 3]] * 2, scales=[[1.0], [0.5]], offsets=Factor("F32", values=[[-3.0], [-0.5]]))
+    repo.weight("w", (2, 4), stage)
+    yield Valid(
+        "offsets/cancel", rules("NUM-4 NUM-9"), "Where an offset cancels, the value is 0, the tolerance is not.", repo
+    )
+
+    repo = Repo("offsets/cancel-large")
+    repo.identity()
+    repo.book(2, values=[-1.0, 1.0])
+    large = Factor("F32", values=[[2.0**127], [-(2.0**127)]])
+    symbols = [[0, 0, 0], [1, 1, 1]]
+    repo.weight("w", (2, 3), Stage(1, symbols=symbols, scales=[[2.0**127]] * 2, scale_dtype="F32", offsets=large))
+    text = "Nothing on the way is beyond binary32, though the sum of the magnitudes is."
+    yield Valid("offsets/cancel-large", rules("NUM-6 NUM-9"), text, repo)
+
+    repo = Repo("offsets/negative-scales")
+    repo.identity()
+    repo.book(16, values=[float(k) for k in range(16)])
+    scales = repo.random.fixed(-64, 64, 256, (3, 4))
+    zeros = repo.random.integers(0, 16, (3, 4))
+    offset = Factor("F32", values=-scales * zeros)
+    repo.weight("w", (3, 16), Stage(4, vector_length=4, scales=scales, offsets=offset), dtype="BF16")
+    yield Valid(
+        "offsets/negative-scales", rules("NUM-9 NUM-1"), "The arithmetic of GPTQ: offset = -scale * zero.", repo
+    )
+
+    repo = Repo("offsets/activation-order")
+    repo.permutation(32)
+    repo.book(16, values=[float(k) for k in range(16)])
+    repo.weight("w", (3, 32), Stage(4, vector_length=8, offsets=Factor("F16")), dtype="F16")
+    text = "The arithmetic of GPTQ with activation order: groups of permuted columns."
+    yield Valid("offsets/activation-order", rules("TRAN-9 NUM-9 TRAN-1"), text, repo)
+
+    repo = Repo("offsets/everything")
+    repo.hadamard(4, 2, id="h")
+    repo.permutation(12, id="p")
+    repo.stored_book(2**6, dtype="BF16", id="trellis")
+    repo.stored_book(16, 2, rows=4, id="rows")
+    first = Stage(
+        2, "trellis", "h", window=6, tile=(2, 12), vector_length=4, factor=Factor("I8", (1, 3)), offsets=Factor("BF16")
+    )
+    second = Stage(4, "rows", "p", vector_length=6, offsets=Factor("F8_E4M3", (4, 4), "F32"))
+    repo.weight("w", (4, 24), first, second, dtype="F16", column_scale="F16")
+    text = "Two stages, tiles, a trellis, a codebook per row, fine scales, outer scales and offsets, a column scale."
+    yield Valid("offsets/everything", rules("NUM-9 NUM-8 STAGE-1 STAGE-2 NUM-2"), text, repo)
+
+
+def products() -> Iterator[Valid]:
+    """Weights and what they make of an x, for engines that do not decode."""
+    table: list[tuple[str, Callable[[Repo], None], tuple[int, ...], list[Stage], Json, str]] = [
+        ("identity", lambda r: r.identity(), (3, 16), [Stage(3, vector_length=8)], {}, "Two scales a row."),
+        (
+            "hadamard",
+            lambda r: r.hadamard(12, 2),
+            (4, 48),
+            [Stage(3, vector_length=24)],
+            {"dtype": "BF16"},
+            "T x, block by block.",
+        ),
+        (
+            "dense",
+            lambda r: r.dense(orthogonal(8, 2**20), "F32"),
+            (3, 24),
+            [Stage(3)],
+            {},
+            "Three blocks in one vector.",
+        ),
+        ("givens", lambda r: r.givens(8, 3), (3, 16), [Stage(3)], {}, "Plane rotations."),
+        (
+            "permutation",
+            lambda r: r.permutation(32),
+            (3, 32),
+            [Stage(3, vector_length=8)],
+            {},
+            "Four groups of permuted columns.",
+        ),
+        (
+            "fine",
+            lambda r: r.hadamard(16),
+            (3, 32),
+            [Stage(3, vector_length=4)],
+            {"dtype": "F16"},
+            "Scales finer than blocks.",
+        ),
+        (
+            "offsets",
+            lambda r: r.hadamard(8),
+            (3, 32),
+            [Stage(3, vector_length=16, offsets=Factor("F16"))],
+            {},
+            "Offsets times sums of T x.",
+        ),
+        (
+            "outer",
+            lambda r: r.identity(),
+            (2, 256),
+            [Stage(3, vector_length=32, factor=Factor("U8", (2, 1)), offsets=Factor("U8", (2, 1)))],
+            {"dtype": "BF16"},
+            "Two levels of scales and offsets.",
+        ),
+        (
+            "column-scale",
+            lambda r: r.hadamard(16),
+            (3, 16),
+            [Stage(3)],
+            {"column_scale": "F16"},
+            "The column scale goes to x.",
+        ),
+        (
+            "stages",
+            lambda r: r.hadamard(16),
+            (2, 2, 32),
+            [Stage(3), Stage(3, vector_length=16)],
+            {"dtype": "F16"},
+            "Two stages, rank 3.",
+        ),
+        ("tiles", lambda r: r.hadamard(8), (6, 16), [Stage(3, tile=(3, 8))], {}, "Tiles of three rows."),
+    ]
+    for name, transform, shape, parts, keys, text in table:
+        repo = Repo(f"products/{name}")
+        transform(repo)
+        repo.book(8)
+        repo.weight("w", shape, *parts, **keys)
+        repo.multiply("w")
+        yield Valid(f"products/{name}", rules("FUSE-1 FUSE-2 FUSE-3"), text, repo)
+
+    repo = Repo("products/trellis-rows")
+    repo.hadamard(28)
+    repo.stored_book(64, rows=3)
+    repo.weight("w", (3, 28), Stage(2, window=6), dtype="BF16")
+    repo.multiply("w")
+    repo.multiply("w")
+    yield Valid(
+        "products/trellis-rows", rules("FUSE-1 FUSE-2 FUSE-3"), "A trellis, a codebook per row, two products.", repo
+    )
+
+
 def shapes() -> Iterator[Valid]:
     table: list[tuple[str, tuple[int, ...], str]] = [
         ("rank-3", (2, 3, 8), "Rank 3."),
@@ -450,6 +730,15 @@ def shapes() -> Iterator[Valid]:
     repo.weight("w", (0, 8), Stage(2, window=4, tile=(2, 8)), Stage(2, window=4, vector_length=4), column_scale="F16")
     text = "No rows together with a codebook per row, a trellis, tiles, stages, a column scale and a dense rotation."
     yield Valid("shapes/zero-rows-rich", rules("MAN-7 BOOK-3 CODE-2"), text, repo)
+
+    repo = Repo("shapes/zero-rows-offsets")
+    repo.permutation(8)
+    repo.book(4)
+    stage = Stage(2, vector_length=4, factor=Factor("U8", (0, 2)), offsets=Factor("I8", (1, 1)))
+    repo.weight("w", (0, 8), stage)
+    yield Valid(
+        "shapes/zero-rows-offsets", rules("NUM-8 NUM-9 MAN-7"), "No rows, and outer scales of none and of one.", repo
+    )
 
     repo = Repo("shapes/widest")
     repo.identity(2**20)
@@ -620,11 +909,12 @@ def passthrough() -> Iterator[Valid]:
     repo.passthrough("a", "F32", (0,))
     yield Valid("passthrough/only-empty", rules("PAY-5 ACC-1"), "Nothing is stored: the ratio is 0.", repo)
 
-    repo = Repo("passthrough/unaligned")
+    repo = Repo("passthrough/sizes")
     repo.passthrough("a", "U8", (3,))
     repo.passthrough("b", "F64", (2,))
     repo.passthrough("c", "BF16", (3,))
-    yield Valid("passthrough/unaligned", rules("PAY-5 PAY-7"), "Data need not be aligned to their dtype.", repo)
+    text = "The part with an odd length lies behind the others, so that all are aligned."
+    yield Valid("passthrough/sizes", rules("PAY-5 PAY-7 PAY-8"), text, repo)
 
     repo = Repo("passthrough/nothing")
     yield Valid(
@@ -656,6 +946,11 @@ def typical() -> Repo:
         Stage(2, "trellis", "givens", window=4, tile=(2, 4)),
         column_scale="F32",
     )
+    repo.permutation(8, id="permutation")
+    stage = Stage(
+        3, "pairs", "permutation", vector_length=4, factor=Factor("U8", (1, 1)), offsets=Factor("I8", (2, 2), "F32")
+    )
+    repo.weight("w3", (2, 8), stage)
     repo.tied = {"alias": "w"}
     repo.others["config.json"] = ("support", b'{"model_type": "example"}\n')
     repo.others["example.py"] = ("code", b'raise SystemExit("a reader must not run this")\n')
@@ -665,7 +960,7 @@ def typical() -> Repo:
 
 def repository() -> Iterator[Valid]:
     repo = typical()
-    text = "Support, code and document files, two weights, a passthrough tensor, every feature, a tie."
+    text = "Support, code and document files, three weights, a passthrough tensor, every feature, a tie."
     yield Valid("repository/typical", rules("REPO-1 REPO-3 REPO-4 SEC-1 MAN-9 PAY-6 ACC-1 TIE-1"), text, repo)
 
     repo = small("repository/loader")
@@ -676,8 +971,24 @@ def repository() -> Iterator[Valid]:
         "repository/loader", rules("REPO-6 REPO-7"), "A stamped loader; which release it is, is another question.", repo
     )
 
+    repo = small("repository/chunks")
+    repo.chunk_size = 4096
+    for name, size in (("empty.txt", 0), ("one.txt", 4096), ("three.txt", 8193)):
+        repo.others[name] = ("support", b"0123456789abcdef" * 512 + b"x" if size == 8193 else b"y" * size)
+    yield Valid("repository/chunks", rules("REPO-8"), "Files of none, one and three chunks.", repo)
+
     repo = small("repository/file-names")
-    for name in ("_", "0", "a" + "-._" * 42 + "a", "A.JSON", "tokenizer.model"):
+    for name in (
+        "_",
+        "0",
+        "a" + "-._" * 42 + "a",
+        "A.JSON",
+        "tokenizer.model",
+        "console",
+        "com0.txt",
+        "lpt10",
+        "x.nul",
+    ):
         repo.others[name] = ("support", name.encode())
     repo.others["turboquant_weights.md"] = ("document", b"")
     yield Valid(
@@ -744,6 +1055,15 @@ def json_text() -> Iterator[Valid]:
     repo.top["extra"] = {"a": nested(62)}
     yield Valid("json/depth-64", rules("JSON-5 MAN-1"), "64 levels of nesting, the manifest being the first.", repo)
 
+    repo = Repo("json/minus-zero")
+    repo.passthrough("empty", "F32", (0, 3))
+    text = "-0 is the integer 0, in the manifest and in the header."
+
+    def minus(text: str) -> str:
+        return text.replace('"shape": [0, 3]', '"shape": [-0, 3]')
+
+    yield Valid("json/minus-zero", rules("JSON-4"), text, repo, minus)
+
     repo = small("json/numbers")
     repo.top["extra"] = {"largest": 2**53 - 1, "least": -(2**53) + 1, "tiny": "TINY", "big": "BIG", "zero": "ZERO"}
     repo.codebooks["b"]["values"] = [-1.5, -0.5, 0.5, 1.5]
@@ -769,8 +1089,9 @@ def manifest() -> Iterator[Valid]:
     repo.hadamard(4, id="h", extra=extra)
     repo.dense(orthogonal(4, 2**20), "F32", id="d", extra=extra)
     repo.givens(4, 1, id="g", extra=extra)
+    repo.permutation(4, id="p", extra=extra)
     repo.book(4, origin={"method": "none", "extra": extra}, extra=extra)
-    for id in "ihdg":
+    for id in "ihdgp":
         repo.weight(f"w.{id}", (2, 4), Stage(2, transform=id, keys={"extra": extra}), extra=extra)
     repo.passthrough("p", "U8", (2,), extra=extra)
     repo.top["extra"] = extra
@@ -797,7 +1118,10 @@ def manifest() -> Iterator[Valid]:
 
     repo = small("manifest/defaults-written")
     repo.identity(id="i", extra={})
-    stage_defaults: Json = {"window": None, "vector_length": None, "tile": None, "extra": {}}
+    stage_defaults: Json = dict.fromkeys(
+        ("window", "vector_length", "tile", "outer_scales", "offsets", "outer_offsets")
+    )
+    stage_defaults["extra"] = {}
     repo.weight("d", (2, 8), Stage(2, transform="i", keys=stage_defaults), column_scale=None, extra={})
     repo.tensors["d"]["column_scale"] = None
     repo.transforms["t"]["seed"] = None
@@ -826,7 +1150,14 @@ def manifest() -> Iterator[Valid]:
         "extra": {},
     }
     text = "Every default is written out: that means the same as leaving it out."
-    yield Valid("manifest/defaults-written", rules("MAN-2"), text, repo)
+
+    def file_defaults(text: str) -> str:
+        document = json.loads(text)
+        for file in document["files"].values():
+            file |= {"chunk_size": None, "chunks": None, "extra": {}}
+        return dump_tables(document)
+
+    yield Valid("manifest/defaults-written", rules("MAN-2"), text, repo, file_defaults)
 
     repo = small("manifest/quantization-full")
     repo.top["pipeline_tag"] = "text-generation"
@@ -897,6 +1228,20 @@ def container() -> Iterator[Valid]:
     repo.order = ["norm.data", "w.scales", "w.codes"]
     yield Valid("container/data-order", rules("PAY-5"), "The data lie in another order than the header's keys.", repo)
 
+    repo = Repo("container/header-unpadded")
+    repo.alignment = 4
+    repo.passthrough("a", "F32", (3,))
+    repo.metadata = {"pad": "xxxx"}
+    text = "The data begin at a multiple of 4, and of no more: that is enough for F32."
+    yield Valid("container/header-unpadded", rules("PAY-8"), text, repo)
+
+    repo = Repo("container/empty-unaligned")
+    repo.passthrough("b", "U8", (3,))
+    repo.passthrough("c", "F64", (0,))
+    yield Valid(
+        "container/empty-unaligned", rules("PAY-8 PAY-5"), "A tensor without elements may begin anywhere.", repo
+    )
+
     repo = Repo("container/empty-anywhere")
     for name, length in (("a", 0), ("b", 3), ("c", 0), ("d", 2), ("e", 0)):
         repo.passthrough(name, "U8", (length,))
@@ -964,6 +1309,19 @@ def limits() -> Iterator[Valid]:
 
 
 def overflow() -> Iterator[Valid]:
+    repo = Repo("overflow-outer")
+    repo.identity()
+    repo.book(2, values=[-(2.0**-40), 2.0**-40])
+    stage = Stage(1, factor=Factor("U8", np.full((1, 1), 2.0**125), "F32", [[255.0], [16.0]]))
+    repo.weight("w", (2, 4), stage)
+    yield Valid(
+        "numbers/overflow-of-outer-scales",
+        rules("NUM-6 NUM-8"),
+        "A scale times its outer one is beyond binary32, the element is not.",
+        repo,
+        result="acceptable",
+        codes=["DATA.NON_FINITE"],
+    )
     repo = Repo("overflow")
     repo.identity()
     repo.book(2, values=[-(2.0**100), 2.0**100])
@@ -999,6 +1357,9 @@ AREAS = [
     codebooks,
     transforms,
     scales,
+    outer_scales,
+    offsets,
+    products,
     shapes,
     tiles,
     stages,

@@ -87,7 +87,7 @@ def quantize(
         writer.add_file(support.REQUIREMENTS.encode(), "document", "requirements.txt")
         writer.add_file(stamped_loader(), "code", "load_quantized.py")
         progress.close()
-        return writer.finish()
+        return writer.finish(plan.model_order)
 
 
 def resume_key(source: Source, plan: Plan, target: Target, calibration: Calibration | None = None) -> str:

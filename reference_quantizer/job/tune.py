@@ -469,7 +469,7 @@ def write_tuned(
     ) as writer:
         for id, entry in data["transforms"].items():
             keys = {k: v for k, v in entry.items() if k not in ("kind", "size")}
-            keys |= {k: repo._read(entry[k]) for k in ("matrix", "pairs", "angles") if k in entry}
+            keys |= {k: repo._read(entry[k]) for k in ("matrix", "pairs", "angles", "index") if k in entry}
             writer.add_transform(id, entry["kind"], entry["size"], **keys)
         for id, entry in data["codebooks"].items():
             stored = entry.get("tensor") is not None
@@ -479,7 +479,7 @@ def write_tuned(
             writer.add_codebook(id, levels, origin=entry.get("origin"), stored=stored)
         for name, entry in data["tensors"].items():
             if entry["kind"] == "passthrough":
-                kept = repo._read(entry["data"])
+                kept = repo.dequantize(name)
                 tensor = small[name].detach().to("cpu", kept.dtype).reshape(kept.shape) if name in small else kept
                 writer.add_passthrough(name, tensor)
                 continue
@@ -496,10 +496,15 @@ def write_tuned(
         writer.finish()
 
 
-def _scaled(repo: Repo, stage: dict[str, Any], part: Scaled | None) -> dict[str, Tensor]:
-    """The codes of a stage, and its scales times the factor of their row."""
-    scales = repo._read(stage["scales"])
-    if part is not None:
-        factor = part.factor.detach().cpu()[:, None].clamp_min(0)
-        scales = (scales.float() * factor).clamp_max(torch.finfo(scales.dtype).max).to(scales.dtype)
-    return {"codes": repo._read(stage["codes"]), "scales": scales}
+def _scaled(repo: Repo, stage: dict[str, Any], part: Scaled | None) -> dict[str, Any]:
+    """The parts of a stage; what multiplies its levels, and what is added to them, times the factor of the row."""
+    keys = ("codes", "scales", "outer_scales", "offsets", "outer_offsets")
+    found: dict[str, Any] = {key: repo._read(stage[key]) for key in keys if stage.get(key)}
+    for key in ("scales", "offsets") if part is not None else ():
+        key = f"outer_{key}" if f"outer_{key}" in found else key
+        if key in found:
+            factor = part.factor.detach().cpu()[:, None].clamp_min(0)
+            most = torch.finfo(found[key].dtype).max
+            found[key] = (found[key].float() * factor).clamp(-most, most).to(found[key].dtype)
+    stored = {"scale_dtype": "scales", "offset_dtype": "offsets"}
+    return found | {key: repo.spans[stage[kind]].dtype for key, kind in stored.items() if kind in found}

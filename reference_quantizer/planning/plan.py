@@ -1,6 +1,7 @@
 """What becomes of each tensor of a checkpoint, decided from names, shapes and dtypes alone; `quantize` executes it."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -115,6 +116,15 @@ class Plan:
         """Bytes of the stored rotation matrices and codebooks; small codebooks and signs are inline."""
         matrices = sum(4 * size * size for kind, size, _ in self.transforms.values() if kind == "dense")
         return matrices + sum(book.nbytes for book in self.codebooks.values())
+
+    @property
+    def model_order(self) -> list[str]:
+        """All names in the order in which a model uses its weights, as far as names tell: layer 2 before layer 10, heads last."""
+
+        def place(name: str) -> tuple[bool, list[str | int]]:
+            return name.endswith(HEADS), [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", name)]
+
+        return sorted((t.info.name for t in self.tensors), key=place)
 
     def accounting(self) -> dict[str, int | float]:
         """The manifest's `accounting` [TQ-ACC-1, TQ-ACC-2]."""

@@ -264,7 +264,8 @@ def _weight(repo: Repo, name: str, weight: Weight) -> dict[str, Any]:
         return repo.spans[key].end - repo.spans[key].begin
 
     stages, scalars = weight.stages or (), math.prod(weight.shape)
-    codes, scales = sum(size(s.codes) for s in stages), sum(size(s.scales) for s in stages)
+    numbers = [key for s in stages for key in (s.scales, s.outer_scales, s.offsets, s.outer_offsets) if key is not None]
+    codes, scales = sum(size(s.codes) for s in stages), sum(map(size, numbers))
     column = size(weight.column_scale) if weight.column_scale is not None else 0
     found = LAYER.fullmatch(name)
     stack, layer, rest = (found[1], int(found[2]), found[3]) if found else ("", None, name)

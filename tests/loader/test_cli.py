@@ -54,12 +54,12 @@ def test_inspect_tells_the_storage(settings_repo: Path, capsys: pytest.CaptureFi
     stored = len(data) - 8 - int.from_bytes(data[:8], "little")
     total = report["total"]
     assert total["stored_bytes"] == stored == manifest["accounting"]["stored_bytes"]
-    assert total["payload_file_bytes"] == len(data) and total["tensors"] == 15 == len(report["weights"])
+    assert total["payload_file_bytes"] == len(data) and total["tensors"] == 19 == len(report["weights"])
     assert total["original_bytes"] == manifest["accounting"]["original_bytes"]
     assert total["bits_per_weight"] == 8 * len(data) / total["scalars"]
-    assert report["quantized"]["tensors"] == 11 and report["passthrough"]["scalars"] == 48 + 1 + 3
+    assert report["quantized"]["tensors"] == 15 and report["passthrough"]["scalars"] == 48 + 1 + 3
     parts = [report[key]["stored_bytes"] for key in ("quantized", "passthrough", "tables")]
-    assert sum(parts) == stored and parts[2] == 2 * 64 + 4 * 24 + 4 * 64 + 4 * 64 + 3 * 8 * 4 + 3 * 4 * 4 - 4 * 64
+    assert sum(parts) == stored and parts[2] == 2 * 64 + 4 * 24 + 4 * 64 + 3 * 8 * 4 + 3 * 4 * 4 + 4 * 24 + 2 * 4
     assert report["features"] == manifest["features"] and report["tied_weights"] == {"plain.alias": "plain"}
 
 
@@ -74,7 +74,7 @@ def test_inspect_is_readable(settings_repo: Path, capsys: pytest.CaptureFixture[
         "total",
         "ratio",
         "trellis",
-        "... and 3 more (--all)",
+        "... and 7 more (--all)",
         "bits per quantized weight",
         "per weight of the whole payload",
     ):
@@ -110,7 +110,7 @@ def test_verify(settings_repo: Path) -> None:
     done = cli("verify", settings_repo)
     assert (done.returncode, done.stderr) == (0, "") and one_line(done.stdout)
     assert (
-        done.stdout.startswith("ok: 3 files") and "15 weights" in done.stdout and "embedded loader 1.0.0" in done.stdout
+        done.stdout.startswith("ok: 3 files") and "19 weights" in done.stdout and "embedded loader 1.0.0" in done.stdout
     )
     report = json.loads(cli("verify", settings_repo, "--json").stdout)
     scalars = sum(t.numel() for t in load_state_dict(settings_repo).values()) - 6 * 48  # the alias
@@ -146,7 +146,10 @@ def test_verify_decodes_unless_told_not_to(settings_repo: Path, capfd: pytest.Ca
     begin = 8 + int.from_bytes(data[:8], "little") + header["conv.scales"]["data_offsets"][0]
     data[begin : begin + 4] = b"\x00\x00\xc0\x7f"
     (settings_repo / PAYLOAD).write_bytes(data)
-    edit_manifest(settings_repo, lambda m: m["files"][PAYLOAD].update(sha256=sha256(data).hexdigest()))
+    edit_manifest(
+        settings_repo,
+        lambda m: m["files"][PAYLOAD].update(sha256=sha256(data).hexdigest(), chunks=None, chunk_size=None),
+    )
     assert main(["verify", str(settings_repo), "--no-decode"]) == 0
     assert main(["verify", str(settings_repo)]) == 1
     err = capfd.readouterr().err

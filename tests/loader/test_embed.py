@@ -114,7 +114,7 @@ def test_alone_it_decodes_the_same_bits(settings_repo: Path, tmp_path: Path) -> 
     embed(settings_repo)
     repo = Path(shutil.move(settings_repo, tmp_path / "elsewhere"))
     got, want = run_alone(repo, "weights", tmp_path / "out.pt"), load_state_dict(repo)
-    assert got.keys() == want.keys() and len(want) == 16
+    assert got.keys() == want.keys() and len(want) == 20
     for name in want:
         assert got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]), name
 

@@ -98,6 +98,8 @@ def test_there_are_vectors() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", VALID, ids=name)
 def test_valid(case: Path, device: str, tmp_path: Path) -> None:
+    if name(case) == "passthrough/every-dtype" and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no F8_E8M0")
     assert compare(read(materialise(case, tmp_path / "repo"), device), case) < 1
 
 
@@ -463,11 +465,70 @@ def test_an_error_in_the_data_says_which_rows(tmp_path: Path) -> None:
         end = repo.spans["w.scales"].end
     with open(path / "turboquant_weights.safetensors", "r+b") as file:
         file.seek(end - 4)
-        file.write(struct.pack("<f", -1.0))
+        file.write(struct.pack("<f", math.inf))
     with open_repo(path, verify=False) as repo, pytest.raises(TQFormatError) as caught:
         repo.dequantize("w")
     where = re.fullmatch(r"tensors\['w'\]\.stages\[0\]\.scales, rows (\d+) to 2047", caught.value.where)
-    assert caught.value.code == "DATA.SCALE" and where and 0 < int(where[1]) < 2047
+    assert caught.value.code == "DATA.NON_FINITE" and where and 0 < int(where[1]) < 2047
+
+
+@pytest.mark.parametrize("flipped", [0, 4096, -1])
+def test_chunks_are_verified_in_place_of_the_file(tmp_path: Path, flipped: int) -> None:
+    """Every chunk counts, and the error says which one is wrong [TQ-REPO-8]."""
+    with new_writer(tmp_path / "repo", chunk_size=4096) as writer:
+        writer.add_passthrough("a", torch.arange(20000.0))
+        path = writer.finish()
+    size = (path / PAYLOAD).stat().st_size
+    edit_manifest(path, lambda m: m["files"][PAYLOAD].update(sha256="0" * 64))
+    with open_repo(path) as repo:  # the chunks are right, and were verified
+        assert repo.dequantize("a")[-1] == 19999
+    place = flipped % size
+    flip(PAYLOAD, place, 3)(path)
+    with pytest.raises(TQFormatError) as caught:
+        open_repo(path)
+    assert caught.value.code == "BIND.DIGEST" and f"of the bytes from {place // 4096 * 4096}," in caught.value.message
+    edit_manifest(path, lambda m: [m["files"][PAYLOAD].pop(key) for key in ("chunk_size", "chunks")])
+    with pytest.raises(TQFormatError, match=r"BIND\.DIGEST.* expected sha256 0{64}"):
+        open_repo(path)
+
+
+def test_exponents_need_no_new_torch_but_tensors_of_them_do(
+    repo_path: Path, values: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F8_E8M0 scales are decoded from their bytes; a passthrough tensor has the dtype itself."""
+    with new_writer(tmp_path / "repo") as writer:
+        writer.add_passthrough("e", torch.tensor([0, 127, 254], dtype=torch.uint8), dtype="F8_E8M0")
+        path = writer.finish()
+    if hasattr(torch, "float8_e8m0fnu"):
+        assert read(path)["e"].float().tolist() == [2.0**-127, 1.0, 2.0**127]
+        monkeypatch.delattr(torch, "float8_e8m0fnu")
+    with open_repo(repo_path) as repo:
+        assert repo.spans["exponents.scales"].dtype == "F8_E8M0"
+        assert raw(repo.dequantize("exponents")) == raw(values["exponents"])
+    with open_repo(path) as repo, pytest.raises(TQFormatError, match=r"UNSUPPORTED\.LIBRARY.* a torch that has"):
+        repo.dequantize("e")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ends_of_the_exponents(tmp_path: Path, device: str) -> None:
+    """2^-127, which is subnormal in binary32, and 2^127 are exact; 255 is an error [TQ-NUM-8]."""
+    with new_writer(tmp_path / "repo") as writer:
+        writer.add_transform("i", "identity", 1)
+        writer.add_codebook("c", [1.0, 0.75])
+        codes = pack(torch.tensor([[0, 1]] * 4).int(), 1)
+        stage = {"bits": 1, "codebook": "c", "transform": "i", "codes": codes, "outer_scales": torch.ones(1, 1)}
+        stage |= {"scales": torch.tensor([[0], [1], [127], [254]], dtype=torch.uint8), "scale_dtype": "F8_E8M0"}
+        writer.add_quantized("w", [4, 2], "F32", [stage])
+        path = writer.finish()
+    want = [[2.0**k, 0.75 * 2.0**k] for k in (-127, -126, 0, 127)]
+    with open_repo(path) as repo:
+        assert repo.dequantize("w", device).tolist() == want
+        place = repo.spans["w.scales"].begin
+    with open(path / PAYLOAD, "r+b") as file:
+        file.seek(place)
+        file.write(b"\xff")
+    with open_repo(path, verify=False) as repo, pytest.raises(TQFormatError, match=r"DATA\.NON_FINITE.*scales"):
+        repo.dequantize("w", device)
 
 
 def test_a_manifest_is_bound_in_size(tmp_path: Path) -> None:

@@ -294,6 +294,8 @@ def dense_transform(transform: dict[str, Any], payload: oracle.Payload, spec: di
             h = np.kron(h, spec["hadamard_factor"](f))
         signs = [1 - 2 * (bytes.fromhex(transform["signs"])[j // 8] >> (j % 8) & 1) for j in range(size)]
         return h * np.array(signs) / math.sqrt(size)
+    if transform["kind"] == "permutation":
+        return np.eye(size)[np.frombuffer(payload[transform["index"]][2], "<i4")]
     t = np.eye(size)
     _, shape, raw = payload[transform["pairs"]]
     pairs = np.frombuffer(raw, "<i4").reshape(shape)
@@ -305,6 +307,18 @@ def dense_transform(transform: dict[str, Any], payload: oracle.Payload, spec: di
             rotation[i, j], rotation[j, i] = -math.sin(a), math.sin(a)
             t = rotation @ t
     return t
+
+
+def factors_by_spec(stage: dict[str, Any], key: str, payload: oracle.Payload) -> Any:
+    """The scales or offsets of a stage, one by one as [TQ-NUM-8] says."""
+    values = oracle.to_float64(payload[stage[key]])
+    if not stage.get(f"outer_{key}"):
+        return values
+    outer = oracle.to_float64(payload[stage[f"outer_{key}"]])
+    product = np.empty(values.shape)
+    for r, v in np.ndindex(*values.shape):
+        product[r, v] = values[r, v] * outer[r if len(outer) > 1 else 0, v // (values.shape[1] // outer.shape[1])]
+    return product
 
 
 def by_spec(manifest: Any, payload: oracle.Payload, name: str, spec: dict[str, Any]) -> Any:
@@ -325,7 +339,7 @@ def by_spec(manifest: Any, payload: oracle.Payload, name: str, spec: dict[str, A
         _, (tiles, tile_bytes), raw = payload[stage["codes"]]
         total += spec["decode_stage"](
             [raw[k * tile_bytes : (k + 1) * tile_bytes] for k in range(tiles)],
-            oracle.to_float64(payload[stage["scales"]]),
+            factors_by_spec(stage, "scales", payload),
             levels,
             lambda b, t=t: t.T @ b,
             (rows, cols),
@@ -334,6 +348,7 @@ def by_spec(manifest: Any, payload: oracle.Payload, name: str, spec: dict[str, A
             stage.get("vector_length") or cols,
             tuple(stage.get("tile") or (1, cols)),
             transform["size"],
+            factors_by_spec(stage, "offsets", payload) if stage.get("offsets") else 0.0,
         )
     if entry.get("column_scale"):
         total = total * oracle.to_float64(payload[entry["column_scale"]])
@@ -354,6 +369,98 @@ def test_oracle_agrees_with_the_specification(case: Path, spec: dict[str, Any]) 
             assert (np.abs(theirs - decoded.exact) <= decoded.tolerance * 2.0**-20).all()
         else:
             assert decoded.exact.size == 0
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("valid/*/*/products.json")), ids=lambda path: path.parent.name)
+def test_products_agree_with_the_specification(path: Path, spec: dict[str, Any]) -> None:
+    manifest, payload = oracle.read_repo(path.parent / "repo")
+    for entry in json.loads(path.read_text())["products"]:
+        x, y, bound = (np.array([float.fromhex(v) for v in entry[key]]) for key in ("x", "y", "bound"))
+        weight = manifest["tensors"][entry["weight"]]
+        if weight.get("column_scale"):
+            x = x * oracle.to_float64(payload[weight["column_scale"]])
+        stages, shape = [], (len(y), len(x))
+        for stage in weight["stages"]:
+            transform = manifest["transforms"][stage["transform"]]
+            t = dense_transform(transform, payload, spec)
+            parts = list(oracle.decode_stage(stage, manifest, payload, shape))
+            u, offset = (np.concatenate([getattr(part, key) for part in parts]) for key in ("product", "offset"))
+            stages.append((u, offset, lambda b, t=t: t @ b, transform["size"]))
+        theirs, bounds = spec["fused_product"](x, stages)
+        assert (abs(theirs - y) <= bound * 2.0**-40).all()
+        # a stored matrix is orthogonal to its precision [TQ-TRAN-7]
+        assert np.allclose(bounds, bound, rtol=1e-12) and (abs(y) <= bound * (1 + 2.0**-12)).all()
+
+
+def test_grades_by_hand() -> None:
+    assert oracle.grade(1.0, 1.0, 0.0) == oracle.grade(2.0**-126, 0.0, 0.0) == oracle.BEST_GRADE
+    assert oracle.grade(math.nan, 1.0, 1.0) == oracle.grade(math.inf, 1.0, 1.0) == -1
+    assert oracle.grade(1.0 + 2.0**-7, 1.0, 1.0) == 7
+    assert oracle.grade(1.0 + 2.0**-7 + 2.0**-50, 1.0, 1.0) == 6
+    assert oracle.grade(2.0, 1.0, 1.0) == 0 and oracle.grade(2.5, 1.0, 1.0) == -1
+
+
+def test_float8_known_answers() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype, name in (("F8_E4M3", "float8_e4m3fn"), ("F8_E8M0", "float8_e8m0fnu")):
+        table = [math.nan if text is None else float.fromhex(text) for text in known("float8")["values"][dtype]]
+        assert np.array_equal(oracle.FLOAT8[dtype], table, equal_nan=True)
+        if hasattr(torch, name):  # e8m0 came with torch 2.7
+            theirs = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).to(torch.float64)
+            assert np.array_equal(theirs.numpy(), table, equal_nan=True)
+    assert [oracle.FLOAT8["F8_E4M3"][byte] for byte in (0x01, 0x38, 0x7E, 0xB8)] == [2.0**-9, 1.0, 448.0, -1.0]
+    assert [oracle.FLOAT8["F8_E8M0"][byte] for byte in (0, 127, 254)] == [2.0**-127, 1.0, 2.0**127]
+
+
+def test_scales_known_answers() -> None:
+    for entry in known("scales")["scales"]:
+        stored, outer = (
+            oracle.to_float64((raw["dtype"], tuple(raw["shape"]), bytes.fromhex(raw["hex"])))
+            for raw in (entry["stored"], entry["outer"])
+        )
+        rows, vectors = stored.shape
+        outer = np.broadcast_to(outer, (rows, outer.shape[1])).repeat(vectors // outer.shape[1], axis=1)
+        assert (stored * outer).ravel().tolist() == [float.fromhex(value) for value in entry["values"]]
+
+
+def test_stages_known_answers(spec: dict[str, Any]) -> None:
+    for entry in known("stages")["stages"]:
+        numbers = {key: np.array([float.fromhex(v) for v in entry[key]]) for key in ("levels", "scales", "offsets")}
+        rows, cols = entry["shape"]
+        before = numbers["levels"][entry["symbols"]] * numbers["scales"].repeat(entry["vector_length"])
+        if len(numbers["offsets"]):
+            before = before + numbers["offsets"].repeat(entry["vector_length"])
+        assert before.tolist() == [float.fromhex(v) for v in entry["before"]]
+        size = math.prod(entry["factors"])
+        t = dense_transform({"kind": "hadamard", "size": size, **{k: entry[k] for k in ("factors", "signs")}}, {}, spec)
+        after = (before.reshape(-1, size) @ t).ravel()
+        assert np.allclose(after, [float.fromhex(v) for v in entry["after"]], rtol=0, atol=1e-12)
+        assert rows * cols == len(after)
+
+
+def test_permutation_known_answers(spec: dict[str, Any]) -> None:
+    for entry in known("permutation")["permutations"]:
+        size = len(entry["index"])
+        assert spec["inverse_permutation"](np.arange(size), entry["index"]).tolist() == entry["inverse"]
+
+
+def test_products_known_answers(spec: dict[str, Any]) -> None:
+    for entry in known("products")["products"]:
+        u, offset, x, y, bound = (
+            np.array([float.fromhex(v) for v in entry[key]]) for key in ("scale_level", "offset", "x", "y", "bound")
+        )
+        size = math.prod(entry["factors"])
+        t = dense_transform({"kind": "hadamard", "size": size, **{k: entry[k] for k in ("factors", "signs")}}, {}, spec)
+        theirs, bounds = spec["fused_product"](x, [(u[None], offset[None], lambda b, t=t: t @ b, size)])
+        assert np.allclose(theirs, y, rtol=0, atol=bound[0] * 2.0**-40) and np.allclose(bounds, bound, rtol=1e-12)
+
+
+def test_offsets_count_in_the_tolerance() -> None:
+    """[TQ-NUM-4] M holds |scale * level| + |offset|, even where the two cancel."""
+    (weight,) = oracle.decode_repo(ROOT / "valid/offsets/cancel/repo").values()
+    # levels 0 to 3 times 1 and 0.5, offsets -3 and -0.5, blocks of 4
+    assert weight.exact.tolist() == [[-3.0, -2.0, -1.0, 0.0], [-0.5, 0.0, 0.5, 1.0]]
+    assert weight.tolerance.tolist() == [[6.0 * 2**-20] * 4, [2.0 * 2**-20] * 4]
 
 
 def test_hadamard_sums_are_exact() -> None:

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from conformance import oracle
 from conformance.__main__ import main
 from conformance.adapters import reference
-from conformance.runner import html, run
+from conformance.runner import html, run, score
 from conformance.runner.describe import describe, judge_write, wrong_repository
 from conformance.runner.protocol import Answer, Session, StartError, fault, parse_answer, resident
 from conformance.runner.score import Case, judge_load, tensor_bytes
@@ -31,9 +32,11 @@ from conformance.runner.weaknesses import ACCEPTS, ENDS, ROUNDS_DOWN, WRONG
 from conformance.vectors import ROOT as VECTORS
 from conformance.vectors import load_case, materialise
 
-FEATURES = ["trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles", "dense", "givens"]
+FEATURES = ["trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles"]
+FEATURES += ["offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation"]
 HEAD = {"status": "results", "protocol": 1, "implementation": "fake", "version": "1", "operations": ["load"]}
 VALID, INVALID, ACCEPTABLE = "valid/codes/bits-2", "invalid/json/nan", "acceptable/json/depth-65"
+PRODUCTS = "valid/products/trellis-rows"
 OTHER, IS_NAN = "invalid/json/comment", "'NaN' in open(request['path'] + '/quant_manifest.json').read()"
 PROTOCOL = json.loads((ROOT / "schemas" / "protocol.schema.json").read_text("utf-8"))
 REPORT = jsonschema.Draft202012Validator(json.loads((ROOT / "schemas" / "report.schema.json").read_text("utf-8")))
@@ -237,7 +240,7 @@ def answers() -> Iterator[tuple[str, Any, bool]]:
         {"status": "skipped", "reason": ""},
     ))  # fmt: skip
     yield from (("start", {k: v for k, v in start.items() if k != key}, False) for key in start)
-    for command in ("load", "write"):
+    for command in ("load", "product", "write"):
         yield command, {"status": "rejection", "code": "A", "where": "x", "message": "y"}, True
         yield command, {"status": "rejection", "code": "A", "where": 1}, False
         yield command, {"status": "rejection", "code": None}, False
@@ -247,6 +250,13 @@ def answers() -> Iterator[tuple[str, Any, bool]]:
         yield command, {"status": "errored", "message": None}, False
         yield from ((command, value, False) for value in ({}, [], None, "results", {"status": []}, {"status": "crash"}))
     yield "write", {"status": "results"}, True
+    product = {"status": "results", "y": tensor, "grade": 7}
+    yield "product", product, True
+    yield from (("product", product | change, False) for change in (
+        {"y": None}, {"y": {}}, {"y": {"dtype": "F32", "shape": [1], "offset": 0}}, {"y": tensor | {"shape": [-1]}},
+        {"grade": -1}, {"grade": 1.5}, {"grade": None}, {"grade": True},
+    ))  # fmt: skip
+    yield "product", {"status": "results", "y": tensor}, False
     yield "load", {"status": "results", "tensors": {}}, True
     yield "load", {"status": "results", "tensors": []}, False
     for value, ok in [
@@ -270,15 +280,60 @@ def test_requests_are_what_the_schema_says(fake: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = fake(f"open({str(log)!r}, 'a').write(line)\n{REJECT}")
     source = Path(command[1]).read_text()
-    Path(command[1]).write_text(source.replace("'operations': ['load']", "'operations': ['load', 'write']"))
-    assert [o.operation for o in outcomes(command, VALID)] == ["load", "write"]
+    Path(command[1]).write_text(source.replace("'operations': ['load']", "'operations': ['load', 'product', 'write']"))
+    done = ["load", "product", "product", "write", "load", "write"]
+    assert [o.operation for o in outcomes(command, PRODUCTS, VALID)] == done
     requests = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [request["command"] for request in requests] == ["load", "write"]
+    assert [request["command"] for request in requests] == done
     for request in [*requests, {"command": "start", "protocol": 1}, {"command": "stop"}]:
         validator("Request").validate(request)
 
 
 # ------------------------------------------------------------------------------------------------ scores
+
+
+def y_answer(value: list[float], dtype: str = "F64", grade: int = 14, **keys: Any) -> Answer:
+    data = np.array(value, {"F32": "<f4", "F64": "<f8"}.get(dtype, "<f8")).tobytes()
+    y = {"dtype": dtype, "shape": [len(value)], "base64": base64.b64encode(data).decode()} | keys
+    return Answer("results", {"status": "results", "y": y, "grade": grade})
+
+
+def test_products_are_judged_by_the_grade_that_is_stated() -> None:
+    subject = case(PRODUCTS)
+    product = score.products(subject)[0]
+    y, bound = (np.array([float.fromhex(text) for text in product[key]]) for key in ("y", "bound"))
+
+    def judged(answer: Answer) -> Any:
+        return score.judge_product(subject, answer, product)
+
+    exact = judged(y_answer(y.tolist()))
+    assert (exact.operation, exact.grade, exact.scores["multiplied"]) == ("product", oracle.BEST_GRADE, True)
+    assert judged(y_answer(y.tolist(), "F32", 22)).scores["multiplied"]
+    off = y.copy()
+    off[1] += bound[1] * 1.01 * 2.0**-10
+    for grade, ok in ((9, True), (10, False)):
+        found = judged(y_answer(off.tolist(), grade=grade))
+        assert (found.grade, found.scores["multiplied"]) == (9, ok)
+    assert "row 1: grade 9, 10 was stated" in found.notes["multiplied"]
+    for wrong in (
+        y_answer([float("nan")] * len(y), grade=0),
+        y_answer(y[:-1].tolist()),
+        y_answer(y.tolist(), "F16"),
+        y_answer(y.tolist(), base64="AAAA"),
+        Answer("rejection", {"code": "DATA.DECODE"}),
+    ):
+        assert not judged(wrong).scores["multiplied"]
+    skipped = judged(Answer("skipped", {"reason": "trellis"}))
+    assert skipped.not_implemented and not skipped.failed
+
+
+def test_products_are_put_to_who_offers_them(fake: Any) -> None:
+    (found,) = outcomes(fake(REJECT), PRODUCTS)
+    assert found.operation == "load"  # skipped, not failed
+    assert (
+        run.as_json(run.Run({"implementation": "", "version": "", "features": [], "operations": []}, [found]))["grade"]
+        is None
+    )
 
 
 def test_scores_of_rejections(fake: Any) -> None:
@@ -478,6 +533,8 @@ def test_the_reference_adapter_is_all_green(tmp_path: Path, capsys: pytest.Captu
     assert scores["safe"]["total"] > 480 and scores["correct"]["total"] > 190 and scores["written"]["total"] > 190
     assert report["totals"]["cases"] == len(run.find_cases(VECTORS, [])) and report["totals"]["not_implemented"] <= 1
     assert "Passes all" in page
+    assert scores["multiplied"]["total"] > 10 and report["grade"]["reached"] >= report["grade"]["stated"] == 7
+    assert f"Products: grade {report['grade']['reached']} reached, 7 stated." in page
 
 
 NAIVE = [
@@ -495,8 +552,7 @@ NAIVE = [
     "accepts payload tensors that nothing names",
     "accepts padding bits that are set",
     "accepts codes beyond the codebook",
-    "accepts scales that are negative",
-    "accepts scales, levels or angles that are not finite",
+    "accepts scales, offsets, levels or angles that are not finite",
     "accepts weights that are not finite",
     "decodes trellis streams wrongly (tail-biting wrap)",
     "builds Paley II matrices wrongly (H_28, H_36, H_76)",

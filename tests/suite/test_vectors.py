@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT as PROJECT
 
 from conformance import oracle
-from conformance.vectors import MANIFEST, ROOT, cases, generate, load_case, materialise
-from conformance.vectors.builder import SIZES, expected
+from conformance.vectors import MANIFEST, ROOT, SIZES, cases, generate, load_case, materialise
+from conformance.vectors.builder import expected
 
 HERE = PROJECT
 VALID, INVALID, ACCEPTABLE = cases("valid"), cases("invalid"), cases("acceptable")
@@ -53,10 +53,8 @@ def test_counts() -> None:
     assert len(VALID) >= 190 and len(INVALID) >= 600 and len(ACCEPTABLE) >= 4
     assert len(VALID) + len(INVALID) + len(ACCEPTABLE) == len(cases())
     assert sorted(path.name for path in (ROOT / "known").iterdir()) == [
-        "hadamard.json",
-        "lloyd_max.json",
-        "packing.json",
-        "splitmix64.json",
+        *("float8.json", "hadamard.json", "lloyd_max.json", "packing.json", "permutation.json"),
+        *("products.json", "scales.json", "splitmix64.json", "stages.json"),
     ]
 
 
@@ -73,8 +71,19 @@ def test_check_sees_a_changed_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate.main(["--check"]) == 1
 
 
+def test_check_sees_other_codes_in_the_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "| TQ-TRAN-9 | `BIND.TENSOR`, `DATA.PERMUTATION` |" in SPEC
+    other = tmp_path / "SPEC.md"
+    other.write_text(
+        SPEC.replace("| TQ-TRAN-9 | `BIND.TENSOR`, `DATA.PERMUTATION` |", "| TQ-TRAN-9 | `BIND.TENSOR` |"), "utf-8"
+    )
+    monkeypatch.setattr(generate, "SPEC", other)
+    assert generate.main(["--check"]) == 1
+    assert generate.main([]) == 0 and other.read_text("utf-8") == SPEC  # and puts it right
+
+
 def test_tree_is_small() -> None:
-    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 2_500_000
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 3_000_000
 
 
 def test_rule_table_has_no_holes() -> None:
@@ -157,6 +166,23 @@ def test_expected_is_the_oracles_output(case: Path, tmp_path: Path) -> None:
             assert np.isfinite(value)
 
 
+PRODUCTS = jsonschema.Draft202012Validator(
+    schema("vector.schema.json") | {"$id": "urn:products", "$ref": "#/$defs/Products"}
+)
+
+
+@pytest.mark.parametrize("case", [path.parent for path in sorted(ROOT.glob("valid/*/*/products.json"))], ids=name)
+def test_products_are_the_oracles_output(case: Path) -> None:
+    document = json.loads((case / "products.json").read_text())
+    PRODUCTS.validate(document)
+    manifest, payload = oracle.read_repo(case / "repo")
+    for entry in document["products"]:
+        x = np.array([float.fromhex(text) for text in entry["x"]])
+        assert np.array_equal(x.astype(np.float32), x)
+        y, bound = oracle.fused_product(manifest, payload, entry["weight"], x)
+        assert (entry["y"], entry["bound"]) == ([v.hex() for v in y], [v.hex() for v in bound])
+
+
 def test_acceptable_depth_expects_the_base() -> None:
     deep = [case for case in ACCEPTABLE if load_case(case)["codes"] == ["JSON.DEPTH"]]
     assert len(deep) == 3
@@ -180,9 +206,12 @@ def test_valid_manifests_are_real(case: Path, tmp_path: Path) -> None:
     stages = [s for t in manifest["tensors"].values() for s in t.get("stages", [])]
     assert {s["codebook"] for s in stages} == set(manifest["codebooks"])
     assert {s["transform"] for s in stages} == set(manifest["transforms"])
-    references = [s[key] for s in stages for key in ("codes", "scales")]
+    keys = ("codes", "scales", "outer_scales", "offsets", "outer_offsets")
+    references = [s[key] for s in stages for key in keys if s.get(key)]
     references += [t[key] for t in manifest["tensors"].values() for key in ("data", "column_scale") if t.get(key)]
-    references += [t[key] for t in manifest["transforms"].values() for key in ("matrix", "pairs", "angles") if key in t]
+    references += [
+        t[key] for t in manifest["transforms"].values() for key in ("matrix", "pairs", "angles", "index") if key in t
+    ]
     references += [b["tensor"] for b in manifest["codebooks"].values() if b.get("tensor")]
     assert sorted(references) == sorted(payload)
 
@@ -216,6 +245,7 @@ def test_every_setting_is_exercised() -> None:
         "hadamard",
         "dense",
         "givens",
+        "permutation",
     }
     assert {t["dtype"] for _, t in weights} == {"F32", "F16", "BF16"}
     assert {len(t["shape"]) for _, t in weights} == set(range(2, 9))

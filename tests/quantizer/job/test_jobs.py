@@ -367,6 +367,18 @@ def test_result_does_not_depend_on_how_the_checkpoint_is_cut(make: Make, tmp_pat
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
+def test_weights_are_stored_in_the_order_of_the_model(make: Make, tmp_path: Path) -> None:
+    """Whatever order they were encoded in, or the checkpoint has: layer 2 before layer 10, the output layer last [TQ-PAY-9]."""
+    names = ["lm_head", "model.embed_tokens", "model.layers.10.a", "model.layers.2.b", "model.layers.2.a", "model.norm"]
+    tensors = {f"{name}.weight": torch.randn(8, 16) for name in names}
+    assert run(make(tensors), tmp_path / "a") == 0
+    with tqformat.open_repo(tmp_path / "a") as repo:
+        want = [f"{names[k]}.weight" for k in (1, 4, 3, 2, 5, 0)]
+        assert repo.names() == want
+        places = [repo.spans[f"{name}.codes"].begin for name in want]
+        assert places == sorted(places)
+
+
 def test_result_does_not_depend_on_chunks(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks decide sums of errors, and nothing else."""
     path = make(sample_tensors())

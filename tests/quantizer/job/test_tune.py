@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -299,6 +300,24 @@ def test_stages_and_groups_of_scales_take_the_factor_of_their_row(lab: Path, tmp
             for a, b in zip(old.manifest.tensors[name].stages, new.manifest.tensors[name].stages, strict=True)
         ]
         assert torch.allclose(ratios[0], ratios[1].expand(-1, 4), rtol=0.002) and ratios[1].std() > 1e-4
+
+
+def test_every_setting_takes_the_factor_of_its_row(settings_repo: Path, tmp_path: Path) -> None:
+    """Whatever a stage is made of: scales and offsets of 8 bits with outer ones, permutations, codebooks of any dtype."""
+    factor = torch.tensor([0.5, 2.0, 1.0, 0.25, 4.0, 0.0])  # powers of two: exact, but for what F16 rounds
+    with open_repo(settings_repo) as old:
+        names = [n for n, w in old.manifest.tensors.items() if w.stages and np.prod(w.shape[:-1]) == 6]
+        parts = {name: tune.Scaled(torch.ones(6, 48)) for name in names}
+        for part in parts.values():
+            part.factor.data = factor.clone()
+        calibration: Any = SimpleNamespace(to_dict=lambda: {"source": "none"})
+        tune.write_tuned(old, settings_repo, tmp_path / "out", parts, {}, {}, calibration)
+        with open_repo(tmp_path / "out") as new:
+            assert len(names) > 10 and new.names() == old.names() and new.manifest.features == old.manifest.features
+            for name in new.names():
+                was, now = old.dequantize(name).double(), new.dequantize(name).double()
+                want = (was.reshape(6, 48) * factor[:, None]).reshape(was.shape) if name in names else was
+                assert torch.allclose(now, want, rtol=2**-7, atol=1e-6), name
 
 
 @pytest.mark.parametrize("option", ["--spill", "--output-feedback", "--calibration-inputs=paired"])

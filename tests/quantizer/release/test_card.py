@@ -228,7 +228,9 @@ def rows_of(repo: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     sizes, rows = stored_sizes(repo, manifest), []
     for name, entry in manifest["tensors"].items():
         stages = entry.get("stages", [])
-        codes, scales = (sum(sizes[s[key]][1] for s in stages) for key in ("codes", "scales"))
+        numbers = ("scales", "outer_scales", "offsets", "outer_offsets")
+        codes = sum(sizes[s["codes"]][1] for s in stages)
+        scales = sum(sizes[s[key]][1] for s in stages for key in numbers if s.get(key))
         scales += sizes[entry["column_scale"]][1] if entry.get("column_scale") else 0
         data = sizes[entry["data"]][1] if "data" in entry else 0
         n = math.prod(entry["shape"])
