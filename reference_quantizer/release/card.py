@@ -214,7 +214,7 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "widths": _groups(quantized, lambda w: w["bits"]),
         "projections": _groups(quantized, lambda w: w["label"]),
         "storage": _storage(weights, accounting),
-        "largest": sorted(weights, key=lambda w: -w["scalars"])[:LARGEST],
+        "largest": sorted(weights, key=lambda w: (-w["scalars"], natural(w["name"])))[:LARGEST],
         "tables": _tables(raw, weights),
         "allocation": _allocation(quantization, quantized),
         "protection": _protection(quantization, weights),

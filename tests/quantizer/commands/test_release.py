@@ -287,7 +287,7 @@ def test_stored_bytes_are_those_of_the_payload(settings_repo: Path) -> None:
     assert rows["stages"].stored == 2 * (6 * 48 * 2 // 8 + 6 * 4) + 48 * 2
     assert rows["norm"].stored == rows["norm"].original == 96
     with open_repo(settings_repo) as repo:
-        tables = [span.end - span.begin for name, span in repo.spans.items() if name.split(".")[0] in ("q", "g")]
+        tables = [span.end - span.begin for name, span in repo.spans.items() if name.split(".")[0] in ("q", "g", "p")]
         tables += [span.end - span.begin for name, span in repo.spans.items() if name.endswith(".levels")]
     assert sum(row.stored for row in rows.values()) + sum(tables) == accounting["stored_bytes"]
     quantized = [row for row in rows.values() if row.kind == "quantized"]

@@ -631,7 +631,7 @@ def test_evaluation_files_are_judged_last(evaluated: Path, tmp_path: Path) -> No
     repo = shutil.copytree(evaluated, tmp_path / "repo")
     add_files(repo, {evaluate.SUMMARY: ("document", b"{"), "extra.txt": ("document", b"")})
     (repo / "extra.txt").unlink()
-    assert [v.stage for v in judged(repo).violations] == ["BIND", "EVAL"]
+    assert [v.stage for v in judged(repo).violations] == ["FILES", "EVAL"]
     assert [v.code for v in judged(repo).violations] == ["BIND.MISSING_FILE", "JSON.SYNTAX"]
 
 

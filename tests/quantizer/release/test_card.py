@@ -301,7 +301,9 @@ def expected_of_weights(repo: Path, manifest: dict[str, Any]) -> list[str]:
 
     books = Counter(key for r in quantized for key in {s["codebook"] for s in r["stages"]})
     turns = Counter(key for r in quantized for key in {s["transform"] for s in r["stages"]})
-    shown = sorted(rows, key=lambda r: (-r["n"], [s.zfill(9) for s in re.split(r"(\d+)", r["name"])]))[:12]
+    shown = sorted(
+        rows, key=lambda r: (-r["n"], [s.zfill(9) if s.isdigit() else s for s in re.split(r"(\d+)", r["name"])])
+    )[:12]
     lengths = sorted(
         {s.get("vector_length") or manifest["tensors"][r["name"]]["shape"][-1] for r in quantized for s in r["stages"]}
     )
