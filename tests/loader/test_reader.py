@@ -181,7 +181,6 @@ def _restored() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     torch.set_default_dtype(dtype)
-    torch.set_default_device(None)
     load_quantized.hadamard_factor.cache_clear()
 
 
@@ -209,10 +208,14 @@ def test_the_default_dtype_outside_changes_nothing(
     assert same(read(repo_path), values)  # nothing of the other dtype stayed in a cache
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="torch 2.4 cannot take a default device back")
 @pytest.mark.usefixtures("_restored")
 def test_the_default_device_outside_changes_nothing(repo_path: Path, values: dict[str, torch.Tensor]) -> None:
     torch.set_default_device("meta")
-    assert same(read(repo_path), values)
+    try:
+        assert same(read(repo_path), values)
+    finally:
+        torch.set_default_device(None)
     with torch.device("meta"):
         assert same(read(repo_path), values)
 
