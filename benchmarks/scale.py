@@ -51,7 +51,7 @@ QUANTIZE = """
 import sys
 from reference_quantizer.__main__ import main
 src, dst, bits, device = sys.argv[1:]
-code = main(["quantize", src, dst, "--bits", bits, "--device", device, "--quiet"])
+code = main(["quantize", src, dst, "--bits", bits, "--uniform", "--device", device, "--quiet"])
 assert not code, code
 out = {}
 """
