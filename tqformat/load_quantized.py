@@ -65,7 +65,6 @@ def require(ok: object, code: str, where: str, expected: str, found: object = No
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `data` by the strict rules of SPEC section 3; raises TQFormatError JSON.* otherwise."""
-
     twice: list[tuple[dict[str, Any], str]] = []  # objects, and a key that they repeat
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise TQFormatError("JSON.DEPTH", where, "expected at most 64 levels of nesting") from None
     for found, key in twice:  # [TQ-JSON-3]
         at = where if found is value else f"{where}, below the top"
-        require(False, "JSON.DUPLICATE_KEY", at, "each key once in an object", repr(key))
+        raise TQFormatError("JSON.DUPLICATE_KEY", at, f"expected each key once in an object, got {key!r}")
     require(isinstance(value, dict), "JSON.SYNTAX", where, "an object")  # [TQ-JSON-2]
     return dict(value)
 
@@ -411,12 +410,13 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
         ok = end - begin == nbytes and math.prod(n or 1 for n in entry.shape) * DTYPES[entry.dtype] < 2**53
         require(ok, "CONTAINER.SHAPE", where, f"{nbytes} bytes, fewer than 2^53", entry.data_offsets)
         spans[key] = Span(file, entry.dtype, entry.shape, start + begin, start + end)
-    for span in sorted(spans.values(), key=lambda s: (s.begin, s.end)):  # [TQ-PAY-5]
+    ordered = sorted(spans.values(), key=lambda s: (s.begin, s.end))
+    for span in ordered:  # [TQ-PAY-5]
         require(span.begin == start, "CONTAINER.OFFSETS", name, f"tensor data at byte {start}", span.begin)
-        ok = span.begin % DTYPES[span.dtype] == 0 or span.begin == span.end  # [TQ-PAY-8]
-        require(ok, "CONTAINER.ALIGNMENT", name, f"{span.dtype} at a multiple of its size", f"byte {span.begin}")
         start = span.end
     require(start == size, "CONTAINER.OFFSETS", name, f"the file to end with its last tensor, at byte {start}", size)
+    odd = [f"{s.dtype} at byte {s.begin}" for s in ordered if s.begin % DTYPES[s.dtype] and s.begin < s.end]
+    require(not odd, "CONTAINER.ALIGNMENT", name, "tensors at multiples of their element sizes", odd)  # [TQ-PAY-8]
     return spans
 
 

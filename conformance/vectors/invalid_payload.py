@@ -269,6 +269,9 @@ def container(c: Cases) -> None:
         "container/reversed", "PAY-5 PAY-4", offsets, "[24,30]", "[30,24]", "A range ends where it begins or later."
     )
     c.header("container/beyond", "PAY-5", "CONTAINER.OFFSETS", "[24,30]", "[26,32]", "A range ends beyond the file.")
+    either = "CONTAINER.OFFSETS CONTAINER.ALIGNMENT"
+    reason = "A range ends a byte beyond the file, and is misaligned, too."
+    c.header("container/beyond-odd", "PAY-5 PAY-8", either, "[24,30]", "[25,31]", reason)
     c.header(
         "container/beyond-far",
         "PAY-5 SEC-2",
