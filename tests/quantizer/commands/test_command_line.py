@@ -258,14 +258,14 @@ def test_a_report_that_cannot_be_written(
 def test_a_target_that_is_read_only(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = os.mkdir
+    real = Path.mkdir
 
-    def closed(path: Any, *rest: Any) -> None:
-        if str(path).endswith(".partial"):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        real(path, *rest)
+    def closed(self: Path, *rest: Any, **options: Any) -> None:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        real(self, *rest, **options)
 
-    monkeypatch.setattr(os, "mkdir", closed)
+    monkeypatch.setattr(Path, "mkdir", closed)
     assert command_line.main(["quantize", str(lab.base), str(lab.path / "out"), "--quiet"]) == 1
     assert message(lab.path / ".out.partial", errno.EROFS) in capsys.readouterr().err
 
