@@ -67,6 +67,10 @@ def load_in_blocks(source: Source, loader_kind: str, folder: Path) -> Any:
     with translated(source.path.name), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)
         model = getattr(transformers, LOADER_KINDS[loader_kind]).from_config(config)
+    held, needed = sum(i.scalars for i in source.tensors.values()), sum(p.numel() for p in model.parameters())
+    if needed > 2 * held:  # told here, since transformers would first make up what is missing
+        message = f"the checkpoint lacks weights: it has {held:,} scalars, its model class {needed:,}"
+        raise TQFormatError("BIND.MODEL", source.path.name, message)
     stack, blocks = find_blocks(model)
     parts = stack.split(".")
     around = {".".join(parts[:k]) for k in range(len(parts))}  # the modules that hold the stack, among other things

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import MODELS, correlated, gaussian, keep_decoded, make_checkpoint, make_text
+from helpers import MODELS, Make, correlated, gaussian, keep_decoded, make_checkpoint, make_text, sample_tensors
 from torch import Tensor
 
 from reference_quantizer.__main__ import _parser, main
@@ -239,6 +239,12 @@ def test_layers_with_one_input_are_one_group(tmp_path: Path) -> None:
     blocks = Blocks(load_tiny(tmp_path), torch.zeros(1, 4, dtype=torch.int64))
     endings = [[n.split(".")[-2] for n in group.layers] for group in blocks.groups(next(iter(blocks)))]
     assert endings == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_a_checkpoint_without_most_weights_is_told_before_any_is_made_up(make: Make, tmp_path: Path) -> None:
+    source = open_source(str(make(sample_tensors())))  # its config.json is that of a model of 7 billion weights
+    with pytest.raises(TQFormatError, match="lacks weights: it has"):
+        load_in_blocks(source, "text-generation", tmp_path)
 
 
 def test_a_changed_weight_changes_what_follows(tmp_path: Path) -> None:
