@@ -285,7 +285,9 @@ def printable(value: Any) -> Any:
         return {printable(k): printable(v) for k, v in value.items()}
     if isinstance(value, list):
         return [printable(v) for v in value]
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) if isinstance(value, str) else value
+    if isinstance(value, str) and not value.isprintable():
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+    return value
 
 
 def fail(args: argparse.Namespace, text: str, code: str | None, where: str, message: str) -> int:

