@@ -58,7 +58,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 def decoded(entry: dict[str, Any]) -> oracle.Decoded:
     shape = tuple(entry["shape"])
     exact, tolerance = (
-        np.array([float.fromhex(x) for x in entry[key]]).reshape(shape) for key in ("exact", "tolerance")
+        np.resize(np.array([float.fromhex(x) for x in entry[key]]), shape) for key in ("exact", "tolerance")
     )
     return oracle.Decoded(entry["dtype"], shape, exact, tolerance)
 
