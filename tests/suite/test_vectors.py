@@ -274,6 +274,33 @@ def generate_features() -> list[str]:
     return list(MANIFEST_SCHEMA.schema["$defs"]["Manifest"]["properties"]["features"]["items"]["enum"])
 
 
+KNOWN = schema("known.schema.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "known").iterdir()), ids=lambda path: path.stem)
+def test_known_answers_are_described(path: Path) -> None:
+    document, reference = json.loads(path.read_text("utf-8")), {"$ref": f"#/$defs/{path.stem}"}
+    judge = jsonschema.Draft202012Validator({"$defs": KNOWN["$defs"]} | reference)
+    judge.validate(document)
+    jsonschema.Draft202012Validator(KNOWN).validate(document)
+    assert reference in KNOWN["anyOf"]
+    assert not any(judge.is_valid({k: v for k, v in document.items() if k != key}) for key in document)
+    assert not judge.is_valid(document | {"note": 1})
+    assert set(document["rules"]) <= set(generate.spec_rules())
+
+
+def test_starred_codes_are_those_that_only_validators_must_report() -> None:
+    """[TQ-ERR-3] No case asks a reader for a code with a star; of the others each is asked of readers somewhere."""
+    starred = set(re.findall(r"^\| `([A-Z]+\.[A-Z_]+)` \* \|", SPEC, re.MULTILINE))
+    records = [load_case(case) for case in INVALID]
+    asked = {code for record in records if record["judge"] == "reader" for code in record["codes"]}
+    alone = {code for record in records if set(record["codes"]) <= starred for code in record["codes"]}
+    assert all(record["judge"] == "validator" for record in records if set(record["codes"]) <= starred)
+    assert {code for code in starred if not code.startswith("EVAL.")} == alone
+    others = {code for code in spec_codes() - starred - NOT_BY_FILES if not code.startswith("UNSUPPORTED.")}
+    assert others <= asked
+
+
 def test_schema_refuses_what_is_no_case() -> None:
     record = load_case(INVALID[0])
     for wrong in (
