@@ -411,8 +411,8 @@ def bind(c: Cases) -> None:
         ({"op": "write", "file": "__pycache__", "text": "x"}, "cache-file", "__pycache__ is a file."),
     ):
         reason = "README.md is a regular file, and __pycache__ a directory; a reader looks at neither."
-        keys = {"pointer": step["file"], "judge": "validator"}
-        c.add(f"bind/extra-{id}", "REPO-5", "BIND.EXTRA_FILE", what, reason, step, **keys)
+        where = step["file"]
+        c.add(f"bind/extra-{id}", "REPO-5", "BIND.EXTRA_FILE", what, reason, step, pointer=where, judge="validator")
     for file, id, judge in (
         (PAYLOAD, "payload", "reader"),
         ("config.json", "support", "validator"),

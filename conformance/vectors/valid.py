@@ -1326,8 +1326,8 @@ def large() -> Iterator[Valid]:
     repo.identity()
     repo.book(3, 8)
     symbols = np.tile(repo.random.integers(0, 3, (7, 8)), (600, 1))
-    scales, outer = repo.random.integers(1, 256, (14, 1)), repo.random.fixed(-32, 32, 4096, (14, 1))
-    factor = Factor("U8", np.tile(outer, (600, 1)), "F16", np.tile(scales, (600, 1)))
+    bytes_, outer = repo.random.integers(1, 256, (14, 1)), repo.random.fixed(-32, 32, 4096, (14, 1))
+    factor = Factor("U8", np.tile(outer, (600, 1)), "F16", np.tile(bytes_, (600, 1)))
     repo.weight("w", (4, 2100, 32), Stage(2, tile=(2, 32), symbols=symbols, factor=factor), dtype="F16")
     text = "The same of rank 3, in tiles of two rows, with an outer scale for each row."
     yield Valid("large/tiles", rules("LIM-2 CODE-3 NUM-8"), text, repo)
