@@ -631,6 +631,9 @@ def schema_values(c: Cases) -> None:
     ]
     for id, where, new in ambiguous:
         value(f"ambiguous-{id}", "MAN-6", where, new, "A key of another kind.", code="SCHEMA.AMBIGUOUS")
+    for id, where in (("hadamard-index", "/transforms/t/index"), ("quantized-data", "/tensors/w/data")):
+        reason, code = "A key of another kind, and of a type that null is none of.", "SCHEMA.AMBIGUOUS SCHEMA.TYPE"
+        value(f"ambiguous-{id}-null", "MAN-6 MAN-2", where, None, reason, code=code)
     value(
         "ambiguous-identity-seed",
         "MAN-6",
