@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from conformance.findings import MANIFEST, Finding, NotReachedError, brief, said
 from conformance.subject import Subject
 
-# [TQ-ERR-2] the stages of judgement; where several codes apply, the earliest counts
+# [TQ-ERR-2] the stages of judgement; where several codes apply, those of the earliest come first
 STAGES = ("PATH", "JSON", "SCHEMA", "FILES", "CONTAINER", "BIND", "PACK", "DATA", "EVAL")
 # what the manifest's table of files says comes behind SCHEMA and before the content of a payload
 FILES = ("path.type", "container.absent", "bind.missing_file", "bind.size", "bind.shards")

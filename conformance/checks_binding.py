@@ -28,9 +28,9 @@ def bind_missing_file(repo: Subject) -> Iterator[Finding]:
 
 @check("bind.extra_file", "L1", "BIND.EXTRA_FILE", "TQ-REPO-5", "List the file in `files`, or remove it.", needs=NAMED)
 def bind_extra_file(repo: Subject) -> Iterator[Finding]:
-    listed = {*repo.file_names, MANIFEST, "README.md"}
+    listed, unlisted = {*repo.file_names, MANIFEST}, {"README.md": "file", "__pycache__": "directory"}
     for name in repo.folder.names():
-        if name in listed or name.startswith(".") or (name == "__pycache__" and repo.folder.kind(name) == "directory"):
+        if name in listed or name.startswith(".") or repo.folder.kind(name) == unlisted.get(name):
             continue
         yield Finding(f"the {repo.folder.kind(name)} {brief(name)} is not listed in `files`", None, brief(name)[1:-1])
 

@@ -22,6 +22,8 @@ from conformance.vectors import SIZES, join, layout
 Json: TypeAlias = dict[str, Any]
 Floats: TypeAlias = NDArray[np.float64]
 
+LARGE = 2**16  # elements of a weight whose values are listed only as far as they do not repeat
+
 LOADER_KINDS = [
     "text-generation",
     "image-text-to-text",
@@ -473,6 +475,15 @@ def product(manifest: Json, payload: oracle.Payload, name: str, x: Floats) -> Js
     return {"weight": name} | {key: [value.hex() for value in values] for key, values in rows.items()}
 
 
+def unrepeated(values: Floats) -> Floats:
+    """The rows [.., cols] that repeat to the end of a large weight, all of them where none do or the weight is small."""
+    rows = values.reshape(-1, values.shape[-1])
+    for period in range(1, 65 if values.size >= LARGE else 1):
+        if np.array_equal(rows[period:], rows[:-period]):
+            return rows[:period]
+    return rows
+
+
 def expected(decoded: dict[str, oracle.Decoded]) -> Json:
     """The content of `expected.json`: the oracle's tensors with floats in hexadecimal."""
     out: Json = {}
@@ -481,8 +492,8 @@ def expected(decoded: dict[str, oracle.Decoded]) -> Json:
         if tensor.data is not None:
             out[name]["bytes"] = tensor.data.hex()
         else:
-            out[name]["exact"] = [value.hex() for value in tensor.exact.ravel().tolist()]
-            out[name]["tolerance"] = [value.hex() for value in tensor.tolerance.ravel().tolist()]
+            out[name]["exact"] = [value.hex() for value in unrepeated(tensor.exact).ravel().tolist()]
+            out[name]["tolerance"] = [value.hex() for value in unrepeated(tensor.tolerance).ravel().tolist()]
     return out
 
 

@@ -14,6 +14,7 @@ from conformance.vectors.recipes import (
     Derived,
     Step,
     refresh,
+    then,
 )
 
 AREAS = [
@@ -55,6 +56,21 @@ def valid_recipes(c: Cases) -> None:
     ):
         id = f"repository/loader-{id}"
         c.add(id, "REPO-7", "", text, reason, step, refresh(loader), base=base, result="valid", pointer=None)
+    entry = {"role": "document", "size": 0, "sha256": "0" * 64}
+    copy: Step = {"op": "copy", "file": "LICENSE", "to": "__metadata__"}
+    reason = "Only a file may be called so."
+    c.set(
+        "manifest/file-metadata",
+        "MAN-4 REPO-2",
+        "",
+        "/files/__metadata__",
+        entry,
+        reason,
+        *then(copy),
+        refresh("__metadata__"),
+        result="valid",
+        pointer=None,
+    )
     text = "White space of 4 MiB goes before the manifest."
     spaces = {"op": "splice", "file": MANIFEST, "offset": 0, "text": "\n", "count": 4 * 2**20}
     c.add(

@@ -292,6 +292,9 @@ def schema_versions(c: Cases) -> None:
     new = then(step, put("/sparsity", {"layout": "2:4"}))
     reason = "The version is judged before the unknown feature and key are seen."
     c.set("schema/version-first", "MAN-3 VER-4", version, "/format_version", "2.0", reason, *new)
+    name: Step = {"op": "rename", "path": "/files/LICENSE", "to": "../LICENSE"}
+    reason = "The version is judged before the names of files, which another version may write otherwise."
+    c.set("schema/version-before-names", "MAN-3 VER-4", version, "/format_version", "2.0", reason, *then(name))
 
     unknown = "SCHEMA.UNKNOWN_FEATURE"
     c.set("schema/unknown-feature", "VER-2 VER-1", unknown, END, "sparse", "A feature that nobody knows.")
@@ -300,6 +303,8 @@ def schema_versions(c: Cases) -> None:
     text = "A file of version 1.7 with an unknown feature and the key that it announces."
     reason = "The feature is refused before the unknown key is seen."
     c.add("schema/unknown-feature-first", "VER-2 VER-3 MAN-3", unknown, text, reason, step, *new, pointer=END)
+    reason = "Features are judged before the names of files."
+    c.set("schema/unknown-feature-before-names", "VER-2 MAN-3", unknown, END, "sparse", reason, *then(name))
     reason = "A key of a later version needs a feature that announces it."
     c.set(
         "schema/version-1.7-unknown-field",
@@ -443,6 +448,8 @@ def schema_fields(c: Cases) -> None:
         ("allocation", "/quantization/allocation", "greedy"),
         ("files", "/files", []),
         ("file", "/files/LICENSE", 1),
+        ("file-null", "/files/LICENSE", None),
+        ("payload-null", f"/files/{PAYLOAD}", None),
         ("file-size", "/files/LICENSE/size", "15"),
         ("file-size-true", "/files/LICENSE/size", True),
         ("file-sha256", "/files/LICENSE/sha256", 0),
@@ -451,6 +458,8 @@ def schema_fields(c: Cases) -> None:
         ("role", "/files/LICENSE/role", None),
         ("transforms", "/transforms", None),
         ("transform", "/transforms/t", "hadamard"),
+        ("transform-null", "/transforms/t", None),
+        ("transform-new-null", "/transforms/none", None),
         ("transform-kind", "/transforms/t/kind", 1),
         ("transform-size", "/transforms/t/size", None),
         ("factors", "/transforms/t/factors", 16),
@@ -461,6 +470,7 @@ def schema_fields(c: Cases) -> None:
         ("matrix", "/transforms/dense/matrix", None),
         ("index", "/transforms/permutation/index", [0, 1]),
         ("codebook", "/codebooks/b", []),
+        ("codebook-null", "/codebooks/b", None),
         ("dimension-true", "/codebooks/b/dimension", True),
         ("values", "/codebooks/b/values", {}),
         ("values-item", "/codebooks/b/values/0", "1"),
@@ -477,6 +487,7 @@ def schema_fields(c: Cases) -> None:
         ("effective-bits", "/tensors/w/effective_bits", "2"),
         ("stages", "/tensors/w/stages", {}),
         ("stage", "/tensors/w/stages/0", 1),
+        ("stage-null", "/tensors/w/stages/0", None),
         ("window", "/tensors/w/stages/0/window", "2"),
         ("tile", "/tensors/w/stages/0/tile", 16),
         ("tile-item", "/tensors/w2/stages/1/tile/0", None),
@@ -490,6 +501,7 @@ def schema_fields(c: Cases) -> None:
         ("tied", "/tied_weights", []),
         ("tied-null", "/tied_weights", None),
         ("alias", "/tied_weights/alias", 1),
+        ("alias-null", "/tied_weights/alias", None),
         ("accounting", "/accounting", []),
         ("total", "/accounting/stored_bytes", "280"),
         ("ratio", "/accounting/ratio", "0.8"),
@@ -545,6 +557,8 @@ def schema_values(c: Cases) -> None:
     value("name-storage", "MAN-4", "/tensors/norm/data", "a\tb", "A storage name without control characters.", **free)
     value("name-storage-empty", "MAN-4", "/tensors/norm/data", "", "A storage name has a character at least.", **free)
     value("name-metadata", "MAN-4", "/tensors/norm/data", "__metadata__", "`__metadata__` is not a storage name.")
+    reason = "No weight may be called so."
+    c.rename("schema/name-metadata-weight", "MAN-4", "SCHEMA.VALUE", "/tensors/norm", "__metadata__", reason, **free)
     rename = then(put("/tensors/w/stages/0/transform", "a\n"))
     c.rename(
         "schema/name-identifier",
@@ -617,6 +631,9 @@ def schema_values(c: Cases) -> None:
     ]
     for id, where, new in ambiguous:
         value(f"ambiguous-{id}", "MAN-6", where, new, "A key of another kind.", code="SCHEMA.AMBIGUOUS")
+    for id, where in (("hadamard-index", "/transforms/t/index"), ("quantized-data", "/tensors/w/data")):
+        reason, code = "A key of another kind, and of a type that null is none of.", "SCHEMA.AMBIGUOUS SCHEMA.TYPE"
+        value(f"ambiguous-{id}-null", "MAN-6 MAN-2", where, None, reason, code=code)
     value(
         "ambiguous-identity-seed",
         "MAN-6",

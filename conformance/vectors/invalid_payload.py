@@ -405,6 +405,14 @@ def bind(c: Cases) -> None:
         pointer="onnx",
         judge="validator",
     )
+    for step, id, what in (
+        ({"op": "directory", "file": "README.md"}, "card-directory", "README.md is a directory."),
+        ({"op": "symlink", "file": "README.md", "target": "LICENSE"}, "card-link", "README.md is a link."),
+        ({"op": "write", "file": "__pycache__", "text": "x"}, "cache-file", "__pycache__ is a file."),
+    ):
+        reason = "README.md is a regular file, and __pycache__ a directory; a reader looks at neither."
+        where = step["file"]
+        c.add(f"bind/extra-{id}", "REPO-5", "BIND.EXTRA_FILE", what, reason, step, pointer=where, judge="validator")
     for file, id, judge in (
         (PAYLOAD, "payload", "reader"),
         ("config.json", "support", "validator"),
@@ -912,6 +920,9 @@ def pack(c: Cases) -> None:
         c.data(
             f"pack/range-{id}", "BOOK-4", "PACK.CODE_RANGE", "w.codes", at, new_hex, reason, base=base, pointer=where
         )
+    keys = {"base": "valid/large/tiles", "pointer": where}
+    reason = "The last symbol of many is 3 of a codebook of 3."
+    c.data("pack/range-large", "BOOK-4", "PACK.CODE_RANGE", "w.codes", 8399, "c0", reason, **keys)
 
 
 def data(c: Cases) -> None:
@@ -932,9 +943,30 @@ def data(c: Cases) -> None:
         base="valid/codes/two-weights",
         pointer="/tensors",
     )
+    step = {"op": "tensor_bytes", "file": PAYLOAD, "name": "b.levels", "offset": 14, "hex": "007e000000ff"}
+    c.add(
+        "data/table-and-codes",
+        "ERR-2 BOOK-3 CODE-5",
+        "DATA.NON_FINITE PACK.PADDING",
+        "The codebook's last level becomes NaN, and the first padding bits of the codes are set: they are neighbours.",
+        "A codebook counts as a tensor of its own: either code will do.",
+        step,
+        refresh(),
+        base="valid/codebooks/stored-f16",
+        pointer="/tensors",
+    )
     keys: Json
     not_finite = "DATA.NON_FINITE"
     scales = "/tensors/w/stages/0/scales"
+    for id, base, name, at, where in (
+        ("last-row", "rows", "scales", 4199, scales),
+        ("row-4096", "rows", "scales", 4096, scales),
+        ("last-outer", "tiles", "outer_scales", 8399, "/tensors/w/stages/0/outer_scales"),
+    ):
+        reason = "A reader that decodes groups of rows looks at every group's."
+        keys = {"base": f"valid/large/{base}", "pointer": where}
+        rule = "NUM-1" if name == "scales" else "NUM-8"
+        c.data(f"data/large-{id}", rule, not_finite, f"w.{name}", 2 * at, "007e", reason, **keys)
     for id, base, at, hex, what in (
         ("nan-f16", "valid/scales/f16", 0, "007e", "NaN"),
         ("signalling-f16", "valid/scales/f16", 0, "017c", "a signalling NaN"),

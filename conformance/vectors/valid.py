@@ -1308,6 +1308,31 @@ def limits() -> Iterator[Valid]:
     yield Valid("limits/tile-lcm", rules("LIM-1 CODE-2"), text, repo)
 
 
+def large() -> Iterator[Valid]:
+    """Weights too large to be decoded at once; their rows repeat every few, for the sake of expected.json.
+
+    Seven rows, or tile rows, are no divisor of a power of two: a group that begins at the wrong row is noticed.
+    """
+    repo = Repo("large/rows")
+    repo.hadamard(64)
+    repo.book(2)
+    symbols, scales = repo.random.integers(0, 2, (7, 64)), repo.random.fixed(16, 256, 256, (7, 1))
+    stage = Stage(1, symbols=np.tile(symbols, (600, 1)), scales=np.tile(scales, (600, 1)))
+    repo.weight("w", (4200, 64), stage, dtype="BF16")
+    text = "268,800 elements: readers decode so many in groups of rows."
+    yield Valid("large/rows", rules("LIM-2 STAGE-1"), text, repo)
+
+    repo = Repo("large/tiles")
+    repo.identity()
+    repo.book(3, 8)
+    symbols = np.tile(repo.random.integers(0, 3, (7, 8)), (600, 1))
+    bytes_, outer = repo.random.integers(1, 256, (14, 1)), repo.random.fixed(-32, 32, 4096, (14, 1))
+    factor = Factor("U8", np.tile(outer, (600, 1)), "F16", np.tile(bytes_, (600, 1)))
+    repo.weight("w", (4, 2100, 32), Stage(2, tile=(2, 32), symbols=symbols, factor=factor), dtype="F16")
+    text = "The same of rank 3, in tiles of two rows, with an outer scale for each row."
+    yield Valid("large/tiles", rules("LIM-2 CODE-3 NUM-8"), text, repo)
+
+
 def overflow() -> Iterator[Valid]:
     repo = Repo("overflow-outer")
     repo.identity()
@@ -1371,6 +1396,7 @@ AREAS = [
     ties,
     versions,
     limits,
+    large,
     overflow,
 ]
 

@@ -503,6 +503,7 @@ after("bind.missing_file", "BIND.MISSING_FILE", "/files/config.json", lambda p: 
 after("bind.extra_file", "BIND.EXTRA_FILE", None, lambda p: (p / "model.bin").write_bytes(b""))
 after("bind.extra_file", "BIND.EXTRA_FILE", None, lambda p: (p / "folder").mkdir())
 after("bind.extra_file", "BIND.EXTRA_FILE", None, lambda p: (p / "__pycache__").write_bytes(b""))
+after("bind.extra_file", "BIND.EXTRA_FILE", None, lambda p: (p / "README.md").mkdir())
 after("bind.extra_file", "BIND.EXTRA_FILE", None, lambda p: (p / "x").symlink_to("/etc/passwd"))
 after("bind.size", "BIND.SIZE", "/files/config.json/size", lambda p: (p / "config.json").write_bytes(b"{ }"))
 after("bind.digest", "BIND.DIGEST", "/files/config.json/sha256", lambda p: (p / "config.json").write_bytes(b"[]"))

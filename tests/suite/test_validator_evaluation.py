@@ -149,6 +149,6 @@ def test_a_card_is_read_in_a_bounded_way(tmp_path: Path) -> None:
         card.write("x" * (checks_evaluation.MAX_SIZE - len(wrong) - 1) + "\n" + wrong + "more")
     assert [code for code, *_ in found(path)] == ["EVAL.CARD"]
     (path / "README.md").unlink()
-    (path / "README.md").symlink_to(tmp_path / "outside")  # neither followed nor judged
+    (path / "README.md").symlink_to(tmp_path / "outside")  # not followed: a link is no card, but an entry not listed
     (tmp_path / "outside").write_text(wrong)
-    assert found(path) == []
+    assert [code for code, *_ in found(path)] == ["BIND.EXTRA_FILE"]

@@ -83,7 +83,7 @@ def test_check_sees_other_codes_in_the_specification(monkeypatch: pytest.MonkeyP
 
 
 def test_tree_is_small() -> None:
-    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 3_000_000
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 3_100_000
 
 
 def test_rule_table_has_no_holes() -> None:
@@ -164,6 +164,17 @@ def test_expected_is_the_oracles_output(case: Path, tmp_path: Path) -> None:
     for tensor in document.values():
         for value in [float.fromhex(text) for text in tensor.get("exact", []) + tensor.get("tolerance", [])]:
             assert np.isfinite(value)
+
+
+@pytest.mark.parametrize("case", [case for case in VALID if case.parent.name == "large"], ids=name)
+def test_large_weights_show_a_group_of_rows_in_the_wrong_place(case: Path) -> None:
+    """Rows repeat in expected.json, but never after a power of two of them."""
+    (tensor,) = json.loads((case / "expected.json").read_text()).values()
+    cols, count = tensor["shape"][-1], int(np.prod(tensor["shape"]))
+    assert len(tensor["exact"]) == len(tensor["tolerance"]) < count / 100 and count > 2**18
+    rows = np.array([float.fromhex(text) for text in tensor["exact"]]).reshape(-1, cols)
+    whole = np.resize(rows, (count // cols, cols))
+    assert all((whole[2**k :] != whole[: -(2**k)]).any(axis=1).all() for k in range(13))
 
 
 PRODUCTS = jsonschema.Draft202012Validator(
@@ -261,6 +272,33 @@ def test_every_setting_is_exercised() -> None:
 
 def generate_features() -> list[str]:
     return list(MANIFEST_SCHEMA.schema["$defs"]["Manifest"]["properties"]["features"]["items"]["enum"])
+
+
+KNOWN = schema("known.schema.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "known").iterdir()), ids=lambda path: path.stem)
+def test_known_answers_are_described(path: Path) -> None:
+    document, reference = json.loads(path.read_text("utf-8")), {"$ref": f"#/$defs/{path.stem}"}
+    judge = jsonschema.Draft202012Validator({"$defs": KNOWN["$defs"]} | reference)
+    judge.validate(document)
+    jsonschema.Draft202012Validator(KNOWN).validate(document)
+    assert reference in KNOWN["anyOf"]
+    assert not any(judge.is_valid({k: v for k, v in document.items() if k != key}) for key in document)
+    assert not judge.is_valid(document | {"note": 1})
+    assert set(document["rules"]) <= set(generate.spec_rules())
+
+
+def test_starred_codes_are_those_that_only_validators_must_report() -> None:
+    """[TQ-ERR-3] No case asks a reader for a code with a star; of the others each is asked of readers somewhere."""
+    starred = set(re.findall(r"^\| `([A-Z]+\.[A-Z_]+)` \* \|", SPEC, re.MULTILINE))
+    records = [load_case(case) for case in INVALID]
+    asked = {code for record in records if record["judge"] == "reader" for code in record["codes"]}
+    alone = {code for record in records if set(record["codes"]) <= starred for code in record["codes"]}
+    assert all(record["judge"] == "validator" for record in records if set(record["codes"]) <= starred)
+    assert {code for code in starred if not code.startswith("EVAL.")} == alone
+    others = {code for code in spec_codes() - starred - NOT_BY_FILES if not code.startswith("UNSUPPORTED.")}
+    assert others <= asked
 
 
 def test_schema_refuses_what_is_no_case() -> None:
