@@ -140,14 +140,12 @@ def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch
     if t.factors is not None and t.signs is not None:
         bits = torch.tensor(list(bytes.fromhex(t.signs)))[:, None] >> torch.arange(8) & 1
         signs = ((1.0 - 2.0 * bits.flatten()[: t.size]) / math.sqrt(t.size)).to(device)
-        matrices = [h.to(device) for h in lq.hadamard_matrices(t.factors)]
-        transposed = matrices[-1].t().contiguous()
+        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
-        def hadamard(v: Tensor) -> Tensor:
-            y, below = v * signs, t.size
-            for h in matrices:
-                below //= len(h)
-                y = y.reshape(-1, len(h)) @ transposed if below == 1 else h @ y.reshape(-1, len(h), below)
+        def hadamard(v: Tensor) -> Tensor:  # plain matrix products alone: batched ones wake threads, however small they are
+            y = (v * signs).t()
+            for h in matrices:  # each takes the first index of (f1, f2, ..., m) to the end
+                y = y.reshape(len(h), -1).t() @ h
             return y.reshape(-1, t.size)
 
         return hadamard
