@@ -22,7 +22,6 @@ from .load_quantized import (
 )
 
 
-
 def load(
     repo_or_hub_id: "load_quantized.PathLike",
     device: Any = None,
@@ -37,11 +36,10 @@ def load(
 
     With `packed`, the quantized weights stay packed in memory, and products are computed from them (packed.py).
     """
+    build = load_quantized.load
     if packed:
-        from . import packed as chosen
-    else:
-        chosen = load_quantized
-    return chosen.load(repo_or_hub_id, device, dtype, revision, verify, trust_remote_code, **options)
+        from .packed import load as build
+    return build(repo_or_hub_id, device, dtype, revision, verify, trust_remote_code, **options)
 
 
 _WRITING = ("RepoWriter", "add_files", "dequantize_repo", "pack")

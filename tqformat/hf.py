@@ -68,7 +68,9 @@ def is_ours(name: Any, config: Any, options: dict[str, Any]) -> bool:
         return False
     else:
         hub = {key: options[key] for key in (*HUB[:5], "revision") if key in options}
-        found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0].get("quantization_config")
+        found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0].get(
+            "quantization_config"
+        )
     return (found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)) == METHOD
 
 
@@ -96,9 +98,13 @@ def load(
     require(ok, "SCHEMA.AMBIGUOUS", "quantization_config", "a TQFormatConfig", type(chosen).__name__)
     if not Path(name).is_dir():
         given = ", ".join(key for key in HUB if options.get(key) not in (None, False, ""))
-        require(not given, "SCHEMA.UNKNOWN_FIELD", given, "settings of the Hub from its environment (HF_TOKEN, HF_HOME)")
+        require(
+            not given, "SCHEMA.UNKNOWN_FIELD", given, "settings of the Hub from its environment (HF_TOKEN, HF_HOME)"
+        )
     adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
-    require(adapter is None, "SCHEMA.UNKNOWN_FIELD", str(adapter), "the model's own path; then model.load_adapter(path)")
+    require(
+        adapter is None, "SCHEMA.UNKNOWN_FIELD", str(adapter), "the model's own path; then model.load_adapter(path)"
+    )
     dropped = {*HUB, "adapter_kwargs", "weights_only"}  # of which nothing is left to do
     options = {key: value for key, value in options.items() if key not in dropped and not key.startswith("_from")}
     dtype = options.pop("torch_dtype", None) or dtype
@@ -107,9 +113,7 @@ def load(
         if not isinstance(config, PreTrainedConfig):
             config, options = AutoConfig.from_pretrained(repo.path, return_unused_kwargs=True, **options)
         config = copy.deepcopy(config)
-        config.quantization_config = {"quant_method": METHOD}
-        if chosen.dequantize:
-            del config.quantization_config
+        del config.quantization_config
         if dtype in (None, "auto"):
             dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
         names = repo.names()
@@ -120,7 +124,7 @@ def load(
             own |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             return _plain(cls, None, *args, **own, **options)
 
-        with lq._building:
+        with lq._building:  # first on the meta device and without a quantizer, for one may switch comparisons off
             _, info = _quietly(place, {"": "meta"})
             if needed := [alias for alias in repo.manifest.tied_weights if alias in info["missing_keys"]]:
                 names += needed
@@ -128,6 +132,8 @@ def load(
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
                 found = ", ".join(sorted(map(str, info[key])))
                 require(not found, "BIND.MODEL", cls.__name__, f"no {key.replace('_', ' ')}", found)
+            if not chosen.dequantize:
+                config.quantization_config = {"quant_method": METHOD}
             model, info = _quietly(place, {"": "cpu"} if device_map is None else device_map)
         if isinstance(repo, PackedRepo):
             finish(model, repo)
@@ -148,15 +154,20 @@ def _quietly(make: Any, device_map: Any) -> Any:
         logging.set_verbosity(verbosity)
 
 
-_plain = PreTrainedModel.from_pretrained.__func__
+_plain: Any = PreTrainedModel.from_pretrained.__func__
 
 
 @functools.wraps(_plain)
-def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+def from_pretrained(
+    cls: Any, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any
+) -> Any:
     name = pretrained_model_name_or_path
     if name is not None and options.get("state_dict") is None and is_ours(name, config, options):
         return load(cls, name, *args, config=config, **options)
+    if name is None and isinstance(config, PreTrainedConfig) and is_ours(name, config, options):
+        config = copy.deepcopy(config)  # tqformat.load builds a model itself: with decoded weights, no quantizer
+        del config.quantization_config
     return _plain(cls, name, *args, config=config, **options)
 
 
-PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010 (mypy has the original's type)

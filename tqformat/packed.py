@@ -43,7 +43,7 @@ aten = torch.ops.aten
 def kernels() -> Any:
     """The module tqformat_kernels; None, with one warning, where it is not installed."""
     try:
-        import tqformat_kernels
+        import tqformat_kernels  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         warnings.warn(ADVICE, stacklevel=2)
         return None
@@ -87,7 +87,11 @@ class Parts(Repo):
         names = {w.column_scale: False} if w.column_scale is not None else {}
         for s in w.stages or ():
             book = self.manifest.codebooks[s.codebook]
-            names |= {key: True for key in (s.codes, s.scales, s.offsets, book.tensor if book.rows is not None else None) if key}
+            names |= {
+                key: True
+                for key in (s.codes, s.scales, s.offsets, book.tensor if book.rows is not None else None)
+                if key
+            }
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
 
@@ -102,7 +106,13 @@ class Parts(Repo):
         book = self.manifest.codebooks[s.codebook]
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
-        shape = {"shape": (rows, cols), "bits": s.bits, "window": s.window, "vector_length": s.vector_length, "tile": s.tile}
+        shape = {
+            "shape": (rows, cols),
+            "bits": s.bits,
+            "window": s.window,
+            "vector_length": s.vector_length,
+            "tile": s.tile,
+        }
         return kernels().Stage(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
 
     def _float8(self, key: str) -> Tensor:
@@ -121,7 +131,11 @@ class Parts(Repo):
 
     def level_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
         """The same without the transform: _decode_stage gives scale * level + offset with it."""
-        book, size, (window, _, tr, tc) = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform].size, s.layout(cols)
+        book, size, (window, _, tr, tc) = (
+            self.manifest.codebooks[s.codebook],
+            self.manifest.transforms[s.transform].size,
+            s.layout(cols),
+        )
         if book.rows is not None:
             return StageTables(book, size, 1, None, lambda y: y)
         k = lq.symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension)
@@ -142,7 +156,9 @@ def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch
         signs = ((1.0 - 2.0 * bits.flatten()[: t.size]) / math.sqrt(t.size)).to(device)
         matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
-        def hadamard(v: Tensor) -> Tensor:  # plain matrix products alone: batched ones wake threads, however small they are
+        def hadamard(
+            v: Tensor,
+        ) -> Tensor:  # plain matrix products alone: batched ones wake threads, however small they are
             y = (v * signs).t()
             for h in matrices:  # each takes the first index of (f1, f2, ..., m) to the end
                 y = y.reshape(len(h), -1).t() @ h
@@ -184,8 +200,10 @@ class PackedWeight(Tensor):
     title: str  # its name in the repository
 
     @staticmethod
-    def __new__(cls, parts: Parts, entry: Weight, title: str, dtype: torch.dtype, device: torch.device) -> "PackedWeight":
-        make = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+    def __new__(
+        cls, parts: Parts, entry: Weight, title: str, dtype: torch.dtype, device: torch.device
+    ) -> "PackedWeight":
+        make = Tensor._make_wrapper_subclass
         self: PackedWeight = make(cls, entry.shape, dtype=dtype, device=device)
         self.parts, self.entry, self.title = parts, entry, title
         return self
@@ -206,7 +224,13 @@ class PackedWeight(Tensor):
 
     def like(self, **changes: Any) -> "PackedWeight":
         """The same weight, with other parts, entry, dtype or device."""
-        now = {"parts": self.parts, "entry": self.entry, "title": self.title, "dtype": self.dtype, "device": self.device}
+        now = {
+            "parts": self.parts,
+            "entry": self.entry,
+            "title": self.title,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
         return PackedWeight(**{**now, **changes})
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -219,7 +243,11 @@ class PackedWeight(Tensor):
 
     def check(self) -> None:
         """Decodes all rows once, which raises TQFormatError where the loader would."""
-        cols, parts, step = self.entry.shape[-1], self.parts, self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
+        cols, parts, step = (
+            self.entry.shape[-1],
+            self.parts,
+            self.height * max(1, GROUP // (self.height * self.entry.shape[-1])),
+        )
         try:
             tables = [parts._stage_tables(s, cols, self.device) for s in self.entry.stages or ()]
             for _ in parts.workers.map(
@@ -266,7 +294,7 @@ class PackedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ours = {functional.linear: linear, functional.embedding: embedding}.get(func)
+        ours: Any = {functional.linear: linear, functional.embedding: embedding}.get(func)
         if ours is not None:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if isinstance(weight, PackedWeight) and weight.dim() == 2 and not isinstance(args[0], PackedWeight):
@@ -278,7 +306,9 @@ class PackedWeight(Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self, kwargs = (args[0] if args else None), kwargs or {}
         if isinstance(self, PackedWeight):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default):
@@ -311,12 +341,15 @@ def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> T
     if weight.requires_grad and torch.is_grad_enabled():
         advice = "packed weights are not trained: model.requires_grad_(False), then LoRA; or load without packed=True"
         raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{weight.title!r}]", advice)
-    require(input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape)
+    require(
+        input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape
+    )
     dtype = torch.float32 if input.numel() <= FEW * input.shape[-1] else input.dtype
     total: Tensor | None = None
     for i in range(len(weight.entry.stages or ())):
         z = rotated(input, weight, i)
-        y = _Product.apply(z, weight, i, dtype) if z.requires_grad else product(z, weight, i, dtype)
+        multiply: Any = _Product.apply if z.requires_grad else product
+        y = multiply(z, weight, i, dtype)
         total = y if total is None else total + y
     assert total is not None
     total = total if bias is None else total + bias
@@ -361,9 +394,9 @@ class _Product(torch.autograd.Function):
         return product(z, weight, i, dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         weight, i, dtype = ctx.rest
-        parts = iter(dy.to(dtype).split(group_rows(weight), dim=1))
+        parts = iter(torch.split(dy.to(dtype), group_rows(weight), dim=1))
         total = sum(by_groups(weight, i, lambda u, d: (d @ u.to(dtype)).float(), parts))
         return total, None, None, None
 
@@ -377,7 +410,13 @@ def group_rows(weight: PackedWeight) -> int:
 
 def by_groups(weight: PackedWeight, i: int, use: Callable[..., Tensor], *more: Iterator[Tensor]) -> Iterator[Tensor]:
     """use(u, ...) for each group of rows, u being scale * level + offset of stage i, float32 [group, cols]."""
-    parts, s, device, cols, step = weight.parts, (weight.entry.stages or ())[i], weight.device, weight.entry.shape[-1], group_rows(weight)
+    parts, s, device, cols, step = (
+        weight.parts,
+        (weight.entry.stages or ())[i],
+        weight.device,
+        weight.entry.shape[-1],
+        group_rows(weight),
+    )
     tables = parts.level_tables(s, cols, device)
 
     def group(a: int, *given: Tensor) -> Tensor:
@@ -385,8 +424,9 @@ def by_groups(weight: PackedWeight, i: int, use: Callable[..., Tensor], *more: I
             u = parts._decode_stage(s, tables, a, min(a + step, weight.rows), cols, device, f"stages[{i}]")
             return use(u, *given)
 
-    starts = range(0, weight.rows, step)
-    return (parts.workers.map if device.type == "cpu" and len(starts) > 1 else map)(group, starts, *more)  # type: ignore[operator]
+    starts = range(0, max(weight.rows, 1), step)
+    many: Any = parts.workers.map if device.type == "cpu" and len(starts) > 1 else map
+    return many(group, starts, *more)  # type: ignore[no-any-return]
 
 
 def embedding(
@@ -399,9 +439,11 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """torch.nn.functional.embedding: the rows that `input` [...] names, [..., cols]; only their tiles are decoded."""
-    require(max_norm is None, "UNSUPPORTED.LIBRARY", weight.title, "no max_norm: packed weights cannot be changed", max_norm)
+    require(
+        max_norm is None, "UNSUPPORTED.LIBRARY", weight.title, "no max_norm: packed weights cannot be changed", max_norm
+    )
     height, cols = weight.height, weight.entry.shape[-1]
-    blocks, place = (input.flatten() // height).unique(return_inverse=True)
+    blocks, place = torch.unique(input.flatten() // height, return_inverse=True)
     some = weight.cut(lambda part: part.index_select(0, blocks), (len(blocks) * height, cols)).decode()
     return some[place * height + input.flatten() % height].reshape(*input.shape, cols)
 
@@ -422,7 +464,9 @@ class PackedRepo(Repo):
         if w is None or w.stages is None:
             return super().dequantize(name, device, dtype)
         shared, place = self.shared, lq.find_device(device)
-        tensors = {key: (shared.tensors[key] if key in shared.tensors else self._read(key)).to(place) for key in shared.own(w)}
+        tensors = {
+            key: (shared.tensors[key] if key in shared.tensors else self._read(key)).to(place) for key in shared.own(w)
+        }
         weight = PackedWeight(shared.having(tensors), w, source, dtype or lq.torch_dtype(w.dtype), place)
         weight.check()
         self.packed.add(source)
@@ -438,7 +482,9 @@ def resident_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, packed weights by their parts, and of what these share (tables of levels)."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     packed = [t for t in tensors if isinstance(t, PackedWeight)]
-    seen: dict[int, int] = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, PackedWeight)}
+    seen: dict[int, int] = {
+        t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, PackedWeight)
+    }
     for parts in [weight.parts for weight in packed]:
         seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
