@@ -170,4 +170,5 @@ def from_pretrained(
     return _plain(cls, name, *args, config=config, **options)
 
 
-setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010 (mypy has the original's type)
+_method: Any = from_pretrained
+PreTrainedModel.from_pretrained = classmethod(_method)
