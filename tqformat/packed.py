@@ -6,9 +6,10 @@ Every quantized weight is a PackedWeight, a parameter with the shape and the dty
 modules of the model stay those of transformers: torch.nn.functional.linear and embedding know such a weight, and every other
 operation gets its decoded value. Decoding is the loader's own code, which reads from memory here in place of files.
 
-A product follows SPEC.md, section 22: z = T(column_scale * x), computed once for all weights that share x and transform, and
-y = sum over stages of (scale * level + offset) . z. Up to FEW rows of x it is computed in float32, by tqformat_kernels where
-that is installed; above, groups of rows are decoded and multiplied in the dtype of x [TQ-FUSE-2].
+A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
+for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
+tqformat_kernels where that is installed. For more rows, groups of the weight's rows are decoded, rounded to its dtype, and
+multiplied in the dtype of x, so that a prompt meets the weights that the decoded model has [TQ-FUSE-2].
 """
 
 import copy
@@ -344,16 +345,15 @@ def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> T
     require(
         input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape
     )
-    dtype = torch.float32 if input.numel() <= FEW * input.shape[-1] else input.dtype
-    total: Tensor | None = None
-    for i in range(len(weight.entry.stages or ())):
-        z = rotated(input, weight, i)
+    stages, total = range(len(weight.entry.stages or ())), None
+    for i in stages if input.numel() <= FEW * input.shape[-1] else [None]:
+        z = input.reshape(-1, input.shape[-1]) if i is None else rotated(input, weight, i)
         multiply: Any = _Product.apply if z.requires_grad else product
-        y = multiply(z, weight, i, dtype)
+        y = multiply(z, weight, i)
         total = y if total is None else total + y
     assert total is not None
     total = total if bias is None else total + bias
-    return total.to(input.dtype).reshape(*input.shape[:-1], -1)
+    return Tensor.to(total, input.dtype).reshape(*input.shape[:-1], weight.rows)
 
 
 def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
@@ -376,29 +376,27 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
     return z
 
 
-def product(z: Tensor, weight: PackedWeight, i: int, dtype: torch.dtype) -> Tensor:
-    """(scale * level + offset) . z of stage i: z [m, cols] -> float32 [m, rows], multiplied in `dtype`."""
+def product(z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
+    """(scale * level + offset) . z of stage i, or the decoded weight times z: z [m, cols] -> [m, rows], in the dtype of z."""
     z = z.detach()
-    if dtype == torch.float32 and z.device.type == "cpu" and kernels() is not None:
+    if i is not None and z.device.type == "cpu" and kernels() is not None:
         return weight.parts.kernel_stages(weight.entry)[i].product(z.contiguous())  # type: ignore[no-any-return]
-    z = z.to(dtype)
-    return torch.cat(list(by_groups(weight, i, lambda u: (z @ u.to(dtype).t()).float())), dim=1)
+    return torch.cat(list(by_groups(weight, i, z.dtype, lambda u: z @ u.t())), dim=1)
 
 
 class _Product(torch.autograd.Function):
     """product, with the gradient to z."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: PackedWeight, i: int, dtype: torch.dtype) -> Tensor:
-        ctx.rest = weight, i, dtype
-        return product(z, weight, i, dtype)
+    def forward(ctx: Any, z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
+        ctx.weight, ctx.stage, ctx.dtype = weight, i, z.dtype
+        return product(z, weight, i)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        weight, i, dtype = ctx.rest
-        parts = iter(torch.split(dy.to(dtype), group_rows(weight), dim=1))
-        total = sum(by_groups(weight, i, lambda u, d: (d @ u.to(dtype)).float(), parts))
-        return total, None, None, None
+        parts = iter(torch.split(dy.to(ctx.dtype), group_rows(ctx.weight), dim=1))
+        found = by_groups(ctx.weight, ctx.stage, ctx.dtype, lambda u, d: (d @ u).float(), parts)
+        return functools.reduce(Tensor.add_, found).to(ctx.dtype), None, None
 
 
 def group_rows(weight: PackedWeight) -> int:
@@ -408,21 +406,22 @@ def group_rows(weight: PackedWeight) -> int:
     return max(1, each // (height * cols)) * height
 
 
-def by_groups(weight: PackedWeight, i: int, use: Callable[..., Tensor], *more: Iterator[Tensor]) -> Iterator[Tensor]:
-    """use(u, ...) for each group of rows, u being scale * level + offset of stage i, float32 [group, cols]."""
-    parts, s, device, cols, step = (
-        weight.parts,
-        (weight.entry.stages or ())[i],
-        weight.device,
-        weight.entry.shape[-1],
-        group_rows(weight),
-    )
-    tables = parts.level_tables(s, cols, device)
+def by_groups(
+    weight: PackedWeight, i: int | None, dtype: torch.dtype, use: Callable[..., Tensor], *more: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    """use(u, ...) for each group of rows; u [group, cols] in `dtype` is scale * level + offset of stage i, or the value."""
+    parts, device, cols, step = weight.parts, weight.device, weight.entry.shape[-1], group_rows(weight)
+    stages, own = weight.entry.stages or (), lq.torch_dtype(weight.entry.dtype)
+    make = parts.level_tables if i is not None else parts._stage_tables
+    tables = [make(s, cols, device) for s in stages]
 
     def group(a: int, *given: Tensor) -> Tensor:
+        b = min(a + step, weight.rows)
         with torch.no_grad():
-            u = parts._decode_stage(s, tables, a, min(a + step, weight.rows), cols, device, f"stages[{i}]")
-            return use(u, *given)
+            if i is None:
+                return use(parts._decode(weight.entry, a, b, device, tables).to(own).to(dtype), *given)
+            u = parts._decode_stage(stages[i], tables[i], a, b, cols, device, f"stages[{i}]")
+            return use(u.to(dtype), *given)
 
     starts = range(0, max(weight.rows, 1), step)
     many: Any = parts.workers.map if device.type == "cpu" and len(starts) > 1 else map
