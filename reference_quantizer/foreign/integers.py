@@ -13,7 +13,7 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 def words_to_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """uint8 [n, count]: fields of `bits` (1 to 8) from the least significant bit of int32 [n, words] on, across words."""
-    data = words.contiguous().view(torch.uint8)
+    data = words.contiguous().reshape(-1).view(torch.uint8).reshape(len(words), -1)
     n, length = data.shape
     if length * 8 < count * bits:
         raise TQFormatError("CONTAINER.SHAPE", "codes", f"{length} bytes do not hold {count} numbers of {bits} bits")
@@ -63,8 +63,12 @@ def grouped(
     if (
         scales.dtype == torch.float32
     ):  # whose products with a code and with a zero are not exact: code - zero is one level
-        each = zeros.repeat_interleave(length, 1)
-        return Stage((codes.int() - each + top - 1).int(), integers(1 - top, top - 1), scales, transform=transform)
+        differences = codes.int() - zeros.repeat_interleave(length, 1)
+        low, high = int(differences.min()), int(differences.max())
+        if high - low > 255:
+            message = "8-bit codes with zero points and scales in float32: their differences take more than 8 bits"
+            raise TQFormatError("UNSUPPORTED.LIBRARY", "zeros", message)
+        return Stage(differences - low, integers(low, high), scales, transform=transform)
     if int(zeros.min()) < 0 or int(zeros.max()) > 255:
         raise TQFormatError("UNSUPPORTED.LIBRARY", "zeros", "expected zero points from 0 to 255")
     offsets, outer = zeros.to(torch.uint8).contiguous(), -scales

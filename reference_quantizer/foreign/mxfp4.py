@@ -25,7 +25,7 @@ def read_mxfp4(name: str, parts: dict[str, torch.Tensor], settings: dict[str, An
         raise TQFormatError("CONTAINER.SHAPE", name, message)
     used = exponents.unique()
     elements = torch.from_numpy(E2M1[:, 0])
-    products = torch.ldexp(elements.double(), used.int()[:, None] - 127)  # [exponents, 16]
+    products = elements.double() * 2.0 ** (used.double()[:, None] - 127)  # [exponents, 16]
     levels, places = products.unique(return_inverse=True)
     if len(levels) > 256 or not bool(levels.bfloat16().isfinite().all()):
         message = (
