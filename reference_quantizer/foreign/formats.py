@@ -1,14 +1,13 @@
 """Which format a checkpoint has, by its file type or the quant_method of its config.json, and how its weights are found."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import gguf_source, support
-from reference_quantizer.checkpoint.source import Info, Reader, Source, open_source, weights_sha256
+from reference_quantizer.checkpoint.source import Info, Reader, Source, open_source, read_json, weights_sha256
 from reference_quantizer.foreign.parts import Checkpoint, Weight
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
@@ -25,6 +24,9 @@ FORMATS = {
     "bitsandbytes": ("state's", "NF4 and FP4, nested or not"),
     "hqq": ("F32", "1, 2, 3, 4, 8 bits, axis 1"),
     "mxfp4": ("BF16", "experts of gpt-oss, transposed as transformers has them: about 6 bits"),
+    "paroquant": ("F32", "pairwise rotations and channel scales; not fused experts"),
+    "tq3_native (turboquant-plus-vllm)": ("F32", "2, 3, 4 bits, matrices; also layers with a learned rotation"),
+    "leanquant": ("grid's", "levels of each row; with the config.json of the base model beside it"),
 }
 
 
@@ -41,13 +43,14 @@ class Layout:
 
 def layout_of(method: str) -> Layout:
     """The layout of a quant_method; UNSUPPORTED.LIBRARY for one that is not known."""
-    from reference_quantizer.foreign import bitsandbytes, compressed_tensors, gptq, hqq, mxfp4
+    from reference_quantizer.foreign import bitsandbytes, compressed_tensors, gptq, hqq, mxfp4, rotated
 
     integer = (".qweight", ".qzeros", ".scales", ".g_idx")
     compressed = tuple(
         f".weight_{part}" for part in ("packed", "scale", "zero_point", "g_idx", "shape", "global_scale")
     )
     activations = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale")
+    turboquant = (".weight.tq_packed", ".weight.tq_norms", ".packed_weight", ".norms", ".tq_centroids", ".rotation")
     nested = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     known = {
         "gptq": Layout((".qweight",), integer, gptq.read_gptq),
@@ -61,6 +64,13 @@ def layout_of(method: str) -> Layout:
             bitsandbytes.read_bitsandbytes,
         ),
         "hqq": Layout((".W_q",), hqq.PARTS, hqq.read_hqq),
+        "paroquant": Layout(
+            (".qweight",),
+            (".qweight", ".qzeros", ".scales", ".theta", ".pairs", ".channel_scales"),
+            rotated.read_paroquant,
+        ),
+        "tq3_native": Layout((".weight.tq_packed", ".packed_weight"), turboquant, rotated.read_turboquant),
+        "leanquant": Layout((".weight_codes",), (".weight_codes", ".quant_grid"), rotated.read_leanquant),
         "mxfp4": Layout(("_blocks",), ("_blocks", "_scales"), mxfp4.read_mxfp4, weight=""),
     }
     if method not in known:
@@ -89,7 +99,7 @@ def opened(src: str, out: Path, revision: str | None = None) -> Iterator[Checkpo
     plain = {key: value for key, value in (source.config or {}).items() if key not in CONFIG_KEYS}
     copied, notes = support.files_to_copy(source)
     files: dict[str, tuple[str, Path | bytes]] = {path.name: (role, path) for path, role in copied.items()}
-    for name in ("config.json", "quantize_config.json", "quantization_config.json"):
+    for name in ("config.json", "quantization_config.json", *CONFIG_FILES):
         files.pop(name, None)
     groups, kept, dropped = find_parts(source, layout)
     size = sum(info.nbytes for name, info in source.tensors.items() if name not in dropped)
@@ -115,6 +125,7 @@ def opened(src: str, out: Path, revision: str | None = None) -> Iterator[Checkpo
 
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
+CONFIG_FILES = {"quantize_config.json": "gptq", "tq_config.json": "tq3_native"}  # of programs that write no key
 
 
 def quantization_config(source: Source) -> dict[str, Any]:
@@ -122,9 +133,11 @@ def quantization_config(source: Source) -> dict[str, Any]:
     for key in CONFIG_KEYS:
         if isinstance(found := (source.config or {}).get(key), dict):
             return found
-    path = source.path / "quantize_config.json"  # of AutoGPTQ before it wrote to config.json
-    if path.is_file():
-        return {"quant_method": "gptq"} | json.loads(path.read_text("utf-8"))
+    for name, method in CONFIG_FILES.items():
+        if (source.path / name).is_file():
+            return {"quant_method": method} | read_json(source.path / name)
+    if any(name.endswith(".weight_codes") for name in source.tensors):
+        return {"quant_method": "leanquant"}
     message = (
         "it names no quantization_config: this is no low-bit checkpoint that is known here; `quantize` makes one of it"
     )

@@ -12,7 +12,7 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def words_to_fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 [n, count]: fields of `bits` (1 to 8) from the least significant bit of int32 [n, words] on, across words."""
+    """uint8 [n, count]: fields of `bits` (1 to 8) from the least significant bit of int32 or uint8 [n, words] on, across words."""
     data = words.contiguous().reshape(-1).view(torch.uint8).reshape(len(words), -1)
     n, length = data.shape
     if length * 8 < count * bits:

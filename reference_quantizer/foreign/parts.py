@@ -17,6 +17,7 @@ class Transform:
     kind: str = "identity"
     size: int = 1
     tensors: dict[str, Array] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # factors and signs of a hadamard
 
 
 IDENTITY = Transform()

@@ -87,10 +87,12 @@ class Tables:
         return id
 
     def transform(self, transform: Transform) -> str:
-        parts = [digest(tensor) for tensor in transform.tensors.values()]
-        id = "-".join([transform.kind, str(transform.size), *parts]) if parts else transform.kind
+        content = [digest(tensor) for tensor in transform.tensors.values()]
+        if transform.settings:
+            content.append(hashlib.sha256(json.dumps(transform.settings).encode()).hexdigest()[:12])
+        id = "-".join([transform.kind, str(transform.size), *content]) if content else transform.kind
         if id not in self.known:
-            self.writer.add_transform(id, transform.kind, transform.size, **transform.tensors)
+            self.writer.add_transform(id, transform.kind, transform.size, **transform.tensors, **transform.settings)
             self.known.add(id)
         return id
 

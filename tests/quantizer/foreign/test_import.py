@@ -283,3 +283,88 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     same(convert_moe_packed_tensors(packed, exponents.to(torch.uint8)), want)
+
+
+def test_paroquant(tmp_path: Path) -> None:
+    """The rotation of the activations, as documented: y = W R (channel_scales x), computed here in float64."""
+    codes, zeros, scales = numbers(11, 4)
+    rng, rounds, half = torch.Generator().manual_seed(11), 3, scales.half()
+    theta = torch.randn(rounds, COLS // 2, generator=rng).half()
+    pairs = torch.stack(
+        [torch.cat([torch.randperm(G, generator=rng) for _ in range(COLS // G)]) for _ in range(rounds)]
+    )
+    channel = (torch.rand(1, COLS, generator=rng) + 0.5).half()
+
+    def interleaved(data: torch.Tensor) -> torch.Tensor:
+        return words(data.reshape(len(data), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(len(data), -1), 4)
+
+    tensors = {"a.qweight": interleaved(codes.t()), "a.qzeros": interleaved(zeros.t()), "a.scales": half.t()}
+    tensors |= {"a.theta": theta, "a.pairs": pairs.short(), "a.channel_scales": channel}
+    found = imported(
+        save(tmp_path / "c", tensors, {"quant_method": "paroquant", "bits": 4, "group_size": G, "krot": rounds})
+    )
+    x = torch.eye(COLS, dtype=torch.float64) * channel.double()  # a row for each unit vector
+    for r in range(rounds):
+        for t in range(COLS // 2):
+            i, j = (int(pairs[r, 2 * t + k]) + 2 * t // G * G for k in (0, 1))
+            c, s = theta[r, t].double().cos(), theta[r, t].double().sin()
+            x[:, i], x[:, j] = x[:, i] * c + x[:, j] * s, x[:, j] * c - x[:, i] * s
+    each = torch.arange(COLS) // G
+    want = (half.double()[:, each] * (codes - zeros[:, each]) @ x.t()).float()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, want, rtol=0, atol=2e-6 * float(want.abs().max()))
+
+
+LEVELS = {  # the positive ones of optimal_centroids(bits, 32) in turboquant-plus-vllm 0.13.12, to seven digits
+    2: [0.08007984, 0.2669328],
+    3: [0.0433269, 0.133644, 0.2375717, 0.3804137],
+    4: [0.0222673, 0.06733998, 0.1141069, 0.164003, 0.2190933, 0.282876, 0.362664, 0.4803265],
+}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_turboquant_plus(tmp_path: Path, bits: int) -> None:
+    """w = norm * D1 H D2 c / sqrt(group), the signs from torch's generator."""
+    rng, group = torch.Generator().manual_seed(12), 32
+    codes = torch.randint(0, 1 << bits, (ROWS, COLS), generator=rng)
+    norms = torch.rand(ROWS, COLS // group, generator=rng) + 0.1
+    packed = words(codes.reshape(-1, group), bits).view(torch.uint8)
+    path = save(tmp_path / "c", {"a.weight.tq_packed": packed, "a.weight.tq_norms": norms}, {})
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    config = {"format": "tq3_native", "bits": bits, "group_size": group, "quantizer_seed": 42}
+    (path / "tq_config.json").write_text(json.dumps(config))
+    found = imported(path)
+    levels = [*(-level for level in reversed(LEVELS[bits])), *LEVELS[bits]]
+    generator = torch.Generator().manual_seed(42)
+    inner, outer = (torch.randint(0, 2, (group,), generator=generator).double() * 2 - 1 for _ in range(2))
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < group:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    c = torch.tensor(levels, dtype=torch.float64)[codes].reshape(-1, group)
+    want = norms.reshape(-1, 1) * ((c * outer) @ hadamard * inner) / group**0.5
+    want = want.reshape(ROWS, COLS).float()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, want, rtol=0, atol=2e-6 * float(want.abs().max()))
+
+
+def test_a_learned_rotation(tmp_path: Path) -> None:
+    """w = norm * R^t c, the rotation stored."""
+    rng, group, bits = torch.Generator().manual_seed(13), 32, 3
+    codes = torch.randint(0, 1 << bits, (ROWS, COLS), generator=rng)
+    norms, levels = torch.rand(ROWS, COLS // group, generator=rng) + 0.1, torch.randn(1 << bits, generator=rng)
+    rotation = torch.linalg.qr(torch.randn(group, group, generator=rng, dtype=torch.float64))[0].float()
+    tensors = {"a.packed_weight": words(codes.reshape(-1, group), bits).view(torch.uint8), "a.norms": norms}
+    tensors |= {"a.tq_centroids": levels, "a.rotation": rotation}
+    found = imported(save(tmp_path / "c", tensors, {"quant_method": "tq3_native", "group_size": group}))
+    want = levels[codes].reshape(-1, group).double() @ rotation.double() * norms.reshape(-1, 1)
+    assert torch.allclose(found, want.reshape(ROWS, COLS).float(), rtol=0, atol=2e-6 * float(want.abs().max()))
+
+
+def test_leanquant(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(14)
+    codes = torch.randint(0, 8, (ROWS, COLS), generator=rng)
+    grid = torch.randn(ROWS, 8, generator=rng).half()
+    tensors = {"a.quant_grid": grid, "a.weight_codes": (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)}
+    path = save(tmp_path / "c", tensors, {})
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    same(imported(path), grid.gather(1, codes))
