@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from reference_quantizer.checkpoint import gguf_source, support
 from reference_quantizer.checkpoint.source import Info, Reader, Source, open_source, read_json, weights_sha256
 from reference_quantizer.foreign.parts import Checkpoint, Weight
-from tqformat.load_quantized import TQFormatError, torch_dtype
+from tqformat.load_quantized import FLOATS, TQFormatError, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,6 +163,10 @@ def find_parts(source: Source, layout: Layout) -> tuple[dict[str, dict[str, Info
         raise TQFormatError(
             "BIND.EXTRA_TENSOR", stray[0], "a part of a quantized weight whose other parts are not there"
         )
+    codes = [info for info in kept if info.name.endswith(".weight") and info.dtype not in FLOATS]
+    if codes:  # such as LLM.int8's, whose product is rounded twice
+        message = f"codes of {codes[0].dtype}, without the tensors that tell their values in this format"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", codes[0].name, f"{message}; start from the original model: quantize")
     return groups, kept, dropped
 
 

@@ -5,11 +5,10 @@ Where the program's own package is installed, what it decodes is compared, too; 
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers import save_quantized, words
 
 from conformance.check import judge
 from conformance.folder import Folder
@@ -18,24 +17,6 @@ from reference_quantizer.__main__ import main
 from tqformat import open_repo
 
 ROWS, COLS, G = 16, 64, 16
-Tensors = dict[str, torch.Tensor]
-
-
-def words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [n, words]: the numbers of each row as one long number, the first in its lowest bits."""
-    size = -(-values.shape[1] * bits // 32) * 4
-    data = b"".join(
-        sum(v << bits * k for k, v in enumerate(row)).to_bytes(size, "little") for row in values.int().tolist()
-    )
-    return torch.frombuffer(bytearray(data), dtype=torch.int32).reshape(len(values), -1)
-
-
-def save(path: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
-    path.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    plain = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    (path / "config.json").write_text(json.dumps(plain | {"quantization_config": config}))
-    return path
 
 
 def imported(path: Path, name: str = "a.weight") -> torch.Tensor:
@@ -81,7 +62,7 @@ def test_gptq(tmp_path: Path, version: str, bits: int, kind: str) -> None:
     tensors |= {"a.g_idx": group.int(), "a.bias": torch.ones(ROWS).half(), "norm.weight": torch.ones(COLS).half()}
     config = {"quant_method": "gptq", "bits": bits, "group_size": G, "checkpoint_format": version}
     want = half[:, group] * (codes - zeros[:, group]).half()
-    path = save(tmp_path / "c", tensors, config)
+    path = save_quantized(tmp_path / "c", tensors, config)
     same(imported(path), want)
     with open_repo(tmp_path / "c-out") as repo:
         features = repo.manifest.features
@@ -100,7 +81,7 @@ def test_awq(tmp_path: Path) -> None:
     tensors = {"a.qweight": interleaved(codes.t()), "a.qzeros": interleaved(zeros.t()), "a.scales": half.t()}
     config = {"quant_method": "awq", "bits": 4, "group_size": G, "version": "gemm", "zero_point": True}
     each = torch.arange(COLS) // G
-    same(imported(save(tmp_path / "c", tensors, config)), half[:, each] * (codes - zeros[:, each]).half())
+    same(imported(save_quantized(tmp_path / "c", tensors, config)), half[:, each] * (codes - zeros[:, each]).half())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
@@ -128,7 +109,7 @@ def test_compressed_tensors_integers(tmp_path: Path, bits: int, kind: str) -> No
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     want = scales[:, group] * (codes - shift).bfloat16()
-    same(imported(save(tmp_path / "c", tensors, config)), want)
+    same(imported(save_quantized(tmp_path / "c", tensors, config)), want)
     if kind != "ordered":
         pytest.importorskip("compressed_tensors", reason="the format's own package is not installed")
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
@@ -149,7 +130,7 @@ def test_compressed_tensors_in_float32_with_zeros(tmp_path: Path) -> None:
     }
     config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
     each = torch.arange(COLS) // G
-    same(imported(save(tmp_path / "c", tensors, config)), scales[:, each] * (codes - zeros[:, each]).float())
+    same(imported(save_quantized(tmp_path / "c", tensors, config)), scales[:, each] * (codes - zeros[:, each]).float())
 
 
 def test_compressed_tensors_float8_in_blocks(tmp_path: Path) -> None:
@@ -159,7 +140,7 @@ def test_compressed_tensors_float8_in_blocks(tmp_path: Path) -> None:
     groups = {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 24]}}}
     config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
     each = scales.repeat_interleave(8, 0).repeat_interleave(24, 1)[:, :COLS]
-    path = save(tmp_path / "c", {"a.weight": codes, "a.weight_scale": scales}, config)
+    path = save_quantized(tmp_path / "c", {"a.weight": codes, "a.weight_scale": scales}, config)
     same(imported(path), codes.bfloat16() * each)
 
 
@@ -183,7 +164,7 @@ def test_compressed_tensors_float4(tmp_path: Path, kind: str) -> None:
         scales = small.float() / 1234.5
     want = (E2M1[codes] * scales.repeat_interleave(length, 1)).bfloat16()
     config = {"quant_method": "compressed-tensors", "format": f"{kind}-pack-quantized", "config_groups": {}}
-    same(imported(save(tmp_path / "c", tensors, config)), want)
+    same(imported(save_quantized(tmp_path / "c", tensors, config)), want)
     pytest.importorskip("compressed_tensors", reason="the format's own package is not installed")
     from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
     from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
@@ -223,7 +204,7 @@ def test_bitsandbytes(tmp_path: Path, kind: str, nested: bool, cols: int) -> Non
     )
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
     want = (levels[flat] * absmax.repeat_interleave(block)).bfloat16().reshape(ROWS, cols)
-    same(imported(save(tmp_path / "c", tensors, config)), want)
+    same(imported(save_quantized(tmp_path / "c", tensors, config)), want)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -235,7 +216,7 @@ def test_bitsandbytes_with_its_package(tmp_path: Path, kind: str, nested: bool, 
     weight = torch.randn(ROWS, 1024, generator=rng).to(dtype)
     data, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
     tensors = {"a.weight": data} | {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    found = imported(save(tmp_path / "c", tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    found = imported(save_quantized(tmp_path / "c", tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True}))
     same(found, functional.dequantize_4bit(data, state))
 
 
@@ -260,7 +241,7 @@ def test_hqq(tmp_path: Path, packing: str, bits: int) -> None:
     tensors |= {"a.nbits": torch.tensor(bits).int(), "a.group_size": torch.tensor(G).int(), "a.bias": torch.ones(ROWS)}
     tensors |= {"a.view_as_float": torch.tensor(0).to(torch.uint8), "a.compute_dtype": text("torch.float16")}
     want = ((codes - zeros.float()) * scales.float()).reshape(ROWS, COLS)
-    same(imported(save(tmp_path / "c", tensors, {"quant_method": "hqq"})), want)
+    same(imported(save_quantized(tmp_path / "c", tensors, {"quant_method": "hqq"})), want)
     quantize = pytest.importorskip("hqq.core.quantize", reason="the format's own package is not installed")
     meta = {"packing": packing, "compute_dtype": torch.float32, "view_as_float": False, "nbits": bits, "group_size": G}
     meta |= {"axis": 1, "shape": (ROWS, COLS), "zero": zeros.float(), "scale": scales.float()}
@@ -276,7 +257,7 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     tensors = {"e.gate_up_proj_blocks": packed, "e.gate_up_proj_scales": exponents.to(torch.uint8)}
     tensors["e.gate_up_proj_bias"] = torch.ones(2, ROWS).bfloat16()
     want = (E2M1[codes] * (2.0 ** (exponents - 127)).repeat_interleave(32, 2)).bfloat16().transpose(1, 2)
-    path = save(tmp_path / "c", tensors, {"quant_method": "mxfp4"})
+    path = save_quantized(tmp_path / "c", tensors, {"quant_method": "mxfp4"})
     same(imported(path, "e.gate_up_proj"), want)
     with open_repo(tmp_path / "c-out") as repo:
         assert repo.manifest.tensors["e.gate_up_proj"].effective_bits == 6
@@ -301,7 +282,9 @@ def test_paroquant(tmp_path: Path) -> None:
     tensors = {"a.qweight": interleaved(codes.t()), "a.qzeros": interleaved(zeros.t()), "a.scales": half.t()}
     tensors |= {"a.theta": theta, "a.pairs": pairs.short(), "a.channel_scales": channel}
     found = imported(
-        save(tmp_path / "c", tensors, {"quant_method": "paroquant", "bits": 4, "group_size": G, "krot": rounds})
+        save_quantized(
+            tmp_path / "c", tensors, {"quant_method": "paroquant", "bits": 4, "group_size": G, "krot": rounds}
+        )
     )
     x = torch.eye(COLS, dtype=torch.float64) * channel.double()  # a row for each unit vector
     for r in range(rounds):
@@ -329,7 +312,7 @@ def test_turboquant_plus(tmp_path: Path, bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (ROWS, COLS), generator=rng)
     norms = torch.rand(ROWS, COLS // group, generator=rng) + 0.1
     packed = words(codes.reshape(-1, group), bits).view(torch.uint8)
-    path = save(tmp_path / "c", {"a.weight.tq_packed": packed, "a.weight.tq_norms": norms}, {})
+    path = save_quantized(tmp_path / "c", {"a.weight.tq_packed": packed, "a.weight.tq_norms": norms}, {})
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     config = {"format": "tq3_native", "bits": bits, "group_size": group, "quantizer_seed": 42}
     (path / "tq_config.json").write_text(json.dumps(config))
@@ -355,7 +338,7 @@ def test_a_learned_rotation(tmp_path: Path) -> None:
     rotation = torch.linalg.qr(torch.randn(group, group, generator=rng, dtype=torch.float64))[0].float()
     tensors = {"a.packed_weight": words(codes.reshape(-1, group), bits).view(torch.uint8), "a.norms": norms}
     tensors |= {"a.tq_centroids": levels, "a.rotation": rotation}
-    found = imported(save(tmp_path / "c", tensors, {"quant_method": "tq3_native", "group_size": group}))
+    found = imported(save_quantized(tmp_path / "c", tensors, {"quant_method": "tq3_native", "group_size": group}))
     want = levels[codes].reshape(-1, group).double() @ rotation.double() * norms.reshape(-1, 1)
     assert torch.allclose(found, want.reshape(ROWS, COLS).float(), rtol=0, atol=2e-6 * float(want.abs().max()))
 
@@ -365,6 +348,6 @@ def test_leanquant(tmp_path: Path) -> None:
     codes = torch.randint(0, 8, (ROWS, COLS), generator=rng)
     grid = torch.randn(ROWS, 8, generator=rng).half()
     tensors = {"a.quant_grid": grid, "a.weight_codes": (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)}
-    path = save(tmp_path / "c", tensors, {})
+    path = save_quantized(tmp_path / "c", tensors, {})
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     same(imported(path), grid.gather(1, codes))
