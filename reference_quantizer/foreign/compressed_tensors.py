@@ -102,8 +102,15 @@ def _floats4(name: str, parts: Parts) -> Weight:
     if ".weight_global_scale" not in parts:  # in bfloat16, which holds E2M1 times a power of two
         exponents = scales.view(torch.uint8)
         return Weight(name, shape, "BF16", (Stage(codes, E2M1, exponents, "F8_E8M0", ONE),))
-    quotient = scales.float() / parts[".weight_global_scale"].float()
-    return Weight(name, shape, "BF16", (Stage(codes, E2M1, quotient),))
+    divisor = parts[".weight_global_scale"].float().reshape(1, 1)
+    used = scales.view(torch.uint8).unique(return_inverse=True)[0].view(torch.float8_e4m3fn).float()[:, None]
+    elements = torch.from_numpy(E2M1).t()
+    want, product = (elements * (used / divisor)).bfloat16(), elements.double() * used.double() * (1 / divisor).double()
+    if all(torch.equal((product * margin).float().bfloat16(), want) for margin in (1 - 2**-19, 1 + 2**-19)):
+        stage = Stage(codes, E2M1, scales.view(torch.uint8), "F8_E4M3", 1 / divisor)
+    else:  # near a tie of the rounding to bfloat16, multiplying by the inverse is not dividing
+        stage = Stage(codes, E2M1, scales.float() / divisor)
+    return Weight(name, shape, "BF16", (stage,))
 
 
 def _floats8(name: str, parts: Parts, settings: dict[str, Any]) -> Weight:
@@ -112,5 +119,5 @@ def _floats8(name: str, parts: Parts, settings: dict[str, Any]) -> Weight:
     if not bool(levels[codes.int()].isfinite().all()):
         raise TQFormatError("DATA.NON_FINITE", name, "a weight is NaN")
     levels[~levels.isfinite()] = 0  # two entries that no code names
-    scales = per_row(name, parts[".weight_scale"], *codes.shape, settings)
+    scales = per_row(name, parts[".weight_scale"], len(codes), codes.shape[1], settings)
     return Weight(name, tuple(codes.shape), dtype_of(scales, name), (Stage(codes, levels[:, None], scales),))

@@ -103,7 +103,12 @@ def opened(src: str, out: Path, revision: str | None = None) -> Iterator[Checkpo
         files.pop(name, None)
     groups, kept, dropped = find_parts(source, layout)
     size = sum(info.nbytes for name, info in source.tensors.items() if name not in dropped)
-    facts = {"format": method, "directory": source.path.resolve().name, "id": source.id, "revision": source.revision}
+    facts: dict[str, Any] = {
+        "format": method,
+        "directory": source.path.resolve().name,
+        "id": source.id,
+        "revision": source.revision,
+    }
     facts |= {"weights_sha256": weights_sha256(source), "quantization_config": settings}
     facts |= {"quantized": True, "tensor_types": {method: len(groups), "unchanged": len(kept)}}
     facts |= {"left_out": dropped} if dropped else {}

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from reference_quantizer.checkpoint import gguf_source
+from reference_quantizer.checkpoint.source import read_json
 from reference_quantizer.foreign.gguf_blocks import TYPES, read_blocks
 from reference_quantizer.foreign.parts import Checkpoint, Stage, Weight
 from tqformat.load_quantized import TQFormatError
@@ -48,8 +49,9 @@ def opened(src: str, out: Path) -> Iterator[Checkpoint]:
             if model.can_generate():
                 model.generation_config.save_pretrained(saved)
             gguf_source.read_tokenizer(file).save_pretrained(saved)
-            files = {p.name: ("support", p.read_bytes()) for p in sorted(saved.iterdir()) if p.name != "config.json"}
-            written = gguf_source.read_json(saved / "config.json")
+            files: dict[str, tuple[str, Path | bytes]] = {}
+            files |= {p.name: ("support", p.read_bytes()) for p in sorted(saved.iterdir()) if p.name != "config.json"}
+            written = read_json(saved / "config.json")
             shutil.rmtree(saved)
             size = sum(int(t.n_bytes) for t in reader.tensors)
             order = [name for name in model.state_dict() if name in rows or name in plain]

@@ -149,6 +149,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 @pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
 def test_compressed_tensors_float4(tmp_path: Path, kind: str) -> None:
+    """NVFP4 keeps its scales of 8 bits where multiplying by the inverse of the global scale rounds as dividing does."""
     rng = torch.Generator().manual_seed(4)
     codes = torch.randint(0, 16, (ROWS, COLS), generator=rng)
     length = 32 if kind == "mxfp4" else 16
