@@ -10,6 +10,9 @@ model of 0.8B as `benchmarks/scale.py` makes it and a Llama of 3B, both with ran
 Each figure is the median of --runs fresh processes, candidates taking turns; libraries are imported before the clock starts.
 "Over" is the peak of resident memory above that at the start and above the finished weights; pages of mapped files count in it.
 Cold means that the files were dropped from the page cache. WORK/load.md and WORK/load.json receive the result.
+
+Peers that are not in the extras of this package are installed by hand, with --no-deps: hqq with termcolor (DISABLE_CUDA=1),
+bitsandbytes, torchao, compressed-tensors with loguru. What is not there is listed as left out.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Candidate:
     path: str
     cold: bool = False
     busy: bool = False
+    device: str = "cpu"
     command: list[str] = field(default_factory=list)  # instead of a measure; the whole process is timed
 
 
@@ -59,7 +63,7 @@ def run_once(candidate: Candidate) -> dict[str, float]:
         cache(file, keep=not candidate.cold)
     with busy_cores() if candidate.busy else contextlib.nullcontext():
         if not candidate.command:
-            return child(candidate.what, candidate.path)
+            return child(candidate.what, candidate.path, candidate.device)
         start = time.perf_counter()
         process = subprocess.Popen(candidate.command, cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -269,6 +273,7 @@ def main() -> None:
     parser.add_argument("--inventory", nargs=2, metavar=("CONFIG_DIR", "INVENTORY"), help="of 0.8B: see scale.py")
     parser.add_argument("--repo", type=Path, action="append", default=[], help="a further repository of SmolLM2")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="where the weights go: cpu or cuda")
     parser.add_argument("--busy", action="store_true", help="decode beside two busy processes, too")
     parser.add_argument("--judge", action="store_true", help="time conformance check --run-loader and verify, too")
     parser.add_argument("--many", type=int, nargs="?", const=40_000, help="a manifest of so many tiny weights, too")
@@ -293,9 +298,8 @@ def main() -> None:
                 report["once"][f"quantize {size} to {name}"] = seconds
         if size == "smollm2":
             repos |= {repo.name: repo for repo in args.repo}
-        report["rows"] += take_turns(
-            list_candidates(size, checkpoint, repos, args.busy, args.judge, report["left_out"]), args.runs
-        )
+        candidates = list_candidates(size, checkpoint, repos, args.busy, args.judge, report["left_out"])
+        report["rows"] += take_turns([replace(c, device=args.device) for c in candidates], args.runs)
     here = str(args.work)
     commands = {"an empty Python": ["-c", "pass"], "import tqformat": ["-c", "import tqformat"]}
     if args.many:

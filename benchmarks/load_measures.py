@@ -1,6 +1,6 @@
 """What benchmarks/load.py measures, each in a process of its own; that file starts this one, and reads the JSON that it prints.
 
-    python benchmarks/load_measures.py MEASURE PATH          # seconds, processor seconds, bytes over, weights
+    python benchmarks/load_measures.py MEASURE PATH DEVICE   # seconds, processor seconds, bytes over, weights
     python benchmarks/load_measures.py many PATH COUNT       # a manifest of COUNT tiny weights: seconds of each step
     python benchmarks/load_measures.py 3B PATH               # writes a checkpoint of random weights, measures nothing
 
@@ -23,43 +23,43 @@ LLAMA_3B |= {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embedding
 Run = Callable[[], Any]
 
 
-def decode(path: str) -> Run:
+def decode(path: str, device: str) -> Run:
     """Ours: one weight after the other, none kept, no digests."""
     from tqformat.load_quantized import Repo
 
     def run() -> int:
         with Repo(path, verify=False) as repo:
-            return sum(weight.numel() for _, weight in repo.stream())
+            return sum(weight.numel() for _, weight in repo.stream(device))
 
     return run
 
 
-def state_dict(path: str) -> Run:
+def state_dict(path: str, device: str) -> Run:
     """Ours: all weights at once, digests included."""
     import tqformat
 
-    return lambda: tqformat.load_state_dict(path)
+    return lambda: tqformat.load_state_dict(path, device)
 
 
-def load(path: str) -> Run:
+def load(path: str, device: str) -> Run:
     """Ours: the ready model, digests included."""
     import tqformat
 
     model_class(path)
-    return lambda: tqformat.load(path)
+    return lambda: tqformat.load(path, device)
 
 
-def from_pretrained(path: str) -> Run:
+def from_pretrained(path: str, device: str) -> Run:
     """transformers: the ready model of a plain checkpoint."""
     import torch
 
     made = model_class(path)
-    return lambda: made.from_pretrained(path, dtype=torch.bfloat16)
+    return lambda: made.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
 
 
-def from_pretrained_read(path: str) -> Run:
+def from_pretrained_read(path: str, device: str) -> Run:
     """The same, and one weight of each page read: where no dtype changes, the model only maps the file."""
-    ready = from_pretrained(path)
+    ready = from_pretrained(path, device)
 
     def run() -> Any:
         model = ready()
@@ -70,80 +70,81 @@ def from_pretrained_read(path: str) -> Run:
     return run
 
 
-def plain(path: str) -> Run:
+def plain(path: str, device: str) -> Run:
     """safetensors: every tensor of a plain checkpoint, read and copied."""
     from safetensors import safe_open
 
     def run() -> dict[str, Any]:
         state = {}
         for file in sorted(Path(path).glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
+            with safe_open(file, "pt", device=device) as tensors:
                 state |= {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
         return state
 
     return run
 
 
-def gguf_from_pretrained(path: str) -> Run:
+def gguf_from_pretrained(path: str, device: str) -> Run:
     """transformers: the ready model of a GGUF file."""
     import gguf  # noqa: F401
     import torch
     from transformers import LlamaForCausalLM
 
-    file = Path(path)
-    return lambda: LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    options = {"gguf_file": Path(path).name, "dtype": torch.bfloat16, "device_map": device}
+    return lambda: LlamaForCausalLM.from_pretrained(Path(path).parent, **options)
 
 
-def gguf_decode(path: str) -> Run:
+def gguf_decode(path: str, device: str) -> Run:
     """gguf: one weight after the other, none kept."""
     import torch
     from gguf import GGUFReader, dequantize
 
     def run() -> int:
         tensors = GGUFReader(path).tensors
-        return sum(torch.from_numpy(dequantize(t.data, t.tensor_type)).bfloat16().numel() for t in tensors)
+        decoded = (torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in tensors)
+        return sum(weight.to(device, torch.bfloat16).numel() for weight in decoded)
 
     return run
 
 
-def from_memory(encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> Callable[[str], Run]:
+def from_memory(encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> Callable[[str, str], Run]:
     """A peer whose weights are quantized before the clock starts: all weights of the layers, one after the other, none kept.
 
     Embeddings, norms and reading the file are left out, which is in the peer's favour.
     """
 
-    def prepare(path: str) -> Run:
-        packed = [encode(w) for name, w in plain(path)().items() if w.dim() == 2 and "embed" not in name]
+    def prepare(path: str, device: str) -> Run:
+        packed = [encode(w) for name, w in plain(path, device)().items() if w.dim() == 2 and "embed" not in name]
         return lambda: sum(decode(each).numel() for each in packed)
 
     return prepare
 
 
-def hqq(path: str) -> Run:
+def hqq(path: str, device: str) -> Run:
     """HQQ, 4 bits in groups of 64."""
     import torch
     from hqq.core.quantize import Quantizer
 
-    options = {"nbits": 4, "group_size": 64, "axis": 1, "device": "cpu", "compute_dtype": torch.bfloat16}
+    options = {"nbits": 4, "group_size": 64, "axis": 1, "device": device, "compute_dtype": torch.bfloat16}
 
     def encode(weight: Any) -> Any:
         codes, meta = Quantizer.quantize(weight, optimize=False, **options)
-        return Quantizer.to_inplace(codes, meta | {"compute_dtype": torch.bfloat16}, "cpu")
+        return Quantizer.to_inplace(codes, meta | {"compute_dtype": torch.bfloat16}, device)
 
-    return from_memory(encode, lambda packed: Quantizer.dequantize(*packed))(path)
+    return from_memory(encode, lambda packed: Quantizer.dequantize(*packed))(path, device)
 
 
-def nf4(path: str) -> Run:
+def nf4(path: str, device: str) -> Run:
     """bitsandbytes, NF4 in blocks of 64."""
     from bitsandbytes import functional
 
     def encode(weight: Any) -> Any:
         return functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
 
-    return from_memory(encode, lambda packed: functional.dequantize_4bit(*packed))(path)
+    return from_memory(encode, lambda packed: functional.dequantize_4bit(*packed))(path, device)
 
 
-def torchao(path: str) -> Run:
+def torchao(path: str, device: str) -> Run:
     """torchao, 4-bit integers in groups of 64, each in a byte."""
     import torch
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
@@ -155,10 +156,10 @@ def torchao(path: str) -> Run:
         quantize_(layer, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)))
         return layer.weight
 
-    return from_memory(encode, lambda packed: packed.dequantize())(path)
+    return from_memory(encode, lambda packed: packed.dequantize())(path, device)
 
 
-def compressed_tensors(path: str) -> Run:
+def compressed_tensors(path: str, device: str) -> Run:
     """compressed-tensors, pack-quantized: 4-bit integers in groups of 64, eight in an int32."""
     import torch
     from compressed_tensors.compressors.pack_quantized import helpers
@@ -174,10 +175,10 @@ def compressed_tensors(path: str) -> Run:
         values = helpers.unpack_from_int32(codes, 4, shape).to(scale.dtype)
         return (values.reshape(shape[0], -1, 64) * scale).reshape(shape)
 
-    return from_memory(encode, decode)(path)
+    return from_memory(encode, decode)(path, device)
 
 
-MEASURES: dict[str, Callable[[str], Run]] = {
+MEASURES: dict[str, Callable[[str, str], Run]] = {
     "decode": decode,
     "load_state_dict": state_dict,
     "tqformat.load": load,
@@ -220,18 +221,22 @@ def peak_memory(reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(name: str, path: str) -> dict[str, float]:
-    """One measure, in this process."""
+def measure(name: str, path: str, device: str = "cpu") -> dict[str, float]:
+    """One measure, in this process; the memory of a GPU is what its tensors take."""
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = MEASURES[name](path)
-    torch.ones(2**16).sum()  # starts torch's threads
-    before, start, processor = peak_memory(reset=True), time.perf_counter(), time.process_time()
+    run, gpu = MEASURES[name](path, device), device != "cpu"
+    torch.ones(2**16, device=device).sum().item()  # starts torch's threads, or the GPU
+    before = torch.cuda.memory_allocated() if gpu else peak_memory(reset=True)
+    start, processor = time.perf_counter(), time.process_time()
     result = run()
-    seconds, processor, peak = time.perf_counter() - start, time.process_time() - processor, peak_memory()
+    if gpu:
+        torch.cuda.synchronize()
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    peak = torch.cuda.max_memory_allocated() if gpu else peak_memory()
     weights, size = held(result)
     return {"seconds": seconds, "processor": processor, "over": peak - before - size, "weights": weights}
 
@@ -252,11 +257,12 @@ def many(path: str, count: int) -> dict[str, float]:
 
     stage = {"bits": 4, "codebook": "c", "transform": "h", "scales": np.ones((4, 1), np.float16)}
     stage["codes"] = np.random.default_rng(0).integers(0, 256, (4, 16), dtype=np.uint8)
+    about = {"generator": "benchmarks/load.py", "loader_kind": "text-generation"}
     base = {"id": "many", "revision": None, "license": "apache-2.0"}
     method = {"method": "turboquant_mse", "bits": 4}
     with (
         timed("write"),
-        tqformat.RepoWriter(path, base_model=base, loader_kind="text-generation", quantization=method) as writer,
+        tqformat.RepoWriter(path, base_model=base, quantization=method, **about) as writer,
     ):
         writer.add_transform("h", "hadamard", 32, factors=[32], signs="00" * 4)
         writer.add_codebook("c", [float(i) for i in range(16)])
@@ -291,7 +297,7 @@ def main() -> None:
     if name == "3B":
         make_3b(path)
     else:
-        print(json.dumps(many(path, int(*rest)) if name == "many" else measure(name, path)))
+        print(json.dumps(many(path, int(*rest)) if name == "many" else measure(name, path, *rest)))
 
 
 if __name__ == "__main__":
