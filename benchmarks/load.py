@@ -75,7 +75,10 @@ def run_once(candidate: Candidate) -> dict[str, float]:
 
 def child(*args: str) -> dict[str, float]:
     """What load_measures.py prints in a fresh interpreter."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "TQDM_DISABLE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [sys.executable, MEASURES, *args], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
