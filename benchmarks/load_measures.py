@@ -246,6 +246,7 @@ def many(path: str, count: int) -> dict[str, float]:
     import numpy as np
 
     import tqformat
+    import tqformat.writer  # and torch with it
 
     spent: dict[str, float] = {}
 
