@@ -134,3 +134,23 @@ def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = (tmp_path / "a.svg").read_text("utf-8")
     assert ElementTree.fromstring(drawn).tag.endswith("svg") and drawn == (tmp_path / "b.svg").read_text("utf-8")
     assert ">tqformat.load, 4 bit</text>" in drawn and ">0.50</text>" in drawn
+
+
+def test_a_run_writes_both_reports(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = [], []
+    monkeypatch.setattr(load, "run", lambda *command: made.append(command) or 12.0)
+    monkeypatch.setattr(load, "child", lambda *_: {"write": 3.0})
+    monkeypatch.setattr(load, "take_turns", lambda candidates, runs: seen.append(candidates) or report()["rows"])
+    arguments = ["load.py", str(tmp_path), "--checkpoint", str(checkpoint), "--repo", "TRELLIS", "--many", "30"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--runs", "1", "--device", "meta"])
+    load.main()
+    assert [command[1:3] for command in made] == [("reference_quantizer", "quantize")] * 2  # and no checkpoint
+    assert {c.weights for c in seen[0]} >= {"4 bit", "2 bit", "TRELLIS"} and {c.device for c in seen[0]} == {"meta"}
+    assert [c.what for c in seen[1]][1:] == ["import tqformat, the process", "inspect of many weights, the process"]
+    saved = json.loads((tmp_path / load.FILE).read_text("utf-8"))
+    assert len(saved["rows"]) == 8 and saved["once"] == {
+        "quantize smollm2 to 4 bit": 12.0,
+        "quantize smollm2 to 2 bit": 12.0,
+        "30 weights: write": 3.0,
+    }
+    assert (tmp_path / "load.md").read_text("utf-8") == load.to_markdown(saved)
