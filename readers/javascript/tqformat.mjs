@@ -29,9 +29,9 @@ function check(condition, code, where, message) {
 
 // ------------------------------------------------------------------------------------------------ 2 Repository
 //
-// Where files come from: a source is a function that takes a file name and resolves to null, where there is no such file,
-// or to { size, read(offset, length) }; read resolves to a Uint8Array of that length. It is never asked for more than a
-// file's size, and reads no more than it is asked for.
+// Where files come from: a source is a function that takes a file name and resolves to null, where there is no such
+// file, or to { size, read(offset, length) }; read resolves to a Uint8Array of that length. It is never asked for more
+// than the file has, and reads no more than it is asked for.
 
 const MANIFEST = "quant_manifest.json";
 const ROLES = ["payload", "support", "code", "document"];
@@ -53,7 +53,7 @@ export function directory(path, { links = false } = {}) {
       const bytes = allocate(length, Uint8Array, name);
       const file = await fs.open(place);
       try {
-        for (let done = 0; done < length; ) {
+        for (let done = 0; done < length;) {
           const { bytesRead } = await file.read(bytes, done, length - done, offset + done);
           check(bytesRead > 0, "BIND.SIZE", name, "the file ended while it was read");
           done += bytesRead;
@@ -90,7 +90,8 @@ export function address(base, { onBytes = () => {}, request = (...rest) => fetch
       abort.abort(); // or the whole file would follow
       if (answer.status === 404) return null;
       if (answer.status === 416 && size === 0) return { size, bytes: new Uint8Array(0) };
-      const why = answer.status === 206 ? "the server does not show Content-Range" : "expected 206, an answer to a range";
+      const why =
+        answer.status === 206 ? "the server does not show Content-Range" : "expected 206, an answer to a range";
       throw new Error(`${name}: ${why} (status ${answer.status})`);
     }
     const bytes = new Uint8Array(await answer.arrayBuffer());
@@ -138,8 +139,8 @@ function checkFileNames(names) {
 
 // ------------------------------------------------------------------------------------------------ 3 JSON
 //
-// A parser of one's own: JSON.parse merges repeated keys and takes 2.0 for 2. Objects become Maps, so that `__proto__` is
-// a key like any other; integers become numbers, other numbers Float.
+// A parser of one's own: JSON.parse merges repeated keys and takes 2.0 for 2. Objects become Maps, so that `__proto__`
+// is a key like any other; integers become numbers, other numbers Float.
 
 class Float {
   constructor(value) {
@@ -154,7 +155,7 @@ const ESCAPED = { '"': '"', "\\": "\\", "/": "/", b: "\b", f: "\f", n: "\n", r: 
 const NUMBER = /-?(?:0|[1-9][0-9]*)((?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)/y;
 const WORD = /true|false|null/y;
 
-/** The Map of the JSON text in `bytes`. A `header` begins at once and ends in spaces only; `onRepeat(key, level)` may throw. */
+/** The Map of a JSON text. A `header` begins at once and ends in spaces only; `onRepeat(key, level)` may throw. */
 export function parseJson(bytes, where, { header = false, onRepeat = () => {} } = {}) {
   let text;
   let at = 0;
@@ -176,7 +177,7 @@ export function parseJson(bytes, where, { header = false, onRepeat = () => {} } 
     return found;
   }
   function space() {
-    for (let c; (c = text.charCodeAt(at)), c === 32 || c === 10 || c === 13 || c === 9; ) at += 1;
+    for (let c; (c = text.charCodeAt(at)), c === 32 || c === 10 || c === 13 || c === 9;) at += 1;
   }
   function string() {
     at += 1;
@@ -336,37 +337,6 @@ const STAGE = {
   offsets: [orNull(string), null],
   outer_offsets: [orNull(string), null],
 };
-const CODEBOOK = {
-  entries: [integer],
-  dimension: [integer],
-  values: [orNull(list(number)), null],
-  tensor: [orNull(string), null],
-  rows: [orNull(integer), null],
-  origin: [orNull(map), null],
-};
-const ORIGIN = {
-  method: [string],
-  vector_length: [orNull(integer), null],
-  grid_size: [orNull(integer), null],
-  iterations: [orNull(integer), null],
-};
-const TRANSFORM = { kind: [string], size: [integer] };
-const TRANSFORM_KINDS = {
-  identity: {},
-  hadamard: { factors: [list(integer)], signs: [string], seed: [orNull(integer), null] },
-  dense: { matrix: [string] },
-  givens: { pairs: [string], angles: [string] },
-  permutation: { index: [string] },
-};
-const TOTALS = {
-  original_bytes: [integer],
-  stored_bytes: [integer],
-  quantized_tensors: [integer],
-  passthrough_tensors: [integer],
-  quantized_scalars: [integer],
-  passthrough_scalars: [integer],
-};
-const ACCOUNTING = { ...TOTALS, ratio: [number] };
 const LOADER_KINDS = [
   "text-generation",
   "image-text-to-text",
@@ -417,10 +387,9 @@ function readObject(value, where, table, others = {}) {
 
 /** The same for an object whose `kind` chooses one of the tables `kinds`. */
 function readKind(value, where, common, kinds) {
-  const { kind } = readObject(new Map([["kind", map(value, where).get("kind")]].filter(([, v]) => v !== undefined)), where, {
-    kind: [string],
-  });
-  check(Object.hasOwn(kinds, kind), "SCHEMA.VALUE", `${where}.kind`, `expected one of ${Object.keys(kinds).join(", ")}`);
+  check(map(value, where).has("kind"), "SCHEMA.MISSING_FIELD", `${where}.kind`, "required");
+  const kind = string(value.get("kind"), `${where}.kind`);
+  checkValue(Object.hasOwn(kinds, kind), `${where}.kind`, `one of ${Object.keys(kinds).join(", ")}`);
   return readObject(value, where, { ...common, ...kinds[kind] }, Object.assign({}, ...Object.values(kinds)));
 }
 
@@ -443,7 +412,7 @@ function checkName(name, where) {
   checkValue(isName(name), where, "a name of 1 to 512 characters that is no path");
 }
 
-/** The product of a shape; Infinity where it, or it with each 0 taken as 1, times `size` exceeds 2^53 - 1 [TQ-SEC-3]. */
+/** The product of a shape; Infinity where it times `size`, each 0 taken as 1, exceeds 2^53 - 1 [TQ-SEC-3]. */
 function countScalars(shape, size) {
   // The product of integers is exact in binary64 up to 2^53, and what lies above is never rounded to below.
   const claimed = shape.reduce((product, n) => product * (n || 1), 1);
@@ -472,7 +441,10 @@ function readManifest(bytes) {
   checkValue(LOADER_KINDS.includes(manifest.loader_kind), "loader_kind", `one of ${LOADER_KINDS.join(", ")}`); // [TQ-MAN-5]
   manifest.base_model = readObject(manifest.base_model, "base_model", BASE_MODEL);
   const quantization = (manifest.quantization = readObject(manifest.quantization, "quantization", QUANTIZATION));
-  for (const [key, table] of [["allocation", ALLOCATION], ["calibration", CALIBRATION]]) {
+  for (const [key, table] of [
+    ["allocation", ALLOCATION],
+    ["calibration", CALIBRATION],
+  ]) {
     if (quantization[key]) quantization[key] = readObject(quantization[key], `quantization.${key}`, table);
   }
   const readers = { files: readFile, transforms: readTransform, codebooks: readCodebook, tensors: readWeight };
@@ -512,60 +484,6 @@ function readFile(value, where, name) {
   return file;
 }
 
-/** An entry of `codebooks`, section 7. */
-function readCodebook(value, where, id) {
-  checkName(id, where);
-  const book = readObject(value, where, CODEBOOK);
-  // [TQ-BOOK-1, TQ-BOOK-3, TQ-BOOK-5]
-  check(book.values === null || book.tensor === null, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both");
-  check(book.values !== null || book.tensor !== null, "SCHEMA.MISSING_FIELD", where, "values or tensor");
-  checkRange(book.entries, 1, M20, `${where}.entries`);
-  checkRange(book.dimension, 1, 64, `${where}.dimension`);
-  const count = book.entries * book.dimension;
-  checkRange(count, 1, book.values ? 4096 : M20, `${where}.entries`);
-  if (book.values) checkValue(book.values.length === count, `${where}.values`, `${count} numbers`);
-  else checkName(book.tensor, `${where}.tensor`);
-  checkValue(book.rows === null || (book.tensor !== null && book.rows >= 0), `${where}.rows`, "a number of rows, and tensor");
-  if (book.origin === null) return book;
-  // [TQ-BOOK-7]; that the levels are those of the construction is for a validator
-  const origin = (book.origin = readObject(book.origin, `${where}.origin`, ORIGIN));
-  const ranges = { vector_length: [1, M20], grid_size: [3, M20 + 1], iterations: [1, 4096] };
-  const sphere = origin.method === "lloyd-max-sphere";
-  for (const [key, [low, high]] of Object.entries(ranges)) {
-    if (origin[key] !== null) checkRange(origin[key], low, high, `${where}.origin.${key}`);
-    else check(!sphere, "SCHEMA.MISSING_FIELD", `${where}.origin.${key}`, "required by this method");
-  }
-  const plain = book.dimension === 1 && book.rows === null && book.entries <= 256;
-  checkValue(!sphere || plain, `${where}.origin`, "a method that makes such a codebook");
-  return book;
-}
-
-/** An entry of `transforms`, section 8. */
-function readTransform(value, where, id) {
-  checkName(id, where);
-  const transform = readKind(value, where, TRANSFORM, TRANSFORM_KINDS);
-  const { kind, size, factors, signs, seed } = transform;
-  checkRange(size, 1, M20, `${where}.size`);
-  for (const key of ["matrix", "pairs", "angles", "index"]) {
-    if (key in transform) checkName(transform[key], `${where}.${key}`);
-  }
-  if (kind === "dense") checkRange(size, 1, 4096, `${where}.size`); // [TQ-TRAN-7]
-  if (kind === "givens") checkValue(size % 2 === 0, `${where}.size`, "an even number"); // [TQ-TRAN-8]
-  if (kind !== "hadamard") return transform;
-  // [TQ-TRAN-4]
-  checkRange(factors.length, 1, 20, `${where}.factors`);
-  factors.forEach((f, i) => checkValue(factorKind(f) !== null, `${where}.factors[${i}]`, `an order by TQ-TRAN-4, got ${f}`));
-  checkValue(factors.reduce((a, b) => a * b, 1) === size, `${where}.factors`, `factors with the product ${size}`);
-  // [TQ-TRAN-5]
-  const digits = 2 * Math.ceil(size / 8);
-  checkValue(signs.length === digits && /^[0-9a-f]*$/.test(signs), `${where}.signs`, `${digits} lower-case hex digits`);
-  const unused = size % 8 ? parseInt(signs.slice(-2), 16) >> size % 8 : 0;
-  checkValue(unused === 0, `${where}.signs`, "unused bits that are zero");
-  // [TQ-TRAN-6]; that the signs are those of the seed is for a validator
-  if (seed !== null) checkRange(seed, 0, Infinity, `${where}.seed`);
-  return transform;
-}
-
 /** An entry of `tensors`. It gets `scalars` and, quantized, `rows`, `cols`, `tileRows`: the lcm of its stages' tr. */
 function readWeight(value, where, name, manifest) {
   checkName(name, where);
@@ -595,7 +513,7 @@ function readWeight(value, where, name, manifest) {
   return weight;
 }
 
-/** One of `stages`, with `book`, `basis` (the entries of its codebook and transform), `symbols` and `tileBytes` of a tile. */
+/** One of `stages`. It gets the entries `book` and `basis` of its ids, and `symbols` and `tileBytes` of a tile. */
 function readStage(value, where, weight, manifest) {
   const stage = readObject(value, where, STAGE);
   for (const key of ["codes", "scales", "outer_scales", "offsets", "outer_offsets", "codebook", "transform"]) {
@@ -629,7 +547,11 @@ function readStage(value, where, weight, manifest) {
   stage.tileBytes = Math.ceil((stage.symbols * bits) / 8); // [TQ-CODE-4]
   // [TQ-TRAN-1]
   const nested = G % basis.size === 0 || basis.size % G === 0;
-  checkValue(cols % basis.size === 0 && nested, `${where}.transform`, "a size that divides cols, and divides G or is divided by it");
+  checkValue(
+    cols % basis.size === 0 && nested,
+    `${where}.transform`,
+    "a size that divides cols, and divides G or is divided by it",
+  );
   // [TQ-NUM-9]
   const complete = stage.offsets !== null || stage.outer_offsets === null;
   check(complete, "SCHEMA.MISSING_FIELD", `${where}.offsets`, "outer_offsets need offsets");
@@ -644,9 +566,13 @@ function greatestCommonDivisor(a, b) {
 function checkUse(manifest) {
   const weights = [...manifest.tensors.values()].filter((weight) => weight.kind === "quantized");
   const stages = weights.flatMap((weight) => weight.stages);
-  for (const [table, key] of [["codebooks", "codebook"], ["transforms", "transform"]]) {
+  for (const [table, key] of [
+    ["codebooks", "codebook"],
+    ["transforms", "transform"],
+  ]) {
     const named = new Set(stages.map((stage) => stage[key]));
-    for (const id of manifest[table].keys()) check(named.has(id), "SCHEMA.REFERENCE", `${table}['${id}']`, "nothing names it");
+    for (const id of manifest[table].keys())
+      check(named.has(id), "SCHEMA.REFERENCE", `${table}['${id}']`, "nothing names it");
   }
   const inUse = {
     trellis: stages.some((stage) => stage.window > stage.bits),
@@ -670,7 +596,7 @@ function checkUse(manifest) {
 
 // ------------------------------------------------------------------------------------------------ 5 Payload container
 
-/** The tensors of a payload file: storage name -> { dtype, shape, scalars, bytes, file, begin }, begin counted from byte 0. */
+/** The tensors of a payload file by storage name: { dtype, shape, scalars, bytes, file, begin }, begin from byte 0. */
 async function readContainer(name, file) {
   // [TQ-PAY-1]
   check(file.size >= 8, "CONTAINER.HEADER_LENGTH", name, "expected at least 8 bytes");
@@ -688,7 +614,8 @@ async function readContainer(name, file) {
     if (error.code?.startsWith("JSON.")) fail("CONTAINER.HEADER", name, error.message);
     throw error;
   }
-  const expect = (condition, key) => check(condition, "CONTAINER.HEADER", name, `the entry ${JSON.stringify(key)} is malformed`);
+  const expect = (condition, key) =>
+    check(condition, "CONTAINER.HEADER", name, `the entry ${JSON.stringify(key)} is malformed`);
   const isText = (value) => typeof value === "string";
   const isSizes = (value) => Array.isArray(value) && value.every((n) => typeof n === "number" && n >= 0);
   const metadata = header.get("__metadata__") ?? new Map();
@@ -720,7 +647,12 @@ async function readContainer(name, file) {
   }
   check(end === file.size, "CONTAINER.OFFSETS", name, "the ranges do not end where the file does");
   for (const tensor of tensors.values()) {
-    check(tensor.bytes > 0 || ends.has(tensor.begin), "CONTAINER.OFFSETS", name, `${tensor.name}: begins inside another`);
+    check(
+      tensor.bytes > 0 || ends.has(tensor.begin),
+      "CONTAINER.OFFSETS",
+      name,
+      `${tensor.name}: begins inside another`,
+    );
   }
   for (const tensor of filled) {
     const aligned = tensor.begin % ELEMENTS[tensor.dtype].size === 0;
@@ -729,7 +661,7 @@ async function readContainer(name, file) {
   return tensors;
 }
 
-/** What the manifest wants of the payload: { name, where, dtypes, shape }; a dimension is a number or a test [TQ-PAY-6]. */
+/** What the manifest wants of the payload: { name, where, dtypes, shape }; a dimension is a number or a test. */
 function* requirements(manifest, payload) {
   for (const [id, { kind, size, matrix, pairs, angles, index }] of manifest.transforms) {
     const where = `transforms['${id}']`;
@@ -759,7 +691,10 @@ function* requirements(manifest, payload) {
       yield { name: stage.codes, where: place("codes"), dtypes: ["U8"], shape: [tiles, stage.tileBytes], codes: true };
       // [TQ-NUM-1, TQ-NUM-8, TQ-NUM-9]
       const vectors = cols / stage.vector_length;
-      for (const [key, outer] of [["scales", "outer_scales"], ["offsets", "outer_offsets"]]) {
+      for (const [key, outer] of [
+        ["scales", "outer_scales"],
+        ["offsets", "outer_offsets"],
+      ]) {
         const dtypes = stage[outer] === null ? REAL : SHORT;
         const shape = [(a) => a === 1 || a === rows, (b) => b >= 1 && vectors % b === 0];
         if (stage[key] !== null) yield { name: stage[key], where: place(key), dtypes, shape: [rows, vectors] };
@@ -781,7 +716,8 @@ function bind(manifest, payload) {
     check(payload.has(name), "BIND.MISSING_TENSOR", where, `the payload lacks ${name}`);
     named.add(name);
   }
-  for (const name of payload.keys()) check(named.has(name), "BIND.EXTRA_TENSOR", name, "the manifest does not reference it");
+  for (const name of payload.keys())
+    check(named.has(name), "BIND.EXTRA_TENSOR", name, "the manifest does not reference it");
   const fits = (shape, wants) =>
     shape.length === wants.length && wants.every((n, i) => (typeof n === "number" ? n === shape[i] : n(shape[i])));
   const tell = ({ dtype, shape }) => `found ${dtype} [${shape.join(", ")}]`;
@@ -825,7 +761,93 @@ export function unpack(bytes, begin, bits, window, symbols) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------ 7 Codebooks
+
+const CODEBOOK = {
+  entries: [integer],
+  dimension: [integer],
+  values: [orNull(list(number)), null],
+  tensor: [orNull(string), null],
+  rows: [orNull(integer), null],
+  origin: [orNull(map), null],
+};
+const ORIGIN = {
+  method: [string],
+  vector_length: [orNull(integer), null],
+  grid_size: [orNull(integer), null],
+  iterations: [orNull(integer), null],
+};
+
+/** An entry of `codebooks`. */
+function readCodebook(value, where, id) {
+  checkName(id, where);
+  const book = readObject(value, where, CODEBOOK);
+  // [TQ-BOOK-1, TQ-BOOK-3, TQ-BOOK-5]
+  check(book.values === null || book.tensor === null, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both");
+  check(book.values !== null || book.tensor !== null, "SCHEMA.MISSING_FIELD", where, "values or tensor");
+  checkRange(book.entries, 1, M20, `${where}.entries`);
+  checkRange(book.dimension, 1, 64, `${where}.dimension`);
+  const count = book.entries * book.dimension;
+  checkRange(count, 1, book.values ? 4096 : M20, `${where}.entries`);
+  if (book.values) checkValue(book.values.length === count, `${where}.values`, `${count} numbers`);
+  else checkName(book.tensor, `${where}.tensor`);
+  checkValue(
+    book.rows === null || (book.tensor !== null && book.rows >= 0),
+    `${where}.rows`,
+    "a number of rows, and tensor",
+  );
+  if (book.origin === null) return book;
+  // [TQ-BOOK-7]; that the levels are those of the construction is for a validator
+  const origin = (book.origin = readObject(book.origin, `${where}.origin`, ORIGIN));
+  const ranges = { vector_length: [1, M20], grid_size: [3, M20 + 1], iterations: [1, 4096] };
+  const sphere = origin.method === "lloyd-max-sphere";
+  for (const [key, [low, high]] of Object.entries(ranges)) {
+    if (origin[key] !== null) checkRange(origin[key], low, high, `${where}.origin.${key}`);
+    else check(!sphere, "SCHEMA.MISSING_FIELD", `${where}.origin.${key}`, "required by this method");
+  }
+  const plain = book.dimension === 1 && book.rows === null && book.entries <= 256;
+  checkValue(!sphere || plain, `${where}.origin`, "a method that makes such a codebook");
+  return book;
+}
+
 // ------------------------------------------------------------------------------------------------ 8 Transforms
+
+const TRANSFORM = { kind: [string], size: [integer] };
+const TRANSFORM_KINDS = {
+  identity: {},
+  hadamard: { factors: [list(integer)], signs: [string], seed: [orNull(integer), null] },
+  dense: { matrix: [string] },
+  givens: { pairs: [string], angles: [string] },
+  permutation: { index: [string] },
+};
+
+/** An entry of `transforms`. */
+function readTransform(value, where, id) {
+  checkName(id, where);
+  const transform = readKind(value, where, TRANSFORM, TRANSFORM_KINDS);
+  const { kind, size, factors, signs, seed } = transform;
+  checkRange(size, 1, M20, `${where}.size`);
+  for (const key of ["matrix", "pairs", "angles", "index"]) {
+    if (key in transform) checkName(transform[key], `${where}.${key}`);
+  }
+  if (kind === "dense") checkRange(size, 1, 4096, `${where}.size`); // [TQ-TRAN-7]
+  if (kind === "givens") checkValue(size % 2 === 0, `${where}.size`, "an even number"); // [TQ-TRAN-8]
+  if (kind !== "hadamard") return transform;
+  // [TQ-TRAN-4]
+  checkRange(factors.length, 1, 20, `${where}.factors`);
+  factors.forEach((f, i) =>
+    checkValue(factorKind(f) !== null, `${where}.factors[${i}]`, `an order by TQ-TRAN-4, got ${f}`),
+  );
+  checkValue(factors.reduce((a, b) => a * b, 1) === size, `${where}.factors`, `factors with the product ${size}`);
+  // [TQ-TRAN-5]
+  const digits = 2 * Math.ceil(size / 8);
+  checkValue(signs.length === digits && /^[0-9a-f]*$/.test(signs), `${where}.signs`, `${digits} lower-case hex digits`);
+  const unused = size % 8 ? parseInt(signs.slice(-2), 16) >> (size % 8) : 0;
+  checkValue(unused === 0, `${where}.signs`, "unused bits that are zero");
+  // [TQ-TRAN-6]; that the signs are those of the seed is for a validator
+  if (seed !== null) checkRange(seed, 0, Infinity, `${where}.seed`);
+  return transform;
+}
 
 function isPrime(q) {
   for (let k = 2; k * k <= q; k += 1) if (q % k === 0) return false;
@@ -843,9 +865,10 @@ function factorKind(f) {
 
 const hadamards = new Map();
 
-/** H_f as Int8Array [f, f] [TQ-TRAN-4]. */
-export function hadamardFactor(f) {
-  if (hadamards.has(f)) return hadamards.get(f);
+/** H_f, or its transpose, as Float32Array [f, f] [TQ-TRAN-4]. */
+export function hadamardFactor(f, transposed = false) {
+  const key = transposed ? -f : f;
+  if (hadamards.has(key)) return hadamards.get(key);
   const kind = factorKind(f);
   const q = kind === "paley-1" ? f - 1 : f / 2 - 1;
   const chi = new Int8Array(q).fill(-1);
@@ -861,9 +884,12 @@ export function hadamardFactor(f) {
       return (row === 0 || col === 0 ? 1 : difference(row, col)) * (a === 1 && b === 1 ? -1 : 1);
     },
   };
-  const matrix = new Int8Array(f * f);
-  for (let i = 0; i < f; i += 1) for (let j = 0; j < f; j += 1) matrix[i * f + j] = entries[kind](i, j);
-  hadamards.set(f, matrix);
+  const entry = entries[kind];
+  const matrix = new Float32Array(f * f);
+  for (let i = 0; i < f; i += 1) {
+    for (let j = 0; j < f; j += 1) matrix[i * f + j] = transposed ? entry(j, i) : entry(i, j);
+  }
+  hadamards.set(key, matrix);
   return matrix;
 }
 
@@ -880,7 +906,7 @@ function multiplyKronecker(v, factors, transposed) {
     const span = stride;
     stride /= f;
     const butterfly = factorKind(f) === "sylvester";
-    const matrix = butterfly ? null : hadamardFactor(f);
+    const matrix = butterfly ? null : hadamardFactor(f, transposed);
     const row = new Float64Array(f);
     for (let begin = 0; begin < v.length; begin += span) {
       for (let first = begin; first < begin + stride; first += 1) {
@@ -898,9 +924,9 @@ function multiplyKronecker(v, factors, transposed) {
           continue;
         }
         for (let j = 0; j < f; j += 1) row[j] = v[first + j * stride];
-        for (let i = 0; i < f; i += 1) {
+        for (let i = 0, at = 0; i < f; i += 1) {
           let sum = 0;
-          for (let j = 0; j < f; j += 1) sum += (transposed ? matrix[j * f + i] : matrix[i * f + j]) * row[j];
+          for (let j = 0; j < f; j += 1) sum += matrix[at++] * row[j];
           v[first + i * stride] = sum;
         }
       }
@@ -975,7 +1001,7 @@ function permutationTransform(index) {
   };
 }
 
-/** Fails with `code` unless `indices`, cut into runs of `size`, hold each integer from 0 to size - 1 once in each run. */
+/** Fails with `code` unless each run of `size` indices holds every integer from 0 to size - 1 once. */
 function checkPermutations(indices, size, code, where) {
   let seen;
   indices.forEach((index, i) => {
@@ -1020,7 +1046,10 @@ export const ELEMENTS = {
   U8: { size: 1, get: (view, i) => view.getUint8(i) },
   I8: { size: 1, get: (view, i) => view.getInt8(i) },
   F8_E5M2: { size: 1, get: (view, i) => half(view.getUint8(i) << 8) },
-  F8_E4M3: { size: 1, get: (view, i) => ((view.getUint8(i) & 0x7f) === 0x7f ? NaN : smallFloat(view.getUint8(i), 3, 7)) },
+  F8_E4M3: {
+    size: 1,
+    get: (view, i) => ((view.getUint8(i) & 0x7f) === 0x7f ? NaN : smallFloat(view.getUint8(i), 3, 7)),
+  },
   F8_E8M0: { size: 1, get: (view, i) => (view.getUint8(i) === 255 ? NaN : 2 ** (view.getUint8(i) - 127)) },
   U16: { size: 2, get: (view, i) => view.getUint16(i, true) },
   I16: { size: 2, get: (view, i) => view.getInt16(i, true) },
@@ -1048,27 +1077,30 @@ function checkFinite(values, where) {
   return values;
 }
 
-/** x to `mantissa` bits, to nearest, ties to even, in one step; exponents end at `lowest` and finite numbers at `largest`. */
-function round(x, mantissa, lowest, largest) {
-  scratch.setFloat64(0, x);
-  const exponent = Math.max((scratch.getUint16(0) >> 4 & 0x7ff) - 1023, lowest);
-  const magic = 1.5 * 2 ** (52 - mantissa + exponent); // binary64 keeps nothing below the last place at this magnitude
-  const rounded = x + magic - magic;
-  return Math.abs(rounded) <= largest ? rounded : rounded * Infinity;
+/** Rounding to `mantissa` bits, to nearest, ties to even; exponents end at `lowest`, magnitudes at `largest`, or NaN. */
+function rounding(mantissa, lowest, largest) {
+  // binary64 keeps nothing below the last place of a number of this magnitude; one for each biased exponent of binary64
+  const magic = Float64Array.from({ length: 2048 }, (_, e) => 1.5 * 2 ** (52 - mantissa + Math.max(e - 1023, lowest)));
+  return (x) => {
+    scratch.setFloat64(0, x);
+    const m = magic[(scratch.getUint16(0) >> 4) & 0x7ff];
+    const rounded = x + m - m;
+    return Math.abs(rounded) <= largest ? rounded : NaN;
+  };
 }
 
 // The dtypes of weights: rounding, and writing what is rounded [TQ-NUM-5].
 const CASTS = {
   F32: { round: Math.fround, set: (view, i, value) => view.setFloat32(i, value, true) },
   BF16: {
-    round: (x) => round(x, 7, -126, 2 ** 128 - 2 ** 120),
+    round: rounding(7, -126, 2 ** 128 - 2 ** 120),
     set(view, i, value) {
       scratch.setFloat32(0, value);
       view.setUint16(i, scratch.getUint16(0), true);
     },
   },
   F16: {
-    round: (x) => round(x, 10, -14, 65504),
+    round: rounding(10, -14, 65504),
     set(view, i, value) {
       scratch.setFloat32(0, Math.abs(value));
       const normal = Math.abs(value) >= 2 ** -14;
@@ -1106,7 +1138,7 @@ class Repository {
     return weight;
   }
 
-  /** Rows begin to end of a weight, decoded: { dtype, shape, bytes }, little-endian, row-major. A passthrough tensor comes whole. */
+  /** Rows begin to end of a weight: { dtype, shape, bytes }, little-endian, row-major. Passthrough tensors come whole. */
   async decode(name, { begin = 0, end = Infinity, onProgress = () => {} } = {}) {
     const weight = this.weight(name);
     const { dtype, shape, rows, cols } = weight;
@@ -1118,12 +1150,14 @@ class Repository {
     const { size } = ELEMENTS[dtype];
     const bytes = allocate(count * size, Uint8Array, where);
     const view = new DataView(bytes.buffer);
+    const cast = CASTS[dtype];
     for await (const [first, values] of this.#groups(weight, where, begin, last)) {
       for (let i = 0, at = (first - begin) * cols; i < values.length; i += 1, at += 1) {
         if (at < 0 || at >= count) continue; // a tile row may reach beyond the rows that are wanted
-        const value = CASTS[dtype].round(values[i]);
-        if (!Number.isFinite(value)) fail("DATA.NON_FINITE", where, `element ${i + first * cols} does not fit ${dtype}`); // [TQ-NUM-6]
-        CASTS[dtype].set(view, at * size, value);
+        const value = cast.round(values[i]);
+        if (!Number.isFinite(value))
+          fail("DATA.NON_FINITE", where, `element ${i + first * cols} does not fit ${dtype}`); // [TQ-NUM-6]
+        cast.set(view, at * size, value);
       }
       onProgress(Math.min(last, first + values.length / cols) - begin, last - begin);
     }
@@ -1182,9 +1216,11 @@ class Repository {
     const vectors = cols / G;
     const scales = await this.#scales(stage.scales, stage.outer_scales, `${where}.scales`, first, last, vectors, rows);
     const offsets =
-      stage.offsets && (await this.#scales(stage.offsets, stage.outer_offsets, `${where}.offsets`, first, last, vectors, rows));
+      stage.offsets &&
+      (await this.#scales(stage.offsets, stage.outer_offsets, `${where}.offsets`, first, last, vectors, rows));
     for (let v = 0, i = 0; v < scales.length; v += 1) {
-      for (const vectorEnd = i + G; i < vectorEnd; i += 1) values[i] = values[i] * scales[v] + (offsets ? offsets[v] : 0);
+      for (const vectorEnd = i + G; i < vectorEnd; i += 1)
+        values[i] = values[i] * scales[v] + (offsets ? offsets[v] : 0);
     }
     return values;
   }
@@ -1211,7 +1247,10 @@ class Repository {
     const tables = [];
     for (const { codebook, book, transform, basis } of weight.stages) {
       const levels = await this.#once(`codebooks['${codebook}']`, (key) => this.#levels(book, key));
-      tables.push({ levels, transform: await this.#once(`transforms['${transform}']`, (key) => this.#transform(basis, key)) });
+      tables.push({
+        levels,
+        transform: await this.#once(`transforms['${transform}']`, (key) => this.#transform(basis, key)),
+      });
     }
     return { columns, tables };
   }
@@ -1271,7 +1310,8 @@ class Repository {
       if (transform) applyToBlocks(z, basis.size, transform.forward);
       for (const [first, last] of rowGroups(weight, 0, weight.rows)) {
         const values = await this.#stage(weight, i, where, levels, first, last);
-        for (let k = 0; k < values.length; k += 1) y[first + Math.floor(k / weight.cols)] += values[k] * z[k % weight.cols];
+        for (let k = 0; k < values.length; k += 1)
+          y[first + Math.floor(k / weight.cols)] += values[k] * z[k % weight.cols];
       }
     }
     return y;
@@ -1284,7 +1324,7 @@ class Repository {
       const file = await openListed(this.#source, this.manifest, name);
       const whole = new Sha256();
       let chunk = new Sha256();
-      for (let at = 0, k = 0; at < file.size; ) {
+      for (let at = 0, k = 0; at < file.size;) {
         const chunkEnd = chunks ? Math.min(file.size, (k + 1) * chunkSize) : file.size;
         const part = await file.read(at, Math.min(M20, chunkEnd - at));
         whole.update(part);
@@ -1322,6 +1362,53 @@ export function storageNames(weight) {
   return [...names, weight.column_scale].filter((name) => name !== null);
 }
 
+// ------------------------------------------------------------------------------------------------ 13 Sharding
+
+/** [TQ-SHARD-1]: one payload file, or N that are numbered. */
+function checkShards(manifest) {
+  const payload = [];
+  for (const [name, { role }] of manifest.files) {
+    const named = name.startsWith("turboquant_weights") && name.endsWith(".safetensors");
+    check(role === "payload" || !named, "BIND.SHARDS", name, "a file of this name is a payload file");
+    if (role === "payload") payload.push(name);
+  }
+  if (payload.length === 1 && payload[0] === "turboquant_weights.safetensors") return;
+  const count = payload.length;
+  const digits = (n) => String(n).padStart(5, "0");
+  const shards = Array.from(
+    { length: count },
+    (_, i) => `turboquant_weights-${digits(i + 1)}-of-${digits(count)}.safetensors`,
+  );
+  const complete = count >= 2 && shards.every((name) => payload.includes(name));
+  check(complete, "BIND.SHARDS", "files", "expected one payload file, or numbered ones, all of them");
+}
+
+// ------------------------------------------------------------------------------------------------ 14 Accounting
+
+const TOTALS = {
+  original_bytes: [integer],
+  stored_bytes: [integer],
+  quantized_tensors: [integer],
+  passthrough_tensors: [integer],
+  quantized_scalars: [integer],
+  passthrough_scalars: [integer],
+};
+const ACCOUNTING = { ...TOTALS, ratio: [number] };
+
+/** [TQ-ACC-2]. Sums are exact as far as they can be right: binary64 never rounds what exceeds 2^53 to below. */
+function countTotals(manifest, payload) {
+  const totals = Object.fromEntries(Object.keys(TOTALS).map((key) => [key, 0]));
+  for (const { kind, dtype, scalars } of manifest.tensors.values()) {
+    totals.original_bytes += scalars * ELEMENTS[dtype].size;
+    totals[`${kind}_tensors`] += 1;
+    totals[`${kind}_scalars`] += scalars;
+  }
+  for (const { bytes } of payload.values()) totals.stored_bytes += bytes;
+  return { ...totals, ratio: totals.stored_bytes ? totals.original_bytes / totals.stored_bytes : 0 };
+}
+
+// ------------------------------------------------------------------------------------------------ Opening a repository
+
 /** Opens a repository: reads and checks the manifest, the sizes and the headers of the payload, and how they fit. */
 export async function openRepository(source) {
   const file = await source(MANIFEST);
@@ -1353,38 +1440,6 @@ async function openListed(source, manifest, name) {
   return file;
 }
 
-// ------------------------------------------------------------------------------------------------ 13 Sharding
-
-/** [TQ-SHARD-1]: one payload file, or N that are numbered. */
-function checkShards(manifest) {
-  const payload = [];
-  for (const [name, { role }] of manifest.files) {
-    const named = name.startsWith("turboquant_weights") && name.endsWith(".safetensors");
-    check(role === "payload" || !named, "BIND.SHARDS", name, "a file of this name is a payload file");
-    if (role === "payload") payload.push(name);
-  }
-  if (payload.length === 1 && payload[0] === "turboquant_weights.safetensors") return;
-  const count = payload.length;
-  const digits = (n) => String(n).padStart(5, "0");
-  const shards = Array.from({ length: count }, (_, i) => `turboquant_weights-${digits(i + 1)}-of-${digits(count)}.safetensors`);
-  const complete = count >= 2 && shards.every((name) => payload.includes(name));
-  check(complete, "BIND.SHARDS", "files", "expected one payload file, or numbered ones, all of them");
-}
-
-// ------------------------------------------------------------------------------------------------ 14 Accounting
-
-/** [TQ-ACC-2]. Sums are exact as far as they can be right: binary64 never rounds what exceeds 2^53 to below. */
-function countTotals(manifest, payload) {
-  const totals = Object.fromEntries(Object.keys(TOTALS).map((key) => [key, 0]));
-  for (const { kind, dtype, scalars } of manifest.tensors.values()) {
-    totals.original_bytes += scalars * ELEMENTS[dtype].size;
-    totals[`${kind}_tensors`] += 1;
-    totals[`${kind}_scalars`] += scalars;
-  }
-  for (const { bytes } of payload.values()) totals.stored_bytes += bytes;
-  return { ...totals, ratio: totals.stored_bytes ? totals.original_bytes / totals.stored_bytes : 0 };
-}
-
 // ------------------------------------------------------------------------------------------------ SHA-256
 //
 // FIPS 180-4. Browsers have a digest of whole buffers only, and none at all on pages without HTTPS.
@@ -1406,7 +1461,7 @@ export class Sha256 {
 
   update(bytes) {
     this.#length += bytes.length;
-    for (let at = 0; at < bytes.length; ) {
+    for (let at = 0; at < bytes.length;) {
       const part = bytes.subarray(at, at + 64 - this.#filled);
       at += part.length;
       if (part.length === 64) {
@@ -1439,20 +1494,42 @@ export class Sha256 {
       w[t] = (block[4 * t] << 24) | (block[4 * t + 1] << 16) | (block[4 * t + 2] << 8) | block[4 * t + 3];
     }
     for (let t = 16; t < 64; t += 1) {
-      const [x, y] = [w[t - 15], w[t - 2]];
+      const x = w[t - 15];
+      const y = w[t - 2];
       const s0 = ((x >>> 7) | (x << 25)) ^ ((x >>> 18) | (x << 14)) ^ (x >>> 3);
       const s1 = ((y >>> 17) | (y << 15)) ^ ((y >>> 19) | (y << 13)) ^ (y >>> 10);
       w[t] = (w[t - 16] + s0 + w[t - 7] + s1) | 0;
     }
     const state = this.#state;
-    let [a, b, c, d, e, f, g, h] = state;
+    let a = state[0];
+    let b = state[1];
+    let c = state[2];
+    let d = state[3];
+    let e = state[4];
+    let f = state[5];
+    let g = state[6];
+    let h = state[7];
     for (let t = 0; t < 64; t += 1) {
       const s1 = ((e >>> 6) | (e << 26)) ^ ((e >>> 11) | (e << 21)) ^ ((e >>> 25) | (e << 7));
       const t1 = (h + s1 + ((e & f) ^ (~e & g)) + SHA_ROUNDS[t] + w[t]) | 0;
       const s0 = ((a >>> 2) | (a << 30)) ^ ((a >>> 13) | (a << 19)) ^ ((a >>> 22) | (a << 10));
       const t2 = (s0 + ((a & b) ^ (a & c) ^ (b & c))) | 0;
-      [h, g, f, e, d, c, b, a] = [g, f, e, (d + t1) | 0, c, b, a, (t1 + t2) | 0];
+      h = g;
+      g = f;
+      f = e;
+      e = (d + t1) | 0;
+      d = c;
+      c = b;
+      b = a;
+      a = (t1 + t2) | 0;
     }
-    [a, b, c, d, e, f, g, h].forEach((word, i) => (state[i] = (state[i] + word) | 0));
+    state[0] += a; // an Int32Array wraps
+    state[1] += b;
+    state[2] += c;
+    state[3] += d;
+    state[4] += e;
+    state[5] += f;
+    state[6] += g;
+    state[7] += h;
   }
 }
