@@ -33,7 +33,7 @@ function check(condition, code, where, message) {
 // file, or to { size, read(offset, length) }; read resolves to a Uint8Array of that length. It is never asked for more
 // than the file has, and reads no more than it is asked for.
 
-const MANIFEST = "quant_manifest.json";
+export const MANIFEST = "quant_manifest.json";
 const ROLES = ["payload", "support", "code", "document"];
 
 /** A directory on disk, in Node. With `links`, links to regular files are followed, as the Hub's cache needs it. */
@@ -1332,12 +1332,12 @@ class Repository {
         at += part.length;
         onProgress(part.length, name);
         if (chunks && at === chunkEnd) {
-          check(chunk.hex() === chunks[k], "BIND.DIGEST", name, `chunk ${k} differs from its digest`);
+          checkDigest(chunk.hex(), chunks[k], name, `chunk ${k}`);
           chunk = new Sha256();
           k += 1;
         }
       }
-      check(whole.hex() === sha256, "BIND.DIGEST", name, "the file differs from its digest");
+      checkDigest(whole.hex(), sha256, name, "the file");
     }
   }
 
@@ -1348,10 +1348,17 @@ class Repository {
 
   /** All bytes of a listed file, whose size and digest are checked. */
   async read(name) {
-    await this.verify([name]);
-    const file = await this.#source(name);
-    return file.read(0, file.size);
+    const file = await openListed(this.#source, this.manifest, name);
+    const bytes = await file.read(0, file.size);
+    const digest = new Sha256();
+    digest.update(bytes);
+    checkDigest(digest.hex(), this.manifest.files.get(name).sha256, name, "the file");
+    return bytes;
   }
+}
+
+function checkDigest(found, expected, name, what) {
+  check(found === expected, "BIND.DIGEST", name, `${what} differs from its digest`);
 }
 
 /** The names of the payload tensors that belong to a weight alone, in the order of the manifest's keys. */
