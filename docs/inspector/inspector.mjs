@@ -15,15 +15,16 @@ import {
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children.flat());
+  element.append(...children.flat(Infinity));
   return element;
 }
 
 /** A table from its column heads and rows of cells; the first cell heads its row, numbers are texts in { number }. */
 function table(heads, rows) {
-  const head = heads.map((text) =>
-    h("th", { scope: "col", ...(text.number !== undefined && { class: "number" }) }, show(text)),
-  );
+  const head = heads.map((text) => {
+    if (text === "") return h("td"); // over bars and over the heads of rows
+    return h("th", { scope: "col", ...(text.number !== undefined && { class: "number" }) }, show(text));
+  });
   const body = rows.map(([first, ...cells]) => h("tr", {}, h("th", { scope: "row" }, show(first)), cells.map(cell)));
   return h("div", { class: "wide" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
