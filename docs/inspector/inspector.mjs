@@ -285,6 +285,7 @@ function describe(repository, name) {
   const weight = repository.weight(name);
   const bytes = storedBytes(repository, weight);
   const list = facts([
+    ["Name", name],
     ["Shape", `[${weight.shape.join(", ")}] ${weight.dtype}`],
     ["Stored", `${size(bytes)}, ${weight.scalars ? ((8 * bytes) / weight.scalars).toFixed(3) : 0} bits a weight`],
     ["Kind", weight.kind],
@@ -294,8 +295,8 @@ function describe(repository, name) {
   const rows = weight.stages.map((stage, i) => [
     `stage ${i}`,
     stage.window > stage.bits ? `${stage.bits}, window ${stage.window}` : String(stage.bits),
-    `${stage.codebook}: ${stage.book.entries} entries of ${stage.book.dimension}`,
-    `${stage.transform}: ${stage.basis.kind} ${stage.basis.size}`,
+    `${stage.codebook.name}: ${stage.codebook.entries} entries of ${stage.codebook.dimension}`,
+    `${stage.transform.name}: ${stage.transform.kind} ${stage.transform.size}`,
     String(stage.vector_length),
     stage.tile.join(" × "),
     [stage.scales, stage.outer_scales]

@@ -78,25 +78,24 @@ export function blobs(files) {
 
 const PROBE = 16384; // bytes that the first request for a file asks for, to learn its size
 
-/** Files below an address, by HTTP ranges. `onBytes(count)` hears of each answer; `request` stands in for fetch. */
-export function address(base, { onBytes = () => {}, request = (...rest) => fetch(...rest) } = {}) {
+/** Files below an address, by HTTP ranges. `onBytes(count)` hears of each answer. */
+export function address(base, { onBytes = () => {} } = {}) {
   const root = base.endsWith("/") ? base : `${base}/`;
   async function range(name, offset, length) {
     const abort = new AbortController();
     const headers = { Range: `bytes=${offset}-${offset + length - 1}` };
-    const answer = await request(root + encodeURIComponent(name), { headers, signal: abort.signal });
+    const answer = await fetch(root + encodeURIComponent(name), { headers, signal: abort.signal });
     const size = Number(/\/([0-9]+)$/.exec(answer.headers.get("content-range") ?? "")?.[1] ?? NaN);
-    if (answer.status === 404 || answer.status === 416 || answer.status !== 206 || Number.isNaN(size)) {
-      abort.abort(); // or the whole file would follow
-      if (answer.status === 404) return null;
-      if (answer.status === 416 && size === 0) return { size, bytes: new Uint8Array(0) };
-      const why =
-        answer.status === 206 ? "the server does not show Content-Range" : "expected 206, an answer to a range";
-      throw new Error(`${name}: ${why} (status ${answer.status})`);
+    if (answer.status === 206 && !Number.isNaN(size)) {
+      const bytes = new Uint8Array(await answer.arrayBuffer());
+      onBytes(bytes.length);
+      return { size, bytes };
     }
-    const bytes = new Uint8Array(await answer.arrayBuffer());
-    onBytes(bytes.length);
-    return { size, bytes };
+    abort.abort(); // or the whole file would follow
+    if (answer.status === 404) return null;
+    if (answer.status === 416 && size === 0) return { size, bytes: new Uint8Array(0) };
+    const missing = answer.status === 206 ? "the header Content-Range" : "status 206, an answer to a range";
+    throw new Error(`${name}: expected ${missing}, got status ${answer.status}`);
   }
   return async (name) => {
     const head = await range(name, 0, PROBE);
@@ -105,8 +104,9 @@ export function address(base, { onBytes = () => {}, request = (...rest) => fetch
       const known = head.bytes.slice(offset, offset + length);
       if (known.length === length) return known;
       const rest = await range(name, offset + known.length, length - known.length);
+      const same = rest?.size === head.size && rest.bytes.length === length - known.length;
+      check(same, "BIND.SIZE", name, "the file changed while it was read");
       const bytes = allocate(length, Uint8Array, name);
-      check(rest?.bytes.length === length - known.length, "BIND.SIZE", name, "the file ended while it was read");
       bytes.set(known);
       bytes.set(rest.bytes, known.length);
       return bytes;
@@ -188,7 +188,8 @@ export function parseJson(bytes, where, { header = false, onRepeat = () => {} } 
         result += escape[1] ? String.fromCharCode(parseInt(escape[1], 16)) : ESCAPED[escape[2]];
         result += match(PLAIN)[0];
       }
-      if (/\p{Surrogate}/u.test(result)) wrong("lone surrogate in the string that ends", "JSON.ENCODING"); // [TQ-JSON-1]
+      // [TQ-JSON-1]
+      if (/\p{Surrogate}/u.test(result)) wrong("lone surrogate in the string that ends", "JSON.ENCODING");
     }
     at += 1;
     return result;
@@ -276,6 +277,7 @@ const list = (type) => (value, where) => array(value, where).map((item, i) => ty
 const orNull = (type) => (value, where) => (value === null ? null : type(value, where));
 
 // The tables of the specification: key -> [type], or [type, default] where it may be left out.
+const SHARED = { codebook: "codebooks", transform: "transforms" }; // keys of a stage, and the tables of their ids
 const TOP = {
   format: [string],
   format_version: [string],
@@ -438,7 +440,8 @@ function readManifest(bytes) {
   const manifest = readObject(root, "", TOP);
   checkValue(new Set(manifest.features).size === manifest.features.length, "features", "each once");
   checkRange([...manifest.generator].length, 1, 512, "generator");
-  checkValue(LOADER_KINDS.includes(manifest.loader_kind), "loader_kind", `one of ${LOADER_KINDS.join(", ")}`); // [TQ-MAN-5]
+  // [TQ-MAN-5]
+  checkValue(LOADER_KINDS.includes(manifest.loader_kind), "loader_kind", `one of ${LOADER_KINDS.join(", ")}`);
   manifest.base_model = readObject(manifest.base_model, "base_model", BASE_MODEL);
   const quantization = (manifest.quantization = readObject(manifest.quantization, "quantization", QUANTIZATION));
   for (const [key, table] of [
@@ -453,7 +456,9 @@ function readManifest(bytes) {
   }
   for (const [key, read] of Object.entries(readers)) {
     const entries = new Map();
-    for (const [name, value] of manifest[key]) entries.set(name, read(value, `${key}['${name}']`, name, manifest));
+    for (const [name, value] of manifest[key]) {
+      entries.set(name, { name, ...read(value, `${key}['${name}']`, name, manifest) });
+    }
     manifest[key] = entries;
   }
   for (const [alias, name] of manifest.tied_weights) {
@@ -508,34 +513,36 @@ function readWeight(value, where, name, manifest) {
   weight.tileRows = 1;
   weight.stages = weight.stages.map((stage, i) => readStage(stage, `${where}.stages[${i}]`, weight, manifest));
   // [TQ-MAN-8]
-  const bits = weight.stages.reduce((sum, stage) => sum + stage.bits / stage.book.dimension, 0);
+  const bits = weight.stages.reduce((sum, stage) => sum + stage.bits / stage.codebook.dimension, 0);
   checkValue(Math.abs(weight.effective_bits - bits) <= 1e-6, `${where}.effective_bits`, bits);
   return weight;
 }
 
-/** One of `stages`. It gets the entries `book` and `basis` of its ids, and `symbols` and `tileBytes` of a tile. */
+/** One of `stages`, with the entries of its ids in their place. It gets `symbols` and `tileBytes` of a tile. */
 function readStage(value, where, weight, manifest) {
   const stage = readObject(value, where, STAGE);
   for (const key of ["codes", "scales", "outer_scales", "offsets", "outer_offsets", "codebook", "transform"]) {
     if (stage[key] !== null) checkName(stage[key], `${where}.${key}`);
   }
   // [TQ-MAN-9]
-  const book = (stage.book = manifest.codebooks.get(stage.codebook));
-  const basis = (stage.basis = manifest.transforms.get(stage.transform));
-  check(book, "SCHEMA.REFERENCE", `${where}.codebook`, "an id without an entry");
-  check(basis, "SCHEMA.REFERENCE", `${where}.transform`, "an id without an entry");
+  for (const [key, table] of Object.entries(SHARED)) {
+    check(manifest[table].has(stage[key]), "SCHEMA.REFERENCE", `${where}.${key}`, "an id without an entry");
+    stage[key] = manifest[table].get(stage[key]);
+  }
+  const { codebook, transform } = stage;
   const { rows, cols } = weight;
   const { bits } = stage;
-  const p = book.dimension;
+  const p = codebook.dimension;
   const window = (stage.window ??= bits);
   const G = (stage.vector_length ??= cols);
   const [tr, tc] = (stage.tile ??= [1, cols]);
   // [TQ-CODE-1, TQ-BOOK-4]
   checkRange(bits, 1, Math.min(16, 8 * p), `${where}.bits`);
   checkRange(window, bits, 16, `${where}.window`);
-  if (window > bits) checkValue(book.entries === 2 ** window, `${where}.codebook`, `${2 ** window} entries`);
-  else checkValue(book.entries <= 2 ** bits, `${where}.codebook`, `at most ${2 ** bits} entries`);
-  checkValue(book.rows === null || book.rows === rows, `${where}.codebook`, `a codebook for ${rows} rows`); // [TQ-BOOK-3]
+  if (window > bits) checkValue(codebook.entries === 2 ** window, `${where}.codebook`, `${2 ** window} entries`);
+  else checkValue(codebook.entries <= 2 ** bits, `${where}.codebook`, `at most ${2 ** bits} entries`);
+  const ownRows = codebook.rows === null || codebook.rows === rows;
+  checkValue(ownRows, `${where}.codebook`, `a codebook for ${rows} rows`); // [TQ-BOOK-3]
   // [TQ-CODE-2, TQ-NUM-1]
   checkValue(G >= 1 && G <= M20 && cols % G === 0 && G % p === 0, `${where}.vector_length`, "a divisor of cols");
   checkValue(stage.tile.length === 2 && tr >= 1 && tc >= 1, `${where}.tile`, "two numbers from 1");
@@ -546,12 +553,8 @@ function readStage(value, where, weight, manifest) {
   checkValue(stage.symbols * bits >= window, `${where}.window`, "no window longer than the stream of a tile");
   stage.tileBytes = Math.ceil((stage.symbols * bits) / 8); // [TQ-CODE-4]
   // [TQ-TRAN-1]
-  const nested = G % basis.size === 0 || basis.size % G === 0;
-  checkValue(
-    cols % basis.size === 0 && nested,
-    `${where}.transform`,
-    "a size that divides cols, and divides G or is divided by it",
-  );
+  const nested = G % transform.size === 0 || transform.size % G === 0;
+  checkValue(nested && cols % transform.size === 0, `${where}.transform`, "a size that nests with G and divides cols");
   // [TQ-NUM-9]
   const complete = stage.offsets !== null || stage.outer_offsets === null;
   check(complete, "SCHEMA.MISSING_FIELD", `${where}.offsets`, "outer_offsets need offsets");
@@ -566,27 +569,25 @@ function greatestCommonDivisor(a, b) {
 function checkUse(manifest) {
   const weights = [...manifest.tensors.values()].filter((weight) => weight.kind === "quantized");
   const stages = weights.flatMap((weight) => weight.stages);
-  for (const [table, key] of [
-    ["codebooks", "codebook"],
-    ["transforms", "transform"],
-  ]) {
+  for (const [key, table] of Object.entries(SHARED)) {
     const named = new Set(stages.map((stage) => stage[key]));
-    for (const id of manifest[table].keys())
-      check(named.has(id), "SCHEMA.REFERENCE", `${table}['${id}']`, "nothing names it");
+    for (const [id, entry] of manifest[table]) {
+      check(named.has(entry), "SCHEMA.REFERENCE", `${table}['${id}']`, "nothing names it");
+    }
   }
   const inUse = {
     trellis: stages.some((stage) => stage.window > stage.bits),
-    vector_codebook: stages.some((stage) => stage.book.dimension > 1),
-    row_codebook: stages.some((stage) => stage.book.rows !== null),
+    vector_codebook: stages.some((stage) => stage.codebook.dimension > 1),
+    row_codebook: stages.some((stage) => stage.codebook.rows !== null),
     stages: weights.some((weight) => weight.stages.length > 1),
     column_scale: weights.some((weight) => weight.column_scale !== null),
     tiles: weights.some((weight) => weight.stages.some(({ tile }) => tile[0] !== 1 || tile[1] !== weight.cols)),
     offsets: stages.some((stage) => stage.offsets !== null),
     outer_scales: stages.some((stage) => stage.outer_scales !== null || stage.outer_offsets !== null),
-    fine_scales: stages.some((stage) => stage.vector_length < stage.basis.size),
-    dense: stages.some((stage) => stage.basis.kind === "dense"),
-    givens: stages.some((stage) => stage.basis.kind === "givens"),
-    permutation: stages.some((stage) => stage.basis.kind === "permutation"),
+    fine_scales: stages.some((stage) => stage.vector_length < stage.transform.size),
+    dense: stages.some((stage) => stage.transform.kind === "dense"),
+    givens: stages.some((stage) => stage.transform.kind === "givens"),
+    permutation: stages.some((stage) => stage.transform.kind === "permutation"),
   };
   for (const feature of FEATURES) {
     const right = manifest.features.includes(feature) === inUse[feature];
@@ -647,12 +648,8 @@ async function readContainer(name, file) {
   }
   check(end === file.size, "CONTAINER.OFFSETS", name, "the ranges do not end where the file does");
   for (const tensor of tensors.values()) {
-    check(
-      tensor.bytes > 0 || ends.has(tensor.begin),
-      "CONTAINER.OFFSETS",
-      name,
-      `${tensor.name}: begins inside another`,
-    );
+    const apart = tensor.bytes > 0 || ends.has(tensor.begin);
+    check(apart, "CONTAINER.OFFSETS", name, `${tensor.name}: begins inside another`);
   }
   for (const tensor of filled) {
     const aligned = tensor.begin % ELEMENTS[tensor.dtype].size === 0;
@@ -716,8 +713,9 @@ function bind(manifest, payload) {
     check(payload.has(name), "BIND.MISSING_TENSOR", where, `the payload lacks ${name}`);
     named.add(name);
   }
-  for (const name of payload.keys())
+  for (const name of payload.keys()) {
     check(named.has(name), "BIND.EXTRA_TENSOR", name, "the manifest does not reference it");
+  }
   const fits = (shape, wants) =>
     shape.length === wants.length && wants.every((n, i) => (typeof n === "number" ? n === shape[i] : n(shape[i])));
   const tell = ({ dtype, shape }) => `found ${dtype} [${shape.join(", ")}]`;
@@ -737,7 +735,8 @@ function bind(manifest, payload) {
   const near = Math.abs(manifest.accounting.ratio - totals.ratio) <= 0.001;
   check(near, "BIND.ACCOUNTING", "accounting.ratio", `expected ${totals.ratio}, got ${manifest.accounting.ratio}`);
   for (const { name, where, shape, codes } of wanted) {
-    if (codes) check(fits(payload.get(name).shape, shape), "PACK.LENGTH", where, tell(payload.get(name))); // [TQ-CODE-4]
+    // [TQ-CODE-4]
+    if (codes) check(fits(payload.get(name).shape, shape), "PACK.LENGTH", where, tell(payload.get(name)));
   }
 }
 
@@ -781,33 +780,30 @@ const ORIGIN = {
 /** An entry of `codebooks`. */
 function readCodebook(value, where, id) {
   checkName(id, where);
-  const book = readObject(value, where, CODEBOOK);
+  const codebook = readObject(value, where, CODEBOOK);
   // [TQ-BOOK-1, TQ-BOOK-3, TQ-BOOK-5]
-  check(book.values === null || book.tensor === null, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both");
-  check(book.values !== null || book.tensor !== null, "SCHEMA.MISSING_FIELD", where, "values or tensor");
-  checkRange(book.entries, 1, M20, `${where}.entries`);
-  checkRange(book.dimension, 1, 64, `${where}.dimension`);
-  const count = book.entries * book.dimension;
-  checkRange(count, 1, book.values ? 4096 : M20, `${where}.entries`);
-  if (book.values) checkValue(book.values.length === count, `${where}.values`, `${count} numbers`);
-  else checkName(book.tensor, `${where}.tensor`);
-  checkValue(
-    book.rows === null || (book.tensor !== null && book.rows >= 0),
-    `${where}.rows`,
-    "a number of rows, and tensor",
-  );
-  if (book.origin === null) return book;
+  check(codebook.values === null || codebook.tensor === null, "SCHEMA.AMBIGUOUS", where, "values or tensor, not both");
+  check(codebook.values !== null || codebook.tensor !== null, "SCHEMA.MISSING_FIELD", where, "values or tensor");
+  checkRange(codebook.entries, 1, M20, `${where}.entries`);
+  checkRange(codebook.dimension, 1, 64, `${where}.dimension`);
+  const count = codebook.entries * codebook.dimension;
+  checkRange(count, 1, codebook.values ? 4096 : M20, `${where}.entries`);
+  if (codebook.values) checkValue(codebook.values.length === count, `${where}.values`, `${count} numbers`);
+  else checkName(codebook.tensor, `${where}.tensor`);
+  const rowsFit = codebook.rows === null || (codebook.tensor !== null && codebook.rows >= 0);
+  checkValue(rowsFit, `${where}.rows`, "a number of rows, and tensor");
+  if (codebook.origin === null) return codebook;
   // [TQ-BOOK-7]; that the levels are those of the construction is for a validator
-  const origin = (book.origin = readObject(book.origin, `${where}.origin`, ORIGIN));
+  const origin = (codebook.origin = readObject(codebook.origin, `${where}.origin`, ORIGIN));
   const ranges = { vector_length: [1, M20], grid_size: [3, M20 + 1], iterations: [1, 4096] };
   const sphere = origin.method === "lloyd-max-sphere";
   for (const [key, [low, high]] of Object.entries(ranges)) {
     if (origin[key] !== null) checkRange(origin[key], low, high, `${where}.origin.${key}`);
     else check(!sphere, "SCHEMA.MISSING_FIELD", `${where}.origin.${key}`, "required by this method");
   }
-  const plain = book.dimension === 1 && book.rows === null && book.entries <= 256;
+  const plain = codebook.dimension === 1 && codebook.rows === null && codebook.entries <= 256;
   checkValue(!sphere || plain, `${where}.origin`, "a method that makes such a codebook");
-  return book;
+  return codebook;
 }
 
 // ------------------------------------------------------------------------------------------------ 8 Transforms
@@ -1015,13 +1011,13 @@ function applyToBlocks(values, size, change) {
   for (let begin = 0; begin < values.length; begin += size) change(values.subarray(begin, begin + size));
 }
 
-// ------------------------------------------------------------------------------------------------ 9 Scales and arithmetic
+// ------------------------------------------------------------------------------------------------ 9 Arithmetic
 
-/** A small float of `exponent` and `mantissa` bits whose largest exponent is one like any other. */
-function smallFloat(byte, mantissa, bias) {
-  const fraction = (byte & (2 ** mantissa - 1)) / 2 ** mantissa;
-  const exponent = (byte & 0x7f) >> mantissa;
-  const magnitude = exponent === 0 ? fraction * 2 ** (1 - bias) : (1 + fraction) * 2 ** (exponent - bias);
+function e4m3(byte) {
+  if ((byte & 0x7f) === 0x7f) return NaN;
+  const fraction = (byte & 7) / 8;
+  const exponent = (byte >> 3) & 15;
+  const magnitude = exponent === 0 ? fraction * 2 ** -6 : (1 + fraction) * 2 ** (exponent - 7);
   return byte & 0x80 ? -magnitude : magnitude;
 }
 
@@ -1046,10 +1042,7 @@ export const ELEMENTS = {
   U8: { size: 1, get: (view, i) => view.getUint8(i) },
   I8: { size: 1, get: (view, i) => view.getInt8(i) },
   F8_E5M2: { size: 1, get: (view, i) => half(view.getUint8(i) << 8) },
-  F8_E4M3: {
-    size: 1,
-    get: (view, i) => ((view.getUint8(i) & 0x7f) === 0x7f ? NaN : smallFloat(view.getUint8(i), 3, 7)),
-  },
+  F8_E4M3: { size: 1, get: (view, i) => e4m3(view.getUint8(i)) },
   F8_E8M0: { size: 1, get: (view, i) => (view.getUint8(i) === 255 ? NaN : 2 ** (view.getUint8(i) - 127)) },
   U16: { size: 2, get: (view, i) => view.getUint16(i, true) },
   I16: { size: 2, get: (view, i) => view.getInt16(i, true) },
@@ -1077,9 +1070,9 @@ function checkFinite(values, where) {
   return values;
 }
 
-/** Rounding to `mantissa` bits, to nearest, ties to even; exponents end at `lowest`, magnitudes at `largest`, or NaN. */
+/** Rounds to `mantissa` bits, to nearest, ties to even, with subnormals below 2^lowest; NaN beyond `largest`. */
 function rounding(mantissa, lowest, largest) {
-  // binary64 keeps nothing below the last place of a number of this magnitude; one for each biased exponent of binary64
+  // Added and taken away again, a number of the right magnitude leaves no more: one for each exponent of binary64.
   const magic = Float64Array.from({ length: 2048 }, (_, e) => 1.5 * 2 ** (52 - mantissa + Math.max(e - 1023, lowest)));
   return (x) => {
     scratch.setFloat64(0, x);
@@ -1110,7 +1103,7 @@ const CASTS = {
   },
 };
 
-// ------------------------------------------------------------------------------------------------ 10 Stages, 11, 12
+// ------------------------------------------------------------------------------------------------ 10 to 12 Decoding
 
 const GROUP = 2 ** 18; // elements that are decoded at once, or one tile row [TQ-LIM-2]
 
@@ -1138,7 +1131,7 @@ class Repository {
     return weight;
   }
 
-  /** Rows begin to end of a weight: { dtype, shape, bytes }, little-endian, row-major. Passthrough tensors come whole. */
+  /** Rows begin to end of a weight as { dtype, shape, bytes }, little-endian; passthrough tensors come whole. */
   async decode(name, { begin = 0, end = Infinity, onProgress = () => {} } = {}) {
     const weight = this.weight(name);
     const { dtype, shape, rows, cols } = weight;
@@ -1155,8 +1148,8 @@ class Repository {
       for (let i = 0, at = (first - begin) * cols; i < values.length; i += 1, at += 1) {
         if (at < 0 || at >= count) continue; // a tile row may reach beyond the rows that are wanted
         const value = cast.round(values[i]);
-        if (!Number.isFinite(value))
-          fail("DATA.NON_FINITE", where, `element ${i + first * cols} does not fit ${dtype}`); // [TQ-NUM-6]
+        // [TQ-NUM-6]
+        if (!Number.isFinite(value)) fail("DATA.NON_FINITE", where, `element ${i + first * cols} is beyond ${dtype}`);
         cast.set(view, at * size, value);
       }
       onProgress(Math.min(last, first + values.length / cols) - begin, last - begin);
@@ -1172,7 +1165,7 @@ class Repository {
       let sum = null;
       for (const [i, stage] of weight.stages.entries()) {
         const values = await this.#stage(weight, i, where, tables[i].levels, first, last);
-        if (tables[i].transform) applyToBlocks(values, stage.basis.size, tables[i].transform.inverse);
+        if (tables[i].change) applyToBlocks(values, stage.transform.size, tables[i].change.inverse);
         if (sum === null) sum = values;
         else for (let k = 0; k < sum.length; k += 1) sum[k] += values[k];
       }
@@ -1183,12 +1176,12 @@ class Repository {
 
   /** scale * level + offset of rows first to last, before T^-1, as Float64Array [rows, cols] [TQ-STAGE-1]. */
   async #stage(weight, index, weightWhere, levels, first, last) {
-    const { cols, rows } = weight;
+    const { cols } = weight;
     const stage = weight.stages[index];
     const where = `${weightWhere}.stages[${index}]`;
-    const { book, bits, window, tileBytes, vector_length: G } = stage;
+    const { codebook, bits, window, tileBytes, vector_length: G } = stage;
     const [tr, tc] = stage.tile;
-    const p = book.dimension;
+    const p = codebook.dimension;
     const values = new Float64Array((last - first) * cols);
     const across = cols / tc;
     const tile = (first / tr) * across;
@@ -1208,26 +1201,28 @@ class Repository {
           row += 1;
           col = col0;
         }
-        if (symbols[t] >= book.entries) fail("PACK.CODE_RANGE", `${where}.codes`, `symbol ${symbols[t]}`); // [TQ-BOOK-4]
-        const entry = book.rows === null ? symbols[t] : (first + row) * book.entries + symbols[t]; // [TQ-BOOK-3]
+        // [TQ-BOOK-3, TQ-BOOK-4]
+        if (symbols[t] >= codebook.entries) fail("PACK.CODE_RANGE", `${where}.codes`, `found symbol ${symbols[t]}`);
+        const entry = codebook.rows === null ? symbols[t] : (first + row) * codebook.entries + symbols[t];
         for (let e = 0; e < p; e += 1) values[row * cols + col + e] = levels[entry * p + e];
       }
     }
-    const vectors = cols / G;
-    const scales = await this.#scales(stage.scales, stage.outer_scales, `${where}.scales`, first, last, vectors, rows);
-    const offsets =
-      stage.offsets &&
-      (await this.#scales(stage.offsets, stage.outer_offsets, `${where}.offsets`, first, last, vectors, rows));
+    const read = (key) => this.#scales(weight, stage, key, `${where}.${key}`, first, last);
+    const scales = await read("scales");
+    const offsets = stage.offsets === null ? null : await read("offsets");
     for (let v = 0, i = 0; v < scales.length; v += 1) {
-      for (const vectorEnd = i + G; i < vectorEnd; i += 1)
-        values[i] = values[i] * scales[v] + (offsets ? offsets[v] : 0);
+      const offset = offsets ? offsets[v] : 0;
+      for (const end = i + G; i < end; i += 1) values[i] = values[i] * scales[v] + offset;
     }
     return values;
   }
 
-  /** Scales or offsets of rows first to last, times their outer ones, as Float64Array [rows, vectors] [TQ-NUM-1, TQ-NUM-8]. */
-  async #scales(name, outerName, where, first, last, vectors, rows) {
-    const scales = await this.#real(name, where, first * vectors, (last - first) * vectors);
+  /** The `scales` or `offsets` of rows first to last, times the outer ones, as Float64Array [rows, cols / G]. */
+  async #scales({ rows, cols }, stage, key, where, first, last) {
+    // [TQ-NUM-1, TQ-NUM-8, TQ-NUM-9]
+    const vectors = cols / stage.vector_length;
+    const scales = await this.#real(stage[key], where, first * vectors, (last - first) * vectors);
+    const outerName = stage[`outer_${key}`];
     if (outerName === null) return scales;
     const [a, b] = this.payload.get(outerName).shape;
     const whole = a === 1 && rows !== 1;
@@ -1240,17 +1235,15 @@ class Repository {
     return scales;
   }
 
-  /** What the rows of a weight share: `columns` [cols] or null, and of each stage in `tables` the levels and the transform. */
+  /** What all rows of a weight need: `columns` [cols] or null, and for each stage its `levels` and its `change`. */
   async #tables(weight, where) {
-    const { column_scale: name } = weight;
+    const { column_scale: name, stages } = weight;
     const columns = name === null ? null : await this.#real(name, `${where}.column_scale`);
     const tables = [];
-    for (const { codebook, book, transform, basis } of weight.stages) {
-      const levels = await this.#once(`codebooks['${codebook}']`, (key) => this.#levels(book, key));
-      tables.push({
-        levels,
-        transform: await this.#once(`transforms['${transform}']`, (key) => this.#transform(basis, key)),
-      });
+    for (const { codebook, transform } of stages) {
+      const levels = await this.#once(`codebooks['${codebook.name}']`, (place) => this.#levels(codebook, place));
+      const change = await this.#once(`transforms['${transform.name}']`, (place) => this.#change(transform, place));
+      tables.push({ levels, change });
     }
     return { columns, tables };
   }
@@ -1261,26 +1254,25 @@ class Repository {
   }
 
   /** The levels of a codebook as Float64Array [entries, p] or [rows, entries, p] [TQ-BOOK-2, TQ-BOOK-3]. */
-  async #levels(book, where) {
-    if (book.values) return checkFinite(Float64Array.from(book.values, Math.fround), where);
-    return this.#real(book.tensor, where);
+  async #levels({ values, tensor }, where) {
+    return values ? checkFinite(Float64Array.from(values, Math.fround), where) : this.#real(tensor, where);
   }
 
   /** The functions { forward, inverse } of a transform, null for the identity. */
-  async #transform(basis, where) {
-    const { kind, size } = basis;
+  async #change(transform, where) {
+    const { kind, size } = transform;
     if (kind === "identity") return null;
-    if (kind === "hadamard") return hadamardTransform(basis);
-    if (kind === "dense") return denseTransform(basis, await this.#real(basis.matrix, where));
+    if (kind === "hadamard") return hadamardTransform(transform);
+    if (kind === "dense") return denseTransform(transform, await this.#real(transform.matrix, where));
     const integers = async (name) => Int32Array.from(toNumbers(await this.#bytes(name), "I32"));
     if (kind === "permutation") {
-      const index = await integers(basis.index);
+      const index = await integers(transform.index);
       checkPermutations(index, size, "DATA.PERMUTATION", where); // [TQ-TRAN-9]
       return permutationTransform(index);
     }
-    const pairs = await integers(basis.pairs);
+    const pairs = await integers(transform.pairs);
     checkPermutations(pairs, size, "DATA.PAIRS", where); // [TQ-TRAN-8]
-    return givensTransform(basis, pairs, await this.#real(basis.angles, where));
+    return givensTransform(transform, pairs, await this.#real(transform.angles, where));
   }
 
   /** Some elements of a payload tensor, as finite numbers. */
@@ -1304,14 +1296,15 @@ class Repository {
     if (x.length !== weight.cols) throw new RangeError(`${name} has ${weight.cols} columns, x has ${x.length} values`);
     const { columns, tables } = await this.#tables(weight, where);
     const y = new Float64Array(weight.rows);
-    for (const [i, { basis }] of weight.stages.entries()) {
-      const { levels, transform } = tables[i];
+    for (const [i, { transform }] of weight.stages.entries()) {
+      const { levels, change } = tables[i];
       const z = Float64Array.from(x, (value, c) => (columns ? columns[c] * value : value));
-      if (transform) applyToBlocks(z, basis.size, transform.forward);
+      if (change) applyToBlocks(z, transform.size, change.forward);
       for (const [first, last] of rowGroups(weight, 0, weight.rows)) {
         const values = await this.#stage(weight, i, where, levels, first, last);
-        for (let k = 0; k < values.length; k += 1)
-          y[first + Math.floor(k / weight.cols)] += values[k] * z[k % weight.cols];
+        for (let row = first, k = 0; row < last; row += 1) {
+          for (let c = 0; c < weight.cols; c += 1, k += 1) y[row] += values[k] * z[c];
+        }
       }
     }
     return y;

@@ -1,4 +1,4 @@
-// Runs the inspector page in Node on a stand-in for the DOM that has just what the page uses: node page.mjs PAGE ADDRESS.
+// Runs the inspector page in Node on a stand-in for the DOM with just what the page uses: node page.mjs PAGE ADDRESS.
 // Prints the status line after opening, after each weight is decoded, and after the digests are verified; and all text.
 
 class Element {

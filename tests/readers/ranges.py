@@ -1,4 +1,4 @@
-"""A file server on this machine's loopback that answers byte ranges, as the Hub and object stores do, and counts them."""
+"""A file server on this machine's loopback that answers byte ranges, as the Hub and object stores do; it counts them."""
 
 import re
 from functools import partial
