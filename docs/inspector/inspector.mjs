@@ -193,11 +193,21 @@ function storage(repository) {
   return section("Storage", table(["Stored data", { number: "bytes" }, { number: "share" }, ""], rows));
 }
 
+const EVALUATION = "eval_summary.json";
+
+/** The figures of the evaluation. Whatever is wrong with them says nothing of the weights: it is told in their place. */
 async function evaluation(repository) {
-  const name = "eval_summary.json";
-  if (!repository.manifest.files.has(name))
-    return section("Evaluation", h("p", { class: "quiet" }, `No ${name} is listed.`));
-  const found = JSON.parse(new TextDecoder().decode(await repository.read(name)));
+  const listed = repository.manifest.files.get(EVALUATION);
+  if (!listed) return section("Evaluation", h("p", { class: "quiet" }, `No ${EVALUATION} is listed.`));
+  try {
+    if (listed.size > 2 ** 24) throw new Error(`${EVALUATION} is longer than 16 MiB`); // [TQ-EVAL-1]
+    return section("Evaluation", ...figures(JSON.parse(new TextDecoder().decode(await repository.read(EVALUATION)))));
+  } catch (error) {
+    return section("Evaluation", h("p", { class: "bad" }, error.message));
+  }
+}
+
+function figures(found) {
   const { base, quantized, kl_divergence: kl, top1_agreement: agreement, dataset, settings } = found;
   const rows = [
     ["Perplexity of the base model", fixed(base.perplexity, 3)],
@@ -208,7 +218,7 @@ async function evaluation(repository) {
   ];
   const windows = `${found.windows} windows of at most ${settings.max_length} tokens`;
   const text = `On ${dataset.id}, ${windows}, as the publisher states it; the digest of the file is right.`;
-  return section("Evaluation", table(["Figure", { number: "value" }], rows), h("p", { class: "quiet" }, text));
+  return [table(["Figure", { number: "value" }], rows), h("p", { class: "quiet" }, text)];
 }
 
 function digests(repository, source) {

@@ -3,6 +3,7 @@
 pip install playwright; CHROMIUM=/path/to/chromium python -m pytest tests/readers/test_inspector.py
 """
 
+import hashlib
 import json
 import os
 import re
@@ -63,6 +64,43 @@ def test_the_page_tells_of_a_manifest_that_breaks_a_rule(tmp_path: Path) -> None
     assert found["opened"].startswith("[SCHEMA.VALUE] loader_kind: expected one of") and found["text"] == ""
 
 
+def with_evaluation(path: Path, text: str) -> Path:
+    """The typical repository with `text` as its evaluation."""
+    repo = shutil.copytree(REPO, path / "repo")
+    (repo / "eval_summary.json").write_text(text)
+    entry = {"role": "document", "size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    files = MANIFEST["files"] | {"eval_summary.json": entry}
+    (repo / "quant_manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
+    return repo
+
+
+@needs_node
+def test_the_page_shows_an_evaluation(tmp_path: Path) -> None:
+    figures = {
+        "dataset": {"id": "owner/corpus"},
+        "settings": {"max_length": 512},
+        "windows": 7,
+        "base": {"perplexity": 12.3456},
+        "quantized": {"perplexity": 13.579},
+        "perplexity_ratio": 13.579 / 12.3456,
+        "kl_divergence": {"mean": 0.0625},
+        "top1_agreement": {"rate": 0.9375},
+    }
+    with RangeServer(with_evaluation(tmp_path, json.dumps(figures))) as server:
+        text = run_page(server.url)["text"]
+    assert all(
+        shown in text for shown in ("12.346", "13.579", "1.0999", "0.06250", "93.75 %", "owner/corpus, 7 windows")
+    )
+
+
+@needs_node
+def test_an_evaluation_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
+    with RangeServer(with_evaluation(tmp_path, "{}")) as server:
+        found = run_page(server.url)
+    assert "obeys the format" in found["opened"] and all(title in found["text"] for title in SECTIONS)
+    assert "Cannot read properties of undefined" in found["text"]
+
+
 def test_the_page_refers_to_what_is_there() -> None:
     """A browser is not at hand everywhere: its files exist, and the ids that the program asks for are in the page."""
     html, program = ((PAGE / name).read_text("utf-8") for name in ("index.html", "inspector.mjs"))
@@ -104,6 +142,6 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, way: str) -> None:
         page.wait_for_selector("svg[role=img]")
         page.get_by_role("button", name="Verify").click()
         page.wait_for_selector("td.good")
-        page.wait_for_function("document.getElementById('status').textContent.startsWith('Digests verified')")
+        page.get_by_text("Digests verified").wait_for()
         page.close()
     assert not faults
