@@ -31,7 +31,7 @@ REPO = VECTORS / "valid" / "repository" / "typical" / "repo"
 PAYLOAD = "turboquant_weights.safetensors"
 
 
-def script(body: str, *arguments: object) -> Any:
+def script(body: str, *arguments: object, stdin: str = "") -> Any:
     """What a script of Node prints, as JSON; the reader is `tq`, and `hex` shows bytes."""
     head = f"""
         import * as tq from {json.dumps((READER / "tqformat.mjs").as_uri())};
@@ -41,7 +41,7 @@ def script(body: str, *arguments: object) -> Any:
     """
     assert NODE is not None
     command = [NODE, "--input-type=module", "--eval", head + body, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -173,3 +173,46 @@ def test_rows_of_a_weight_are_those_of_the_whole(case: str) -> None:
         repo,
     )
     assert len(parts) > 1 and "".join(parts) == whole
+
+
+def known(name: str) -> Any:
+    return json.loads((VECTORS / "known" / f"{name}.json").read_text("utf-8"))
+
+
+def test_parts_of_the_decoder_give_the_known_answers() -> None:
+    tiles, factors, floats = known("packing")["tiles"], known("hadamard")["factors"], known("float8")["values"]
+    answers = script(
+        """
+        import { readFileSync } from "node:fs";
+        const [tiles, orders, dtypes] = JSON.parse(readFileSync(0, "utf8"));
+        const symbols = tiles.map(({ n, bits, window, hex }) => {
+          const result = new Uint16Array(n);
+          tq.unpack(Buffer.from(hex, "hex"), 0, bits, window, result);
+          return [...result];
+        });
+        const rows = orders.map((f) => Array.from(tq.hadamardFactor(f), (x) => (x > 0 ? "+" : "-")).join(""));
+        const bytes = Uint8Array.from({ length: 256 }, (_, i) => i);
+        print([symbols, rows, dtypes.map((dtype) => [...tq.toNumbers(bytes, dtype)])]);
+        """,
+        stdin=json.dumps([tiles, [factor["order"] for factor in factors], list(floats)]),
+    )
+    assert answers[0] == [tile["symbols"] for tile in tiles]
+    assert answers[1] == ["".join(factor["rows"]) for factor in factors]
+    # JSON.stringify writes NaN as null, and of a float the shortest decimal that is read back as the same float
+    found = [[None if x is None else float(x) for x in values] for values in answers[2]]
+    assert found == [[None if x is None else float.fromhex(x) for x in values] for values in floats.values()]
+
+
+def test_links_are_followed_only_where_they_are_wanted(tmp_path: Path) -> None:
+    for file in REPO.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    refused, followed = script(
+        DECODE
+        + """
+        const refused = await tq.openRepository(tq.directory(args[0])).catch((error) => [error.code, error.where]);
+        print([refused, Object.keys(await decode(tq.directory(args[0], { links: true })))]);
+        """,
+        tmp_path,
+    )
+    assert refused == ["PATH.TYPE", "quant_manifest.json"]
+    assert followed == list(json.loads((REPO / "quant_manifest.json").read_text("utf-8"))["tensors"])
