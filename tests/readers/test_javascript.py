@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def script(body: str, *arguments: object, stdin: str = "") -> Any:
 
 def test_all_vectors_are_green(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "conformance", "run", "--entrypoint", f"node {READER / 'adapter.mjs'}"]
+    entrypoint = shlex.join([str(NODE), str(READER / "adapter.mjs")])
+    command = [sys.executable, "-m", "conformance", "run", "--entrypoint", entrypoint]
     done = subprocess.run([*command, "--json", str(report)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 crashes, 0 errored; 0 not implemented" in done.stdout
