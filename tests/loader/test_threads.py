@@ -74,9 +74,9 @@ def test_the_number_of_torch_threads_is_left_alone(repo: Path) -> None:
         with open_repo(repo) as opened:
             list(opened)
             assert opened._workers.submit(torch.get_num_threads).result() == 1
-            new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-            new.start()
-            new.join()
+        new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        new.start()
+        new.join()
         assert [torch.get_num_threads(), *found] == [3, 3]
     finally:
         torch.set_num_threads(before)
