@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define FORM avx2
 #define VL 8
@@ -25,7 +26,6 @@ static inline float v_sum(vf a) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 static inline vi vi_set(uint32_t a) { return _mm256_set1_epi32((int)a); }
-static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 static inline vi vi_shr(vi a, vi b) { return _mm256_srlv_epi32(a, b); }
 static inline vi v_words4(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline vi v_words3(const uint8_t *p) {
@@ -35,7 +35,13 @@ static inline vi v_words3(const uint8_t *p) {
     both = _mm256_inserti128_si256(both, _mm_loadu_si128((const __m128i *)(p + 12)), 1);
     return _mm256_shuffle_epi8(both, spread);
 }
-static inline vf v_gather(const float *p, vi index) { return _mm256_i32gather_ps(p, index, 4); }
+static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
+    uint64_t w;
+    memcpy(&w, codes + (at >> 3), 8); /* 8 symbols begin at a byte */
+    const float a = p[w & mask], b = p[(w >>= bits) & mask], c = p[(w >>= bits) & mask], d = p[(w >>= bits) & mask];
+    const float e = p[(w >>= bits) & mask], f = p[(w >>= bits) & mask], g = p[(w >>= bits) & mask], h = p[(w >>= bits) & mask];
+    return _mm256_setr_ps(a, b, c, d, e, f, g, h);
+}
 static inline vtable vtable_load(const float *p) { return (vtable){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline vf v_lookup8(vtable t, vi index) { return _mm256_permutevar8x32_ps(t.low, index); }
 static inline vf v_lookup16(vtable t, vi index) {

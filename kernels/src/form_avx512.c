@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define FORM avx512
 #define VL 16
@@ -19,7 +20,6 @@ static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline vi vi_set(uint32_t a) { return _mm512_set1_epi32((int)a); }
-static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 static inline vi vi_shr(vi a, vi b) { return _mm512_srlv_epi32(a, b); }
 static inline vi v_words4(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline vi v_words3(const uint8_t *p) { /* 12 bytes to each quarter, and 4 of those to each lane */
@@ -27,7 +27,17 @@ static inline vi v_words3(const uint8_t *p) { /* 12 bytes to each quarter, and 4
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12));
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, _mm512_loadu_si512(p)), spread);
 }
-static inline vf v_gather(const float *p, vi index) { return _mm512_i32gather_ps(index, p, 4); }
+static inline __m256 v_lookup_half(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
+    uint64_t w;
+    memcpy(&w, codes + (at >> 3), 8); /* 8 symbols begin at a byte */
+    const float a = p[w & mask], b = p[(w >>= bits) & mask], c = p[(w >>= bits) & mask], d = p[(w >>= bits) & mask];
+    const float e = p[(w >>= bits) & mask], f = p[(w >>= bits) & mask], g = p[(w >>= bits) & mask], h = p[(w >>= bits) & mask];
+    return _mm256_setr_ps(a, b, c, d, e, f, g, h);
+}
+static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
+    __m512 low = _mm512_castps256_ps512(v_lookup_half(p, codes, at, bits, mask));
+    return _mm512_insertf32x8(low, v_lookup_half(p, codes, at + 8 * bits, bits, mask), 1);
+}
 static inline vtable vtable_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline vf v_lookup16(vtable t, vi index) { return _mm512_permutexvar_ps(index, t); }
 static inline vf v_lookup8(vtable t, vi index) { return _mm512_permutexvar_ps(index, t); }

@@ -2,6 +2,7 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #include <stdint.h>
+#include <string.h>
 
 #define FORM neon
 #define VL 4
@@ -19,18 +20,20 @@ static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline float v_sum(vf a) { return vaddvq_f32(a); }
 static inline vi vi_set(uint32_t a) { return vdupq_n_u32(a); }
-static inline vi vi_and(vi a, vi b) { return vandq_u32(a, b); }
 static inline vi vi_shr(vi a, vi b) { return vshlq_u32(a, vnegq_s32(vreinterpretq_s32_u32(b))); }
 static inline vi v_words4(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 static inline vi v_words3(const uint8_t *p) {
     static const uint8_t spread[16] = {0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12};
     return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(spread)));
 }
-static inline vf v_gather(const float *p, vi index) {
-    vf r = vdupq_n_f32(p[vgetq_lane_u32(index, 0)]);
-    r = vld1q_lane_f32(p + vgetq_lane_u32(index, 1), r, 1);
-    r = vld1q_lane_f32(p + vgetq_lane_u32(index, 2), r, 2);
-    return vld1q_lane_f32(p + vgetq_lane_u32(index, 3), r, 3);
+static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
+    uint64_t w;
+    memcpy(&w, codes + (at >> 3), 8);
+    w >>= at & 7;
+    vf r = vdupq_n_f32(p[w & mask]);
+    r = vld1q_lane_f32(p + ((w >> bits) & mask), r, 1);
+    r = vld1q_lane_f32(p + ((w >> 2 * bits) & mask), r, 2);
+    return vld1q_lane_f32(p + ((w >> 3 * bits) & mask), r, 3);
 }
 static inline vtable vtable_load(const float *p) {
     const uint8_t *bytes = (const uint8_t *)p;

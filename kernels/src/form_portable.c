@@ -46,10 +46,6 @@ static inline vi vi_set(uint32_t a) {
     EACH r.lane[i] = a;
     return r;
 }
-static inline vi vi_and(vi a, vi b) {
-    EACH a.lane[i] &= b.lane[i];
-    return a;
-}
 static inline vi vi_shr(vi a, vi b) {
     EACH a.lane[i] >>= b.lane[i];
     return a;
@@ -64,9 +60,12 @@ static inline vi v_words3(const uint8_t *p) {
     EACH r.lane[i] = p[3 * i] | (uint32_t)p[3 * i + 1] << 8 | (uint32_t)p[3 * i + 2] << 16 | (uint32_t)p[3 * i + 3] << 24;
     return r;
 }
-static inline vf v_gather(const float *p, vi index) {
+static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     vf r;
-    EACH r.lane[i] = p[index.lane[i]];
+    uint64_t w;
+    memcpy(&w, codes + (at >> 3), 8);
+    w >>= at & 7;
+    EACH r.lane[i] = p[w >> i * bits & mask];
     return r;
 }
 static inline vtable vtable_load(const float *p) {

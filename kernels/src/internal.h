@@ -30,11 +30,12 @@ static inline float tq_from_bits(uint32_t bits) {
     return value;
 }
 
-/* binary16 to binary32, exactly; what is subnormal there is 2^-24 times an integer. */
+/* binary16 to binary32, exactly and without branches; what is subnormal there is 2^-24 times an integer. */
 static inline float tq_from_half(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
-    if (rest < 0x400) return (sign ? -1.0f : 1.0f) * ((float)rest * 0x1p-24f);
-    return tq_from_bits(sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000u : (rest << 13) | 0x7f800000u));
+    uint32_t rest = half & 0x7fffu, few, normal = (rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u);
+    float small = (float)(int32_t)rest * 0x1p-24f;
+    memcpy(&few, &small, 4);
+    return tq_from_bits((rest < 0x400 ? few : normal) | (uint32_t)(half & 0x8000) << 16);
 }
 
 /* OCP E4M3: no infinities, 0x7f is NaN. */
@@ -78,9 +79,13 @@ static inline void tq_factor_row(const tq_factors *f, int64_t n, int64_t r, floa
         memcpy(out, (const float *)f->data + r * n, (size_t)n * 4);
         return;
     }
-    if (f->dtype == TQ_BF16 && !f->outer) {
+    if ((f->dtype == TQ_BF16 || f->dtype == TQ_F16) && !f->outer) { /* loops that compilers turn into vectors */
         const uint8_t *p = (const uint8_t *)f->data + 2 * r * n;
-        for (int64_t v = 0; v < n; v++) out[v] = tq_from_bits((uint32_t)(p[2 * v] | p[2 * v + 1] << 8) << 16);
+        uint16_t half;
+        if (f->dtype == TQ_F16)
+            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_half(half);
+        else
+            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_bits((uint32_t)half << 16);
         return;
     }
     for (int64_t v = 0; v < n; v++) out[v] = tq_factor(f, n, r, v);

@@ -3,16 +3,20 @@
  *   FORM, VL                     name of the form; 32-bit lanes of a vector
  *   vf, vi                       VL floats; VL unsigned 32-bit integers
  *   v_zero, v_set, v_load, v_store, v_mul, v_fma(a, b, c) = a * b + c, v_sum
- *   vi_set, vi_and, vi_shr       shift right by the lanes of a vector that vi_set made
+ *   vi_set, vi_shr               shift right by the lanes of a vector that vi_set made
  *   v_words4(p), v_words3(p)     lane i: the 4 bytes from p + 4 i, or from p + 3 i
- *   v_gather(p, i)               lane: p[i]
  *   vtable, vtable_load(p), v_lookup8(t, i), v_lookup16(t, i)    16 floats; the low 3 or 4 bits of a lane choose one
- *   HAS_BYTES, v_bytes...        (optional) 8-bit symbols by tables of bytes; see rows_product
+ *   v_lookup(levels, p, at, bits, mask)    lane i: the level of the symbol at bit `at` + i * bits from p; 8 bytes per 8
+ *   HAS_BYTES, v_bytes...        (optional) 5 to 8 bits by tables of bytes; see rows_dot_bytes
  *
  * Three ways lead to a product. `rows`: codes that run along a row, scalar, plain; lanes are groups of neighbouring
  * columns, and z is brought into their order once. `columns`: codes that run down a column, scalar, plain or trellis;
  * lanes are groups of neighbouring rows, z is broadcast, sums stay in registers. `general`: everything else; a row is
- * decoded into a buffer and multiplied. Bits are taken in words of `per` symbols, `stride` bytes apart.
+ * decoded into a buffer and multiplied.
+ *
+ * Plain symbols of 1 to 4 bits are looked up in registers, VL words at once: a word holds `per` symbols, one after the
+ * other is shifted to its low end, and words are `stride` bytes apart. All others are looked up in memory, one by one: on
+ * the processors at hand that is faster than their gather instructions, which the remedies for Downfall slow further.
  */
 #include "internal.h"
 
@@ -20,30 +24,33 @@
 #define CHUNK 64 /* columns whose tiles `columns` brings into the first-level cache at a time */
 #define PAD 64 /* bytes that a vector load may pass the last symbol by */
 
-typedef enum { LOOKUP8, LOOKUP16, GATHER, BYTES } lookup;
+typedef enum {
+    IN_8, /* registers that hold 8 levels, 16, or 256 as bytes */
+    IN_16,
+    IN_BYTES,
+    IN_MEMORY,
+} lookup;
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-/* Bytes from word to word; 0 where this many bits have no words. */
-static int word_stride(int bits) { return bits == 1 || bits == 2 || bits == 4 || bits == 8 ? 4 : bits == 3 || bits == 6 ? 3 : 0; }
+/* Bytes from word to word, for up to 4 bits. */
+INLINE int word_stride(int bits) { return bits == 3 ? 3 : 4; }
 
 INLINE vi load_words(const uint8_t *p, int stride) { return stride == 4 ? v_words4(p) : v_words3(p); }
 
-/* One level for each lane, of its low `bits` bits. The tables of LOOKUP8 and LOOKUP16 repeat, so they need no mask. */
-INLINE vf look_up(lookup how, vtable table, const float *levels, vi symbols, vi mask) {
-    if (how == LOOKUP8) return v_lookup8(table, symbols);
-    if (how == LOOKUP16) return v_lookup16(table, symbols);
-    return v_gather(levels, vi_and(symbols, mask));
+/* Tables of registers repeat where symbols have fewer bits, so that what stands above a symbol needs no mask. */
+INLINE vf look_up(lookup how, vtable table, vi symbols) {
+    return how == IN_8 ? v_lookup8(table, symbols) : v_lookup16(table, symbols);
 }
 
 static lookup choose_lookup(const tq_stage *s) {
-    return s->window != s->bits || s->bits > 4 ? GATHER : s->bits == 4 ? LOOKUP16 : LOOKUP8;
+    return s->window != s->bits || s->bits > 4 ? IN_MEMORY : s->bits == 4 ? IN_16 : IN_8;
 }
 
 static vtable load_table(const tq_stage *s, lookup how) {
     float table[16];
-    for (int i = 0; i < 16; i++) table[i] = how == GATHER ? 0 : s->levels[i & ((1 << s->bits) - 1)];
+    for (int i = 0; i < 16; i++) table[i] = how == IN_8 || how == IN_16 ? s->levels[i & ((1 << s->bits) - 1)] : 0;
     return vtable_load(table);
 }
 
@@ -133,33 +140,34 @@ static void vector_sums(const tq_stage *s, const float *z, int64_t batch, float 
 
 /* ---- rows ---- */
 
-/* Lane l of the k-th of `per` vectors of a block stands for this column of the block. */
-INLINE int64_t column_of(lookup how, int per, int k, int l) {
-    return how == BYTES ? 16 * (l / 4) + 4 * k + l % 4 : (int64_t)l * per + k;
-}
-
 static lookup choose_rows(const tq_stage *s) {
 #ifdef HAS_BYTES
-    if (s->bits > 4) return BYTES;
+    if (s->bits > 4) return IN_BYTES;
 #endif
     return choose_lookup(s);
 }
 
+/* A block is `per` vectors. This is the column of the block that lane l of the k-th of them stands for. */
+INLINE int64_t column_of(lookup how, int per, int k, int l) {
+    return how == IN_BYTES ? 16 * (l / 4) + 4 * k + l % 4 : (int64_t)l * per + k;
+}
+
+INLINE int rows_per(lookup how, int bits) { return how == IN_MEMORY ? 1 : how == IN_BYTES ? 4 : 8 * word_stride(bits) / bits; }
+
 static int rows_fit(const tq_stage *s) {
     if (s->dimension != 1 || s->levels_per_row || s->window != s->bits || s->tile_cols != s->cols) return 0;
     if (s->tile_rows > 1 && s->cols * s->bits % 8) return 0;
-    const int stride = word_stride(s->bits);
-    const lookup how = choose_rows(s);
-    if (how != BYTES && !stride) return 0;
-    if (s->bits > 8) return 0;
-    return s->vector_length == s->cols || s->vector_length % (how == BYTES ? 16 : 8 * stride / s->bits) == 0;
+    const lookup how = choose_rows(s); /* each lane of a block has one scale */
+    const int64_t same = how == IN_BYTES ? 16 : rows_per(how, s->bits);
+    return s->vector_length == s->cols || s->vector_length % same == 0;
 }
 
 /* sums[b] += the products of `blocks` blocks of one row with NB rows of z in the order of the lanes, `step` apart. lanes
  * are the scales of each block's lanes, or NULL where one scale serves the whole row. */
-INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int stride, int per, int bits, vtable table,
-                     const float *levels, const float *z, int64_t step, const float *lanes, vf *sums) {
-    const vi shift = vi_set((uint32_t)bits), mask = vi_set((1u << bits) - 1);
+INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int bits, vtable table, const float *z, int64_t step,
+                     const float *lanes, vf *sums) {
+    const int stride = word_stride(bits), per = 8 * stride / bits;
+    const vi shift = vi_set((uint32_t)bits);
     for (int64_t i = 0; i < blocks; i++, p += VL * stride, z += per * VL) {
         vf part[4][4]; /* four sums for each row of z hide the latency of the additions; one where there are many rows */
         for (int b = 0; b < NB; b++)
@@ -167,7 +175,7 @@ INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int s
         vi word = load_words(p, stride);
         for (int k = 0; k < per; k += 4)
             for (int j = 0; j < 4; j++) {
-                vf level = look_up(how, table, levels, word, mask);
+                vf level = look_up(how, table, word);
                 word = vi_shr(word, shift);
                 for (int b = 0; b < NB; b++) {
                     vf *to = &part[b][NB == 1 ? j : NB == 2 ? j & 1 : 0];
@@ -183,8 +191,18 @@ INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int s
     }
 }
 
+/* The same for 5 to 8 bits, a block being VL columns; the look-ups hide the latency of the additions. */
+INLINE void rows_dot_memory(int NB, const uint8_t *p, int64_t blocks, int bits, const float *levels, const float *z,
+                            int64_t step, const float *lanes, vf *sums) {
+    for (int64_t i = 0; i < blocks; i++, z += VL) {
+        vf level = v_lookup(levels, p, i * VL * bits, bits, (1u << bits) - 1);
+        if (lanes) level = v_mul(level, v_load(lanes + i * VL));
+        for (int b = 0; b < NB; b++) sums[b] = v_fma(level, v_load(z + b * step), sums[b]);
+    }
+}
+
 #ifdef HAS_BYTES
-/* The same for 5 to 8 bits: 64 symbols as bytes, and each of the four bytes of their levels from a table of its own. */
+/* The same by 64 symbols as bytes, each of the four bytes of their levels from a table of its own. */
 INLINE void rows_dot_bytes(int NB, const uint8_t *p, int64_t blocks, int bits, const vbytes *table, const float *z, int64_t step,
                            const float *lanes, vf *sums) {
     for (int64_t i = 0; i < blocks; i++, p += 8 * bits, z += 4 * VL) {
@@ -202,18 +220,18 @@ INLINE void rows_dot_bytes(int NB, const uint8_t *p, int64_t blocks, int bits, c
 
 static int rows_product(const tq_stage *s, const float *z, float *y, int64_t batch, int64_t begin, int64_t end) {
     const lookup how = choose_rows(s);
-    const int bits = s->bits, stride = word_stride(bits), per = how == BYTES ? 4 : 8 * stride / bits;
+    const int bits = s->bits, per = rows_per(how, bits);
     const int64_t block_cols = (int64_t)per * VL, blocks = (s->cols + block_cols - 1) / block_cols, step = blocks * block_cols;
     const int64_t vectors = s->cols / s->vector_length, row_bytes = (s->cols * bits + 7) / 8;
-    const int64_t block_bytes = how == BYTES ? 8 * bits : VL * stride;
-    float *scratch = malloc((size_t)(batch * (step + vectors) + blocks * VL + 2 * vectors) * sizeof(float));
-    uint8_t *last = malloc((size_t)(row_bytes + block_bytes + PAD));
+    const int64_t read = (step * bits + 7) / 8 + PAD; /* bytes that loads may reach to from the start of a row */
+    float *scratch = malloc((size_t)(batch * (step + vectors) + (blocks + 1) * VL + 2 * vectors) * sizeof(float));
+    uint8_t *last = malloc((size_t)read);
     if (!scratch || !last) {
         free(scratch);
         free(last);
         return TQ_MEMORY;
     }
-    float *lanes = scratch + batch * step, *scale = lanes + blocks * VL, *offset = scale + vectors, *sums = offset + vectors;
+    float *lanes = scratch + batch * step, *scale = lanes + (blocks + 1) * VL, *offset = scale + vectors, *sums = offset + vectors;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < blocks; i++)
             for (int k = 0; k < per; k++)
@@ -221,42 +239,44 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
                     int64_t c = i * block_cols + column_of(how, per, k, l);
                     scratch[b * step + i * block_cols + k * VL + l] = c < s->cols ? z[b * s->cols + c] : 0;
                 }
+    memset(lanes, 0, (size_t)(blocks * VL) * sizeof(float));
     if (s->offsets.data) vector_sums(s, z, batch, sums);
-    const vtable table = load_table(s, how == BYTES ? GATHER : how);
+    const vtable table = load_table(s, how);
 #ifdef HAS_BYTES
     vbytes bytes;
     memset(&bytes, 0, sizeof bytes);
-    if (how == BYTES) v_bytes_load(s->levels, bits, &bytes);
+    if (how == IN_BYTES) v_bytes_load(s->levels, bits, &bytes);
 #endif
     for (int64_t r = begin; r < end; r++) {
         const int64_t at = r / s->tile_rows * tq_tile_bytes(s) + r % s->tile_rows * row_bytes;
         const uint8_t *p = s->codes + at;
-        if (at + blocks * block_bytes + PAD > s->codes_bytes) { /* loads would pass the end of all codes: read a copy */
-            memset(last, 0, (size_t)(row_bytes + block_bytes + PAD));
+        if (at + read > s->codes_bytes) { /* loads would pass the end of all codes: read a copy */
+            memset(last, 0, (size_t)read);
             p = (const uint8_t *)memcpy(last, p, (size_t)row_bytes);
         }
         tq_factor_row(&s->scales, vectors, r, scale);
         const float *with = NULL;
         if (vectors > 1) {
+            float *to = lanes; /* each store is a whole vector, whose end the next one replaces */
+            for (int64_t v = 0; v < vectors; v++, to += s->vector_length / per)
+                for (int64_t e = 0; e < s->vector_length / per; e += VL) v_store(to + e, v_set(scale[v]));
+            if (to < lanes + blocks * VL) v_store(to, v_zero());
             with = lanes;
-            for (int64_t i = 0; i < blocks; i++)
-                for (int l = 0; l < VL; l++) {
-                    int64_t c = i * block_cols + column_of(how, per, 0, l);
-                    lanes[i * VL + l] = c < s->cols ? scale[c / s->vector_length] : 0;
-                }
         }
         for (int64_t b = 0; b < batch;) {
             const int64_t left = batch - b;
             const int n = left >= 4 ? 4 : left >= 2 ? 2 : 1;
             const float *zb = scratch + b * step;
             vf sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-#define DOT(HOW, NB) rows_dot(HOW, NB, p, blocks, stride, per, bits, table, s->levels, zb, step, with, sum)
-#define DOTS(NB)                                     \
-    switch (how) {                                   \
-    case LOOKUP8: DOT(LOOKUP8, NB); break;           \
-    case LOOKUP16: DOT(LOOKUP16, NB); break;         \
-    case GATHER: DOT(GATHER, NB); break;             \
-    case BYTES: DOT_BYTES(NB); break;                \
+#define DOTS(NB)                                                                                          \
+    if (how == IN_8) {                                                                                   \
+        rows_dot(IN_8, NB, p, blocks, bits, table, zb, step, with, sum);                                  \
+    } else if (how == IN_16) {                                                                            \
+        rows_dot(IN_16, NB, p, blocks, bits, table, zb, step, with, sum);                                 \
+    } else if (how == IN_MEMORY) {                                                                        \
+        rows_dot_memory(NB, p, blocks, bits, s->levels, zb, step, with, sum);                             \
+    } else {                                                                                              \
+        DOT_BYTES(NB);                                                                                    \
     }
 #ifdef HAS_BYTES
 #define DOT_BYTES(NB) rows_dot_bytes(NB, p, blocks, bits, &bytes, zb, step, with, sum)
@@ -288,44 +308,64 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
 
 /* ---- columns ---- */
 
-/* Symbols that one word gives: from a byte border, at most 7 bits on, K of them within 32 bits. */
-static int symbols_per_word(const tq_stage *s, int most) {
-    const int per = 8 * word_stride(s->bits) / s->bits;
-    for (int k = most; k > 1; k /= 2) {
-        int worst = 0;
-        for (int k0 = 0; k0 < per; k0 += k) worst = k0 * s->bits % 8 > worst ? k0 * s->bits % 8 : worst;
-        if (per % k == 0 && worst + (k - 1) * s->bits + s->window <= 32) return k;
-    }
-    return 0;
-}
-
 static int columns_fit(const tq_stage *s) {
-    if (s->dimension != 1 || s->levels_per_row || s->tile_cols != 1 || !word_stride(s->bits)) return 0;
+    if (s->dimension != 1 || s->levels_per_row || s->tile_cols != 1) return 0;
     if (s->window > s->bits && s->tile_rows * s->bits % 8) return 0; /* the wrap is done by bytes */
-    return symbols_per_word(s, 2) != 0;
+    return 7 * s->bits + s->window <= 64; /* v_lookup takes 8 symbols from 8 bytes */
 }
 
-/* sums[NB][per][lanes] += level * z over n columns, for one group of VL lanes and the symbols k0 to k0 + K - 1 of each. */
-INLINE void columns_add(lookup how, int K, int NB, const uint8_t *tiles, int64_t tile_step, int n, int stride, int bits,
-                        int window, int k0, vtable table, const float *levels, const float *z, int64_t z_step, float *sums,
-                        int64_t k_step, int64_t b_step) {
-    const vi first = vi_set((uint32_t)(k0 * bits % 8)), shift = vi_set((uint32_t)bits), mask = vi_set((1u << window) - 1);
-    const uint8_t *p = tiles + k0 * bits / 8;
+/* How the symbols of a tile lie in [per][lanes] floats: by words, symbol k of word i in [k][i]; from memory, VL to a row. */
+typedef struct {
+    int64_t per, lanes, size;
+} layout;
+
+static layout choose_layout(const tq_stage *s, lookup how) {
+    layout l;
+    if (how == IN_MEMORY) {
+        l.lanes = VL;
+        l.per = (s->tile_rows + VL - 1) / VL;
+    } else {
+        l.per = 8 * word_stride(s->bits) / s->bits;
+        l.lanes = round_up((s->tile_rows + l.per - 1) / l.per, VL);
+    }
+    l.size = l.per * l.lanes;
+    return l;
+}
+
+INLINE int64_t place(lookup how, layout l, int64_t i) { return how == IN_MEMORY ? i : i % l.per * l.lanes + i / l.per; }
+
+/* sums[b][k0 to k0 + K - 1][g to g + VL - 1] += level * z over n columns, for NB rows of z. */
+INLINE void columns_add(lookup how, int K, int NB, const tq_stage *s, layout l, const uint8_t *p, int64_t tile_step, int n,
+                        int64_t g, int64_t k0, vtable table, const float *z, float *sums) {
+    const int bits = s->bits, stride = word_stride(bits);
+    const uint32_t mask = (1u << s->window) - 1;
+    const vi first = vi_set((uint32_t)(k0 * bits)), shift = vi_set((uint32_t)bits);
     vf sum[4][8];
     for (int b = 0; b < NB; b++)
-        for (int k = 0; k < K; k++) sum[b][k] = v_load(sums + b * b_step + (k0 + k) * k_step);
+        for (int k = 0; k < K; k++) sum[b][k] = v_load(sums + b * l.size + (k0 + k) * l.lanes + g);
     for (int c = 0; c < n; c++, p += tile_step) {
-        vi word = vi_shr(load_words(p, stride), first);
         vf x[4];
-        for (int b = 0; b < NB; b++) x[b] = v_set(z[b * z_step + c]);
+        for (int b = 0; b < NB; b++) x[b] = v_set(z[b * s->cols + c]);
+        vi word = how == IN_MEMORY ? first : vi_shr(load_words(p + g * stride, stride), first);
         for (int k = 0; k < K; k++) {
-            vf level = look_up(how, table, levels, word, mask);
+            vf level = how == IN_MEMORY ? v_lookup(s->levels, p, (k0 + k) * VL * bits, bits, mask) : look_up(how, table, word);
             word = vi_shr(word, shift);
             for (int b = 0; b < NB; b++) sum[b][k] = v_fma(level, x[b], sum[b][k]);
         }
     }
     for (int b = 0; b < NB; b++)
-        for (int k = 0; k < K; k++) v_store(sums + b * b_step + (k0 + k) * k_step, sum[b][k]);
+        for (int k = 0; k < K; k++) v_store(sums + b * l.size + (k0 + k) * l.lanes + g, sum[b][k]);
+}
+
+/* The whole tile, K times NB being 8 sums at a time. `per` of words is a multiple of 8; from memory the rest goes singly. */
+INLINE void columns_add_all(lookup how, int K, int NB, const tq_stage *s, layout l, const uint8_t *p, int64_t tile_step, int n,
+                            vtable table, const float *z, float *sums) {
+    for (int64_t g = 0; g < l.lanes; g += VL) {
+        int64_t k0 = 0;
+        for (; k0 + K <= l.per; k0 += K) columns_add(how, K, NB, s, l, p, tile_step, n, g, k0, table, z, sums);
+        if (how == IN_MEMORY)
+            for (; k0 < l.per; k0++) columns_add(how, 1, NB, s, l, p, tile_step, n, g, k0, table, z, sums);
+    }
 }
 
 /* Copies n tiles to `to`, tile_step apart, each followed by its own beginning, where a trellis goes on [TQ-CODE-6]. */
@@ -338,90 +378,89 @@ static void copy_tiles(const uint8_t *from, int64_t tile_bytes, int n, uint8_t *
 
 static int columns_product(const tq_stage *s, const float *z, float *y, int64_t batch, int64_t begin, int64_t end) {
     const lookup how = choose_lookup(s);
-    const int bits = s->bits, stride = word_stride(bits), per = 8 * stride / bits;
-    const int64_t tile_bytes = tq_tile_bytes(s), vectors = s->cols / s->vector_length, height = s->tile_rows;
-    const int64_t lanes = round_up((height + per - 1) / per, VL), b_step = lanes * per;
-    const int64_t tile_step = round_up(lanes * stride + PAD, 64);
-    const int widest = symbols_per_word(s, 8), wide = widest < 4 ? widest : 4;
+    const layout l = choose_layout(s, how);
+    const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);
+    const int64_t vectors = s->cols / s->vector_length, height = s->tile_rows;
     /* sums of the vector at hand, sums of all, sums of z by vectors, tiles */
-    float *part = calloc((size_t)(2 * batch * b_step + batch * vectors) * sizeof(float) + (size_t)(CHUNK * tile_step), 1);
+    float *part = calloc((size_t)(batch * (2 * l.size + vectors)) * sizeof(float) + (size_t)(CHUNK * tile_step), 1);
     if (!part) return TQ_MEMORY;
-    float *total = part + batch * b_step, *sums = total + batch * b_step;
+    float *total = part + batch * l.size, *sums = total + batch * l.size;
     uint8_t *tiles = (uint8_t *)(sums + batch * vectors);
     if (s->offsets.data) vector_sums(s, z, batch, sums);
     const vtable table = load_table(s, how);
     for (int64_t r = begin; r < end; r += height) {
-        const uint8_t *codes = s->codes + r / height * s->cols * tile_bytes;
-        memset(part, 0, (size_t)(2 * batch * b_step) * sizeof(float));
+        memset(total, 0, (size_t)(batch * l.size) * sizeof(float));
         for (int64_t v = 0; v < vectors; v++) {
+            memset(part, 0, (size_t)(batch * l.size) * sizeof(float));
             const int64_t stop = (v + 1) * s->vector_length;
             for (int64_t c = v * s->vector_length; c < stop; c += CHUNK) {
                 const int n = (int)min64(CHUNK, stop - c);
-                copy_tiles(codes + c * tile_bytes, tile_bytes, n, tiles, tile_step);
+                copy_tiles(s->codes + (r / height * s->cols + c) * tile_bytes, tile_bytes, n, tiles, tile_step);
                 for (int64_t b = 0; b < batch;) {
                     const int64_t left = batch - b;
-                    const int nb = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                    const int K = nb == 1 ? widest : nb == 2 ? wide : 2;
-#define ADD(HOW, K, NB)                                                                                                     \
-    for (int64_t g = 0; g < lanes; g += VL)                                                                                 \
-        for (int k0 = 0; k0 < per; k0 += K)                                                                                 \
-            columns_add(HOW, K, NB, tiles + g * stride, tile_step, n, stride, bits, s->window, k0, table, s->levels,        \
-                        z + b * s->cols + c, s->cols, part + b * b_step + g, lanes, b_step);
-#define ADDS(K, NB)                                                                                                         \
-    if (how == LOOKUP8) {                                                                                                   \
-        ADD(LOOKUP8, K, NB)                                                                                                 \
-    } else if (how == LOOKUP16) {                                                                                           \
-        ADD(LOOKUP16, K, NB)                                                                                                \
-    } else {                                                                                                                \
-        ADD(GATHER, K, NB)                                                                                                  \
-    }
-                    if (nb == 4) {
-                        ADDS(2, 4)
-                    } else if (nb == 2 && K == 4) {
-                        ADDS(4, 2)
-                    } else if (nb == 2) {
-                        ADDS(2, 2)
-                    } else if (K == 8) {
-                        ADDS(8, 1)
-                    } else if (K == 4) {
-                        ADDS(4, 1)
+                    const float *x = z + b * s->cols + c;
+                    float *to = part + b * l.size;
+#define ADD(HOW, K, NB) columns_add_all(HOW, K, NB, s, l, tiles, tile_step, n, table, x, to)
+#define ADDS(K, NB)                 \
+    if (how == IN_8) {              \
+        ADD(IN_8, K, NB);           \
+    } else if (how == IN_16) {      \
+        ADD(IN_16, K, NB);          \
+    } else {                        \
+        ADD(IN_MEMORY, K, NB);      \
+    }                               \
+    b += NB
+                    if (left >= 4) {
+                        ADDS(2, 4);
+                    } else if (left >= 2) {
+                        ADDS(4, 2);
                     } else {
-                        ADDS(2, 1)
+                        ADDS(8, 1);
                     }
-                    b += nb;
                 }
             }
             for (int64_t i = 0; i < height; i++) {
                 const float scale = tq_factor(&s->scales, vectors, r + i, v);
                 const float offset = s->offsets.data ? tq_factor(&s->offsets, vectors, r + i, v) : 0;
-                const int64_t at = i % per * lanes + i / per;
-                for (int64_t b = 0; b < batch; b++) {
-                    total[b * b_step + at] += scale * part[b * b_step + at];
-                    if (s->offsets.data) total[b * b_step + at] += offset * sums[b * vectors + v];
+                for (int64_t b = 0, at = place(how, l, i); b < batch; b++, at += l.size) {
+                    total[at] += scale * part[at];
+                    if (s->offsets.data) total[at] += offset * sums[b * vectors + v];
                 }
             }
-            memset(part, 0, (size_t)(batch * b_step) * sizeof(float));
         }
         for (int64_t b = 0; b < batch; b++)
-            for (int64_t i = 0; i < height; i++) y[b * s->rows + r + i] = total[b * b_step + i % per * lanes + i / per];
+            for (int64_t i = 0; i < height; i++) y[b * s->rows + r + i] = total[b * l.size + place(how, l, i)];
     }
     free(part);
     return TQ_OK;
 }
 
-/* Whole tiles of columns, by the same words: n columns' levels lie in a buffer, and go from there to their rows. */
+/* The levels of one tile, in its layout. */
+INLINE void columns_levels(lookup how, const tq_stage *s, layout l, const uint8_t *p, vtable table, float *levels) {
+    const int bits = s->bits, stride = word_stride(bits);
+    if (how == IN_MEMORY) {
+        for (int64_t i = 0; i < l.size; i += VL) v_store(levels + i, v_lookup(s->levels, p, i * bits, bits, (1u << s->window) - 1));
+        return;
+    }
+    const vi shift = vi_set((uint32_t)bits);
+    for (int64_t g = 0; g < l.lanes; g += VL) {
+        vi word = load_words(p + g * stride, stride);
+        for (int64_t k = 0; k < l.per; k++, word = vi_shr(word, shift)) v_store(levels + k * l.lanes + g, look_up(how, table, word));
+    }
+}
+
+/* Levels of some columns go to a buffer, and from there to their rows, 64 bytes at a time. */
 static int columns_decode(const tq_stage *s, float *out, int64_t begin, int64_t end) {
-    enum { N = 16 }; /* columns at a time: 64 bytes of a row of the result */
+    enum { N = 16 };
     const lookup how = choose_lookup(s);
-    const int bits = s->bits, stride = word_stride(bits), per = 8 * stride / bits, K = symbols_per_word(s, 8);
-    const int64_t tile_bytes = tq_tile_bytes(s), vectors = s->cols / s->vector_length, height = s->tile_rows;
-    const int64_t lanes = round_up((height + per - 1) / per, VL), tile_step = round_up(lanes * stride + PAD, 64);
-    float *levels = malloc((size_t)(N * lanes * per + 2 * height) * sizeof(float) + (size_t)(N * tile_step));
+    const layout l = choose_layout(s, how);
+    const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);
+    const int64_t vectors = s->cols / s->vector_length, height = s->tile_rows;
+    float *levels = calloc((size_t)(N * l.size + 2 * height) * sizeof(float) + (size_t)(N * tile_step), 1);
     if (!levels) return TQ_MEMORY;
-    float *scale = levels + N * lanes * per, *offset = scale + height;
-    uint8_t *tiles = memset(offset + height, 0, (size_t)(N * tile_step));
+    float *scale = levels + N * l.size, *offset = scale + height;
+    uint8_t *tiles = (uint8_t *)(offset + height);
     const vtable table = load_table(s, how);
-    const vi shift = vi_set((uint32_t)bits), mask = vi_set((1u << s->window) - 1);
     for (int64_t tile = begin / height * height; tile < end; tile += height) {
         const int64_t r0 = tile < begin ? begin : tile, r1 = min64(tile + height, end);
         for (int64_t v = 0; v < vectors; v++) {
@@ -433,22 +472,17 @@ static int columns_decode(const tq_stage *s, float *out, int64_t begin, int64_t 
             for (int64_t c = v * s->vector_length; c < stop; c += N) {
                 const int n = (int)min64(N, stop - c);
                 copy_tiles(s->codes + (tile / height * s->cols + c) * tile_bytes, tile_bytes, n, tiles, tile_step);
-                for (int j = 0; j < n; j++)
-                    for (int64_t g = 0; g < lanes; g += VL)
-                        for (int k0 = 0; k0 < per; k0 += K) {
-                            vi word = load_words(tiles + j * tile_step + g * stride + k0 * bits / 8, stride);
-                            word = vi_shr(word, vi_set((uint32_t)(k0 * bits % 8)));
-                            for (int k = k0; k < k0 + K; k++, word = vi_shr(word, shift)) {
-                                vf level = how == LOOKUP8    ? look_up(LOOKUP8, table, s->levels, word, mask)
-                                           : how == LOOKUP16 ? look_up(LOOKUP16, table, s->levels, word, mask)
-                                                             : look_up(GATHER, table, s->levels, word, mask);
-                                v_store(levels + (j * per + k) * lanes + g, level);
-                            }
-                        }
+                for (int j = 0; j < n; j++) {
+                    const uint8_t *p = tiles + j * tile_step;
+                    float *to = levels + j * l.size;
+                    if (how == IN_8) columns_levels(IN_8, s, l, p, table, to);
+                    else if (how == IN_16) columns_levels(IN_16, s, l, p, table, to);
+                    else columns_levels(IN_MEMORY, s, l, p, table, to);
+                }
                 for (int64_t r = r0; r < r1; r++) {
-                    const int64_t i = r - tile, at = i % per * lanes + i / per;
+                    const int64_t i = r - tile, at = place(how, l, i);
                     float *to = out + (r - begin) * s->cols + c;
-                    for (int j = 0; j < n; j++) to[j] = scale[i] * levels[j * per * lanes + at] + offset[i];
+                    for (int j = 0; j < n; j++) to[j] = scale[i] * levels[j * l.size + at] + offset[i];
                 }
             }
         }
