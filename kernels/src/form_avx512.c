@@ -30,9 +30,9 @@ static inline vi v_words3(const uint8_t *p) { /* 12 bytes to each quarter, and 4
 static inline __m256 v_lookup_half(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     uint64_t w;
     memcpy(&w, codes + (at >> 3), 8); /* 8 symbols begin at a byte */
-    const float a = p[w & mask], b = p[(w >>= bits) & mask], c = p[(w >>= bits) & mask], d = p[(w >>= bits) & mask];
-    const float e = p[(w >>= bits) & mask], f = p[(w >>= bits) & mask], g = p[(w >>= bits) & mask], h = p[(w >>= bits) & mask];
-    return _mm256_setr_ps(a, b, c, d, e, f, g, h);
+#define LEVEL(k) p[w >> (k) * bits & mask]
+    return _mm256_setr_ps(LEVEL(0), LEVEL(1), LEVEL(2), LEVEL(3), LEVEL(4), LEVEL(5), LEVEL(6), LEVEL(7));
+#undef LEVEL
 }
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     __m512 low = _mm512_castps256_ps512(v_lookup_half(p, codes, at, bits, mask));

@@ -21,6 +21,11 @@
 #include "internal.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8") /* so that arrays of sums become registers */
+#endif
 #define CHUNK 64 /* columns whose tiles `columns` brings into the first-level cache at a time */
 #define PAD 64 /* bytes that a vector load may pass the last symbol by */
 
@@ -170,18 +175,23 @@ INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int b
     const vi shift = vi_set((uint32_t)bits);
     for (int64_t i = 0; i < blocks; i++, p += VL * stride, z += per * VL) {
         vf part[4][4]; /* four sums for each row of z hide the latency of the additions; one where there are many rows */
+        UNROLL
         for (int b = 0; b < NB; b++)
+            UNROLL
             for (int k = 0; k < 4; k++) part[b][k] = !k && !lanes ? sums[b] : v_zero();
         vi word = load_words(p, stride);
         for (int k = 0; k < per; k += 4)
+            UNROLL
             for (int j = 0; j < 4; j++) {
                 vf level = look_up(how, table, word);
                 word = vi_shr(word, shift);
+                UNROLL
                 for (int b = 0; b < NB; b++) {
                     vf *to = &part[b][NB == 1 ? j : NB == 2 ? j & 1 : 0];
                     *to = v_fma(level, v_load(z + b * step + (k + j) * VL), *to);
                 }
             }
+        UNROLL
         for (int b = 0; b < NB; b++) {
             vf sum = NB == 1   ? v_add(v_add(part[b][0], part[b][1]), v_add(part[b][2], part[b][3]))
                      : NB == 2 ? v_add(part[b][0], part[b][1])
@@ -197,6 +207,7 @@ INLINE void rows_dot_memory(int NB, const uint8_t *p, int64_t blocks, int bits, 
     for (int64_t i = 0; i < blocks; i++, z += VL) {
         vf level = v_lookup(levels, p, i * VL * bits, bits, (1u << bits) - 1);
         if (lanes) level = v_mul(level, v_load(lanes + i * VL));
+        UNROLL
         for (int b = 0; b < NB; b++) sums[b] = v_fma(level, v_load(z + b * step), sums[b]);
     }
 }
@@ -335,36 +346,46 @@ static layout choose_layout(const tq_stage *s, lookup how) {
 INLINE int64_t place(lookup how, layout l, int64_t i) { return how == IN_MEMORY ? i : i % l.per * l.lanes + i / l.per; }
 
 /* sums[b][k0 to k0 + K - 1][g to g + VL - 1] += level * z over n columns, for NB rows of z. */
-INLINE void columns_add(lookup how, int K, int NB, const tq_stage *s, layout l, const uint8_t *p, int64_t tile_step, int n,
-                        int64_t g, int64_t k0, vtable table, const float *z, float *sums) {
-    const int bits = s->bits, stride = word_stride(bits);
+INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, layout l, const uint8_t *p,
+                        int64_t tile_step, int n, int64_t g, int64_t k0, vtable table, const float *z, float *sums) {
+    const int stride = word_stride(bits);
     const uint32_t mask = (1u << s->window) - 1;
     const vi first = vi_set((uint32_t)(k0 * bits)), shift = vi_set((uint32_t)bits);
+    const float *levels = s->levels;
+    const int64_t z_step = s->cols;
     vf sum[4][8];
+    p += how == IN_MEMORY ? k0 * VL * bits / 8 : g * stride;
+    UNROLL
     for (int b = 0; b < NB; b++)
+        UNROLL
         for (int k = 0; k < K; k++) sum[b][k] = v_load(sums + b * l.size + (k0 + k) * l.lanes + g);
     for (int c = 0; c < n; c++, p += tile_step) {
         vf x[4];
-        for (int b = 0; b < NB; b++) x[b] = v_set(z[b * s->cols + c]);
-        vi word = how == IN_MEMORY ? first : vi_shr(load_words(p + g * stride, stride), first);
+        UNROLL
+        for (int b = 0; b < NB; b++) x[b] = v_set(z[b * z_step + c]);
+        vi word = how == IN_MEMORY ? first : vi_shr(load_words(p, stride), first);
+        UNROLL
         for (int k = 0; k < K; k++) {
-            vf level = how == IN_MEMORY ? v_lookup(s->levels, p, (k0 + k) * VL * bits, bits, mask) : look_up(how, table, word);
+            vf level = how == IN_MEMORY ? v_lookup(levels, p, k * VL * bits, bits, mask) : look_up(how, table, word);
             word = vi_shr(word, shift);
+            UNROLL
             for (int b = 0; b < NB; b++) sum[b][k] = v_fma(level, x[b], sum[b][k]);
         }
     }
+    UNROLL
     for (int b = 0; b < NB; b++)
+        UNROLL
         for (int k = 0; k < K; k++) v_store(sums + b * l.size + (k0 + k) * l.lanes + g, sum[b][k]);
 }
 
 /* The whole tile, K times NB being 8 sums at a time. `per` of words is a multiple of 8; from memory the rest goes singly. */
-INLINE void columns_add_all(lookup how, int K, int NB, const tq_stage *s, layout l, const uint8_t *p, int64_t tile_step, int n,
-                            vtable table, const float *z, float *sums) {
+INLINE void columns_add_all(lookup how, int K, int NB, int bits, const tq_stage *s, layout l, const uint8_t *p,
+                            int64_t tile_step, int n, vtable table, const float *z, float *sums) {
     for (int64_t g = 0; g < l.lanes; g += VL) {
         int64_t k0 = 0;
-        for (; k0 + K <= l.per; k0 += K) columns_add(how, K, NB, s, l, p, tile_step, n, g, k0, table, z, sums);
+        for (; k0 + K <= l.per; k0 += K) columns_add(how, K, NB, bits, s, l, p, tile_step, n, g, k0, table, z, sums);
         if (how == IN_MEMORY)
-            for (; k0 < l.per; k0++) columns_add(how, 1, NB, s, l, p, tile_step, n, g, k0, table, z, sums);
+            for (; k0 < l.per; k0++) columns_add(how, 1, NB, bits, s, l, p, tile_step, n, g, k0, table, z, sums);
     }
 }
 
@@ -400,14 +421,20 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
                     const int64_t left = batch - b;
                     const float *x = z + b * s->cols + c;
                     float *to = part + b * l.size;
-#define ADD(HOW, K, NB) columns_add_all(HOW, K, NB, s, l, tiles, tile_step, n, table, x, to)
+#define ADD(HOW, K, NB, BITS) columns_add_all(HOW, K, NB, BITS, s, l, tiles, tile_step, n, table, x, to)
 #define ADDS(K, NB)                 \
     if (how == IN_8) {              \
-        ADD(IN_8, K, NB);           \
+        ADD(IN_8, K, NB, s->bits);  \
     } else if (how == IN_16) {      \
-        ADD(IN_16, K, NB);          \
+        ADD(IN_16, K, NB, 4);       \
+    } else if (s->bits == 2) {      \
+        ADD(IN_MEMORY, K, NB, 2);   \
+    } else if (s->bits == 3) {      \
+        ADD(IN_MEMORY, K, NB, 3);   \
+    } else if (s->bits == 4) {      \
+        ADD(IN_MEMORY, K, NB, 4);   \
     } else {                        \
-        ADD(IN_MEMORY, K, NB);      \
+        ADD(IN_MEMORY, K, NB, s->bits); \
     }                               \
     b += NB
                     if (left >= 4) {
