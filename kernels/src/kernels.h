@@ -354,7 +354,8 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
     const float *levels = s->levels;
     const int64_t z_step = s->cols;
     vf sum[4][8];
-    p += how == IN_MEMORY ? k0 * VL * bits / 8 : g * stride;
+    const int64_t at = k0 * VL * bits, rest = VL % 8 ? at & 7 : 0; /* four symbols may end within a byte */
+    p += how == IN_MEMORY ? at >> 3 : g * stride;
     UNROLL
     for (int b = 0; b < NB; b++)
         UNROLL
@@ -366,7 +367,7 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
         vi word = how == IN_MEMORY ? first : vi_shr(load_words(p, stride), first);
         UNROLL
         for (int k = 0; k < K; k++) {
-            vf level = how == IN_MEMORY ? v_lookup(levels, p, k * VL * bits, bits, mask) : look_up(how, table, word);
+            vf level = how == IN_MEMORY ? v_lookup(levels, p, rest + k * VL * bits, bits, mask) : look_up(how, table, word);
             word = vi_shr(word, shift);
             UNROLL
             for (int b = 0; b < NB; b++) sum[b][k] = v_fma(level, x[b], sum[b][k]);

@@ -93,8 +93,8 @@ ROWS += [Case(6, 64, 4, tile=(3, 64)), Case(4, 24, 3, tile=(2, 24), vector_lengt
 ROWS += [Case(3, 128, 4, vector_length=20 if bits == 5 else 16, scale_dtype="float16") for bits in (4,)]
 COLUMNS = [
     Case(2 * tr, 70, bits, window, (tr, 1), vector_length=g)
-    for bits, window in ((1, 1), (1, 9), (2, 2), (2, 12), (2, 16), (3, 3), (3, 12), (4, 4), (4, 13), (6, 6), (8, 8), (8, 10))
-    for tr, g in ((32, None), (96, 14), (288, None))
+    for bits, window in ((1, 1), (1, 9), (2, 2), (2, 12), (2, 16), (3, 3), (3, 12), (4, 4), (4, 13), (5, 5), (5, 16), (6, 6), (7, 7), (8, 8), (8, 10))
+    for tr, g in ((32, None), (96, 14), (88, None), (288, None))
 ]
 COLUMNS += [Case(20, 33, 4, None, (20, 1)), Case(10, 16, 2, None, (5, 1)), Case(8, 130, 2, 12, (8, 1), offsets=True)]
 COLUMNS += [Case(128, 20, 3, 16, (128, 1), vector_length=4, offsets=True, scale_dtype="float16"), Case(4, 9, 8, 8, (1, 1))]
