@@ -36,11 +36,17 @@ SETTINGS: dict[str, tuple[int, int | None, int | None, int | None, int]] = {
 
 
 def rotation(size: int) -> Layer:
-    """T of a hadamard transform with two Sylvester factors: two small matrix products."""
+    """T of a hadamard transform with two Sylvester factors, by plain matrix products (batched ones wake torch's threads)."""
     left = 2 ** (int(math.log2(size)) // 2)
     h = {n: torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) for n in (left, size // left)}
     signs = torch.randint(0, 2, (size,)).mul(2).sub(1) / math.sqrt(size)
-    return lambda x: (h[left] @ (x.float() * signs).view(-1, left, size // left) @ h[size // left]).view(-1, size)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        y = (x.float() * signs).view(-1, size // left) @ h[size // left]
+        y = y.view(-1, left, size // left).transpose(1, 2).reshape(-1, left) @ h[left]
+        return y.view(-1, size // left, left).transpose(1, 2).reshape(-1, size)
+
+    return rotate
 
 
 def packed(setting: tuple[int, int | None, int | None, int | None, int], size: int) -> Layer:
