@@ -38,7 +38,10 @@ SETTINGS: dict[str, tuple[int, int | None, int | None, int | None, int]] = {
 def rotation(size: int) -> Layer:
     """T of a hadamard transform with two Sylvester factors, by plain matrix products (batched ones wake torch's threads)."""
     left = 2 ** (int(math.log2(size)) // 2)
-    h = {n: torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) for n in (left, size // left)}
+    h = {
+        n: torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])
+        for n in (left, size // left)
+    }
     signs = torch.randint(0, 2, (size,)).mul(2).sub(1) / math.sqrt(size)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +54,9 @@ def rotation(size: int) -> Layer:
 
 def packed(setting: tuple[int, int | None, int | None, int | None, int], size: int) -> Layer:
     bits, window, tile_rows, g, p = setting
-    codes = torch.randint(0, 256, (size // (tile_rows or 1), size * (tile_rows or 1) * bits // p // 8), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 256, (size // (tile_rows or 1), size * (tile_rows or 1) * bits // p // 8), dtype=torch.uint8
+    )
     codes = codes.view(size // tile_rows * size, -1) if tile_rows else codes
     scales = torch.rand(size, size // (g or size)).to(torch.float16)
     stage = tqformat_kernels.Stage(
@@ -94,7 +99,9 @@ def main() -> None:
             if turn:
                 times[name, form].append((time.perf_counter() - start) / (args.layers * args.size**2) * 1e9)
     base = statistics.median(times["bf16 linear", ""])
-    report: dict[str, Any] = {"what": f"batch {args.batch}, {args.layers} x {args.size} x {args.size}, {args.threads} threads"}
+    report: dict[str, Any] = {
+        "what": f"batch {args.batch}, {args.layers} x {args.size} x {args.size}, {args.threads} threads"
+    }
     for (name, form), seen in times.items():
         median = statistics.median(seen)
         report[f"{name}, {form}" if form else name] = {

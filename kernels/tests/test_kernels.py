@@ -47,12 +47,16 @@ class Case:
             symbols = rng.integers(0, self.entries, (tiles, n))
             stream = ((symbols[..., None] >> np.arange(self.bits)) & 1).astype(np.uint8).reshape(tiles, -1)
         codes = np.packbits(stream, axis=1, bitorder="little")
-        levels = rng.standard_normal((*([self.rows] if self.per_row else []), entries, self.dimension)).astype(np.float32)
+        levels = rng.standard_normal((*([self.rows] if self.per_row else []), entries, self.dimension)).astype(
+            np.float32
+        )
         at = (np.arange(n)[:, None] * self.bits + np.arange(window)) % (n * self.bits)
         symbols = (stream[:, at].astype(np.int64) << np.arange(window)).sum(axis=2)  # [tiles, n]
         grid = symbols.reshape(self.rows // tr, self.cols // tc, tr, tc // self.dimension).transpose(0, 2, 1, 3)
         grid = grid.reshape(self.rows, self.cols // self.dimension)
-        u = (levels[np.arange(self.rows)[:, None], grid] if self.per_row else levels[grid]).reshape(self.rows, self.cols)
+        u = (levels[np.arange(self.rows)[:, None], grid] if self.per_row else levels[grid]).reshape(
+            self.rows, self.cols
+        )
         u = u.astype(np.float64)
 
         def factors() -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
@@ -90,14 +94,19 @@ ROWS = [
 ROWS += [Case(3, cols, bits) for cols in (8, 24, 72, 576, 1000) for bits in (1, 3, 4, 8)]
 ROWS += [Case(3, 1, 8), Case(2, 7, 3), Case(4, 33, 5), Case(3, 576, 4, vector_length=96), Case(0, 64, 4)]
 ROWS += [Case(6, 64, 4, tile=(3, 64)), Case(4, 24, 3, tile=(2, 24), vector_length=8), Case(5, 40, 2, entries=3)]
-ROWS += [Case(3, 128, 4, vector_length=20 if bits == 5 else 16, scale_dtype="float16") for bits in (4,)]
+ROWS += [Case(3, 128, bits, vector_length=16, scale_dtype="float16") for bits in (4, 8)]
+WINDOWS = {1: (1, 9), 2: (2, 12, 16), 3: (3, 12), 4: (4, 13), 5: (5, 16), 6: (6,), 7: (7,), 8: (8, 10)}
 COLUMNS = [
     Case(2 * tr, 70, bits, window, (tr, 1), vector_length=g)
-    for bits, window in ((1, 1), (1, 9), (2, 2), (2, 12), (2, 16), (3, 3), (3, 12), (4, 4), (4, 13), (5, 5), (5, 16), (6, 6), (7, 7), (8, 8), (8, 10))
+    for bits, windows in WINDOWS.items()
+    for window in windows
     for tr, g in ((32, None), (96, 14), (88, None), (288, None))
 ]
 COLUMNS += [Case(20, 33, 4, None, (20, 1)), Case(10, 16, 2, None, (5, 1)), Case(8, 130, 2, 12, (8, 1), offsets=True)]
-COLUMNS += [Case(128, 20, 3, 16, (128, 1), vector_length=4, offsets=True, scale_dtype="float16"), Case(4, 9, 8, 8, (1, 1))]
+COLUMNS += [
+    Case(128, 20, 3, 16, (128, 1), vector_length=4, offsets=True, scale_dtype="float16"),
+    Case(4, 9, 8, 8, (1, 1)),
+]
 GENERAL = [
     Case(6, 48, bits, window, tile, vector_length=12, dimension=p, per_row=per_row)
     for p in (1, 2, 3, 4, 6)
@@ -105,7 +114,12 @@ GENERAL = [
     for tile, per_row in ((None, False), ((3, 24), True), ((6, 12), False))
 ]
 GENERAL += [Case(5, 64, 8, dimension=8), Case(5, 64, 16, dimension=8, offsets=True), Case(4, 30, 7, None, (2, 3))]
-GENERAL += [Case(16, 16, 2, 12, (16, 16)), Case(12, 5, 5, 16, (12, 1)), Case(7, 24, 1, 16, (7, 24)), Case(2, 128, 16, dimension=64)]
+GENERAL += [
+    Case(16, 16, 2, 12, (16, 16)),
+    Case(12, 5, 5, 16, (12, 1)),
+    Case(7, 24, 1, 16, (7, 24)),
+    Case(2, 128, 16, dimension=64),
+]
 SCALES = [
     Case(6, 64, 4, tile=tile, vector_length=16, scale_dtype=dtype, outer=outer, offsets=True)
     for dtype in ("uint8", "int8", "float16")
@@ -143,7 +157,11 @@ def test_products_and_rows_are_those_of_the_specification(case: Case, form: str)
         assert_grade(stage.product(z, threads=1 + batch % 2), u, z)
     index = [i * 7 % case.rows for i in range(5)] if case.rows else []
     begin, end = case.rows // 3, case.rows
-    for decoded, exact in ((stage.decode(0, end), u), (stage.decode(begin, end), u[begin:]), (stage.rows(index), u[index])):
+    for decoded, exact in (
+        (stage.decode(0, end), u),
+        (stage.decode(begin, end), u[begin:]),
+        (stage.rows(index), u[index]),
+    ):
         assert decoded.dtype == np.float32 and decoded.shape == exact.shape
         if case.offsets or case.outer:  # products of up to three binary32 numbers and a sum of two
             assert np.abs(decoded - exact).max(initial=0) <= 2.0**-21 * 300
@@ -157,13 +175,32 @@ def test_the_settings_of_releases_take_a_vector_path(form: str) -> None:
     assert not Case(4, 48, 8, dimension=8).make()[0].fast
 
 
-@pytest.mark.parametrize("case", [Case(9, 128, 4), Case(256, 64, 2, 12, (64, 1)), Case(9, 64, 8, dimension=8)], ids=name)
+@pytest.mark.parametrize(
+    "case", [Case(9, 128, 4), Case(256, 64, 2, 12, (64, 1)), Case(9, 64, 8, dimension=8)], ids=name
+)
 def test_threads_change_nothing(case: Case, form: str) -> None:
     stage, _ = case.make()
     z = np.random.default_rng(1).standard_normal((3, case.cols)).astype(np.float32)
     assert np.array_equal(stage.product(z, threads=1), stage.product(z, threads=5))
     assert np.array_equal(stage.decode(0, case.rows, threads=1), stage.decode(0, case.rows, threads=5))
     assert np.array_equal(stage.rows([3, 0, 3], threads=1), stage.rows([3, 0, 3], threads=3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_makes_threads_of_its_own() -> None:
+    code = """if True:
+        import os, numpy as np, tqformat_kernels
+        scales = np.ones((8, 1), np.float32)
+        stage = tqformat_kernels.Stage(np.zeros((8, 32), np.uint8), np.ones(16), scales, shape=(8, 64), bits=4)
+        z = np.ones((1, 64), np.float32)
+        stage.product(z, threads=4)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if stage.product(z, threads=4).tolist() == [[64.0] * 8] else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
 
 
 def test_torch_tensors_are_taken_and_given() -> None:

@@ -5,6 +5,7 @@ src/tqformat_kernels.h is the C interface, SPEC.md (sections 6 to 10 and 22) say
 """
 
 import ctypes
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -76,7 +77,9 @@ def _open() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     if library.tq_abi() != ABI:
-        raise ImportError(f"the compiled library of tqformat_kernels has ABI {library.tq_abi()}, not {ABI}: reinstall it")
+        raise ImportError(
+            f"the compiled library of tqformat_kernels has ABI {library.tq_abi()}, not {ABI}: reinstall it"
+        )
     return library
 
 
@@ -152,7 +155,17 @@ _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 
-def _in_parts(run: Callable[[int, int], int], begin: int, end: int, step: int, threads: int) -> None:
+def _forget_pool() -> None:
+    """A forked process has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _in_parts(run: Callable[[int, int], Any], begin: int, end: int, step: int, threads: int) -> None:
     """run(begin, end) on as many equal parts as threads, at multiples of step; raises for the first error number."""
     global _pool, _pool_size
     steps = -(-(end - begin) // step)
@@ -163,7 +176,7 @@ def _in_parts(run: Callable[[int, int], int], begin: int, end: int, step: int, t
     else:
         if _pool is None or _pool_size < threads - 1:
             _pool, _pool_size = ThreadPoolExecutor(threads - 1, "tqformat-kernels"), threads - 1
-        others = [_pool.submit(run, *part) for part in zip(borders[1:-1], borders[2:], strict=True)]
+        others = [_pool.submit(run, *part) for part in itertools.pairwise(borders[1:])]
         errors = [run(*borders[:2]), *(other.result() for other in others)]
     for error in errors:
         if error == 3:
@@ -206,7 +219,9 @@ class Stage:
         tile_rows, tile_cols = (1, cols) if tile is None else tile
         self.shape = rows, cols
         if not (1 <= bits <= window <= 16 and 0 <= rows <= 2**53 and 1 <= cols <= 2**20 and tile_rows >= 1):
-            raise ValueError(f"bits {bits}, window {window}, shape {tuple(shape)}, tile {tile}: outside SPEC.md's limits")
+            raise ValueError(
+                f"bits {bits}, window {window}, shape {tuple(shape)}, tile {tile}: outside SPEC.md's limits"
+            )
         self._levels, dimension = _full_levels(levels, window)
         stage = _Stage(
             codes=_pointer(codes, "codes", "uint8"),
@@ -254,7 +269,7 @@ class Stage:
         y = _new((batch, rows), z)
         target, stage, number = _pointer(y, "y", "float32"), ctypes.byref(self._stage), _form
 
-        def run(begin: int, end: int) -> int:
+        def run(begin: int, end: int) -> Any:
             return _library.tq_product(stage, address, batch * cols, target, batch * rows, batch, begin, end, number)
 
         _in_parts(run, 0, rows, self._stage.tile_rows, self._threads(threads, rows * batch))
@@ -268,7 +283,7 @@ class Stage:
         out = _new((end - begin, cols), self._kept[0])
         target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
 
-        def run(first: int, last: int) -> int:
+        def run(first: int, last: int) -> Any:
             to = target + (first - begin) * cols * 4
             return _library.tq_decode(stage, to, (last - first) * cols, first, last, number)
 
@@ -279,16 +294,17 @@ class Stage:
     def rows(self, index: Sequence[int] | Array, threads: int | None = None) -> Array:
         """scale * level + offset of these rows, before T^-1: float32 [len(index), cols]; IndexError for one out of range."""
         cols = self.shape[1]
-        wanted = np.array(index.tolist() if _is_torch(index) else index, dtype=np.int64)  # a copy, checked here and in C
+        values: Any = index.tolist() if hasattr(index, "tolist") else index
+        wanted = np.array(values, dtype=np.int64)  # a copy, checked here and in C
         if wanted.ndim != 1:
             raise ValueError(f"index: expected one dimension, got {wanted.ndim}")
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.shape[0]):
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.shape[0]):
             raise IndexError(f"row {wanted.min()} or {wanted.max()} of {self.shape[0]}")
         out = _new((wanted.size, cols), self._kept[0])
         target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
         source = wanted.ctypes.data
 
-        def run(begin: int, end: int) -> int:
+        def run(begin: int, end: int) -> Any:
             n = end - begin
             return _library.tq_rows(stage, target + begin * cols * 4, n * cols, source + begin * 8, n, number)
 
@@ -306,7 +322,9 @@ def _full_levels(levels: Array, window: int) -> tuple[Any, int]:
     book = np.asarray(levels, dtype=np.float32)
     book = book[:, None] if book.ndim == 1 else book
     if book.ndim not in (2, 3) or not 1 <= book.shape[-2] <= 1 << window:
-        raise ValueError(f"levels: expected [entries, p] or [rows, entries, p], entries at most {1 << window}, got {book.shape}")
+        raise ValueError(
+            f"levels: expected [entries, p] or [rows, entries, p], entries at most {1 << window}, got {book.shape}"
+        )
     if not np.isfinite(book).all():
         raise ValueError("levels: not all finite")
     full = np.zeros((*book.shape[:-2], 1 << window, book.shape[-1]), dtype=np.float32)
