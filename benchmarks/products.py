@@ -1,6 +1,6 @@
 """Time of y = W x with packed weights on a CPU, against torch's bf16 linear, all from memory.
 
-    python benchmarks/products.py [--batch 1] [--threads 2] [--runs 7] [--size 4096] [--layers 16] [--only NAME ...]
+    python benchmarks/products.py [--batch 1] [--threads 2] [--runs 7] [--size 4096] [--layers 16] [--only NAME ...] [--processor-time]
 
 Needs the distribution in kernels/. Each candidate multiplies with `layers` different square weights in turn, so that none
 comes from the cache; candidates take turns, medians are printed as JSON. The packed ones take a bf16 activation, rotate
@@ -81,7 +81,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--forms", nargs="*", default=list(tqformat_kernels.forms()), help="default: all that run here")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of all threads, for a machine that is busy; see --threads 1"
+    )
     args = parser.parse_args()
+    clock = time.process_time if args.processor_time else time.perf_counter
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     x = torch.randn(args.batch, args.size).bfloat16()
@@ -93,14 +97,15 @@ def main() -> None:
         for name, form in candidates:
             if form:
                 tqformat_kernels.set_form(form)
-            start = time.perf_counter()
+            start = clock()
             for layer in layers[name]:
                 layer(x)
             if turn:
-                times[name, form].append((time.perf_counter() - start) / (args.layers * args.size**2) * 1e9)
+                times[name, form].append((clock() - start) / (args.layers * args.size**2) * 1e9)
     base = statistics.median(times["bf16 linear", ""])
     report: dict[str, Any] = {
         "what": f"batch {args.batch}, {args.layers} x {args.size} x {args.size}, {args.threads} threads"
+        + ", processor time" * args.processor_time
     }
     for (name, form), seen in times.items():
         median = statistics.median(seen)

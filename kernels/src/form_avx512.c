@@ -42,7 +42,8 @@ static inline vtable vtable_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline vf v_lookup16(vtable t, vi index) { return _mm512_permutexvar_ps(index, t); }
 static inline vf v_lookup8(vtable t, vi index) { return _mm512_permutexvar_ps(index, t); }
 
-/* Levels as four tables of bytes, the lowest bytes first; 256 of each, which repeat where symbols have 7 bits or less. */
+/* Levels as four tables of bytes, the lowest bytes first; 256 of each, which repeat where symbols have 7 bits or less.
+ */
 #define HAS_BYTES
 typedef struct {
     __m512i part[4][4], index, shifts;
@@ -76,7 +77,8 @@ static inline void v_bytes_lookup(const vbytes *table, __m512i symbols, int bits
     for (int k = 0; k < 4; k++) {
         plane[k] = _mm512_permutex2var_epi8(table->part[k][0], symbols, table->part[k][1]);
         if (bits == 8)
-            plane[k] = _mm512_mask_mov_epi8(plane[k], high, _mm512_permutex2var_epi8(table->part[k][2], symbols, table->part[k][3]));
+            plane[k] = _mm512_mask_mov_epi8(plane[k], high,
+                                            _mm512_permutex2var_epi8(table->part[k][2], symbols, table->part[k][3]));
     }
     const __m512i a = _mm512_unpacklo_epi8(plane[0], plane[1]), b = _mm512_unpackhi_epi8(plane[0], plane[1]);
     const __m512i c = _mm512_unpacklo_epi8(plane[2], plane[3]), d = _mm512_unpackhi_epi8(plane[2], plane[3]);

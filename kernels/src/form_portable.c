@@ -52,12 +52,14 @@ static inline vi vi_shr(vi a, vi b) {
 }
 static inline vi v_words4(const uint8_t *p) {
     vi r;
-    EACH r.lane[i] = p[4 * i] | (uint32_t)p[4 * i + 1] << 8 | (uint32_t)p[4 * i + 2] << 16 | (uint32_t)p[4 * i + 3] << 24;
+    EACH r.lane[i] =
+        p[4 * i] | (uint32_t)p[4 * i + 1] << 8 | (uint32_t)p[4 * i + 2] << 16 | (uint32_t)p[4 * i + 3] << 24;
     return r;
 }
 static inline vi v_words3(const uint8_t *p) {
     vi r;
-    EACH r.lane[i] = p[3 * i] | (uint32_t)p[3 * i + 1] << 8 | (uint32_t)p[3 * i + 2] << 16 | (uint32_t)p[3 * i + 3] << 24;
+    EACH r.lane[i] =
+        p[3 * i] | (uint32_t)p[3 * i + 1] << 8 | (uint32_t)p[3 * i + 2] << 16 | (uint32_t)p[3 * i + 3] << 24;
     return r;
 }
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {

@@ -42,7 +42,8 @@ static inline float tq_from_half(uint16_t half) {
 static inline float tq_from_e4m3(uint8_t byte) {
     int exponent = byte >> 3 & 15, mantissa = byte & 7;
     if ((byte & 0x7f) == 0x7f) return tq_from_bits(0x7fc00000u);
-    float value = exponent ? (float)(8 + mantissa) * tq_from_bits((uint32_t)(exponent + 117) << 23) : (float)mantissa * 0x1p-9f;
+    float value =
+        exponent ? (float)(8 + mantissa) * tq_from_bits((uint32_t)(exponent + 117) << 23) : (float)mantissa * 0x1p-9f;
     return byte & 0x80 ? -value : value;
 }
 
@@ -55,13 +56,13 @@ static inline float tq_element(const void *data, int32_t dtype, int64_t i) {
     float value;
     uint16_t half;
     switch (dtype) {
-    case TQ_F16: memcpy(&half, bytes + 2 * i, 2); return tq_from_half(half);
-    case TQ_BF16: memcpy(&half, bytes + 2 * i, 2); return tq_from_bits((uint32_t)half << 16);
-    case TQ_U8: return bytes[i];
-    case TQ_I8: return (int8_t)bytes[i];
-    case TQ_F8_E4M3: return tq_from_e4m3(bytes[i]);
-    case TQ_F8_E8M0: return tq_from_e8m0(bytes[i]);
-    default: memcpy(&value, bytes + 4 * i, 4); return value;
+        case TQ_F16: memcpy(&half, bytes + 2 * i, 2); return tq_from_half(half);
+        case TQ_BF16: memcpy(&half, bytes + 2 * i, 2); return tq_from_bits((uint32_t)half << 16);
+        case TQ_U8: return bytes[i];
+        case TQ_I8: return (int8_t)bytes[i];
+        case TQ_F8_E4M3: return tq_from_e4m3(bytes[i]);
+        case TQ_F8_E8M0: return tq_from_e8m0(bytes[i]);
+        default: memcpy(&value, bytes + 4 * i, 4); return value;
     }
 }
 
@@ -69,7 +70,8 @@ static inline float tq_element(const void *data, int32_t dtype, int64_t i) {
 static inline float tq_factor(const tq_factors *f, int64_t n, int64_t r, int64_t v) {
     float value = tq_element(f->data, f->dtype, r * n + v);
     if (f->outer)
-        value *= tq_element(f->outer, f->outer_dtype, (f->outer_rows > 1 ? r * f->outer_cols : 0) + v / (n / f->outer_cols));
+        value *=
+            tq_element(f->outer, f->outer_dtype, (f->outer_rows > 1 ? r * f->outer_cols : 0) + v / (n / f->outer_cols));
     return value;
 }
 

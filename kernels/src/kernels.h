@@ -15,8 +15,9 @@
  * decoded into a buffer and multiplied.
  *
  * Plain symbols of 1 to 4 bits are looked up in registers, VL words at once: a word holds `per` symbols, one after the
- * other is shifted to its low end, and words are `stride` bytes apart. All others are looked up in memory, one by one: on
- * the processors at hand that is faster than their gather instructions, which the remedies for Downfall slow further.
+ * other is shifted to its low end, and words are `stride` bytes apart. All others are looked up in memory, one by one:
+ * on the processors at hand that is faster than their gather instructions, which the remedies for Downfall slow
+ * further.
  */
 #include "internal.h"
 
@@ -27,7 +28,7 @@
 #define UNROLL _Pragma("GCC unroll 8") /* so that arrays of sums become registers */
 #endif
 #define CHUNK 64 /* columns whose tiles `columns` brings into the first-level cache at a time */
-#define PAD 64 /* bytes that a vector load may pass the last symbol by */
+#define PAD 64   /* bytes that a vector load may pass the last symbol by */
 
 typedef enum {
     IN_8, /* registers that hold 8 levels, 16, or 256 as bytes */
@@ -72,13 +73,14 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 /* ---- general: any stage, row by row ---- */
 
 /* The levels of `count` symbols of one tile from symbol `first` on, as [count, dimension]. */
-INLINE void symbols_to_levels(const tq_stage *s, const uint8_t *tile, const float *book, int64_t first, int64_t count, int p,
-                              float *out) {
+INLINE void symbols_to_levels(const tq_stage *s, const uint8_t *tile, const float *book, int64_t first, int64_t count,
+                              int p, float *out) {
     const int64_t tile_bits = tq_tile_bits(s);
     const int bits = s->bits, window = s->window;
     const uint32_t mask = (1u << window) - 1;
     int64_t t = 0, at = first * bits;
-    for (; t < count && (at >> 3) + 4 <= tile_bits >> 3; t++, at += bits) { /* a whole word lies ahead, hence a window */
+    for (; t < count && (at >> 3) + 4 <= tile_bits >> 3;
+         t++, at += bits) { /* a whole word lies ahead, hence a window */
         uint32_t word;
         memcpy(&word, tile + (at >> 3), 4);
         memcpy(out + t * p, book + (int64_t)(word >> (at & 7) & mask) * p, (size_t)p * 4);
@@ -97,11 +99,11 @@ static void general_row(const tq_stage *s, int64_t r, float *scale, float *offse
         int64_t first = r % s->tile_rows * count;
         float *to = out + k * s->tile_cols;
         switch (s->dimension) { /* constants, so that each copy is a load and a store */
-        case 1: symbols_to_levels(s, tile, book, first, count, 1, to); break;
-        case 2: symbols_to_levels(s, tile, book, first, count, 2, to); break;
-        case 4: symbols_to_levels(s, tile, book, first, count, 4, to); break;
-        case 8: symbols_to_levels(s, tile, book, first, count, 8, to); break;
-        default: symbols_to_levels(s, tile, book, first, count, s->dimension, to);
+            case 1: symbols_to_levels(s, tile, book, first, count, 1, to); break;
+            case 2: symbols_to_levels(s, tile, book, first, count, 2, to); break;
+            case 4: symbols_to_levels(s, tile, book, first, count, 4, to); break;
+            case 8: symbols_to_levels(s, tile, book, first, count, 8, to); break;
+            default: symbols_to_levels(s, tile, book, first, count, s->dimension, to);
         }
     }
     tq_factor_row(&s->scales, vectors, r, scale);
@@ -157,7 +159,9 @@ INLINE int64_t column_of(lookup how, int per, int k, int l) {
     return how == IN_BYTES ? 16 * (l / 4) + 4 * k + l % 4 : (int64_t)l * per + k;
 }
 
-INLINE int rows_per(lookup how, int bits) { return how == IN_MEMORY ? 1 : how == IN_BYTES ? 4 : 8 * word_stride(bits) / bits; }
+INLINE int rows_per(lookup how, int bits) {
+    return how == IN_MEMORY ? 1 : how == IN_BYTES ? 4 : 8 * word_stride(bits) / bits;
+}
 
 static int rows_fit(const tq_stage *s) {
     if (s->dimension != 1 || s->levels_per_row || s->window != s->bits || s->tile_cols != s->cols) return 0;
@@ -167,30 +171,29 @@ static int rows_fit(const tq_stage *s) {
     return s->vector_length == s->cols || s->vector_length % same == 0;
 }
 
-/* sums[b] += the products of `blocks` blocks of one row with NB rows of z in the order of the lanes, `step` apart. lanes
- * are the scales of each block's lanes, or NULL where one scale serves the whole row. */
-INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int bits, vtable table, const float *z, int64_t step,
-                     const float *lanes, vf *sums) {
+/* sums[b] += the products of `blocks` blocks of one row with NB rows of z in the order of the lanes, `step` apart.
+ * lanes are the scales of each block's lanes, or NULL where one scale serves the whole row. */
+INLINE void rows_dot(lookup how, int NB, const uint8_t *p, int64_t blocks, int bits, vtable table, const float *z,
+                     int64_t step, const float *lanes, vf *sums) {
     const int stride = word_stride(bits), per = 8 * stride / bits;
     const vi shift = vi_set((uint32_t)bits);
     for (int64_t i = 0; i < blocks; i++, p += VL * stride, z += per * VL) {
-        vf part[4][4]; /* four sums for each row of z hide the latency of the additions; one where there are many rows */
+        vf part[4]
+               [4]; /* four sums for each row of z hide the latency of the additions; one where there are many rows */
         UNROLL
-        for (int b = 0; b < NB; b++)
-            UNROLL
-            for (int k = 0; k < 4; k++) part[b][k] = !k && !lanes ? sums[b] : v_zero();
+        for (int b = 0; b < NB; b++) UNROLL
+        for (int k = 0; k < 4; k++) part[b][k] = !k && !lanes ? sums[b] : v_zero();
         vi word = load_words(p, stride);
-        for (int k = 0; k < per; k += 4)
+        for (int k = 0; k < per; k += 4) UNROLL
+        for (int j = 0; j < 4; j++) {
+            vf level = look_up(how, table, word);
+            word = vi_shr(word, shift);
             UNROLL
-            for (int j = 0; j < 4; j++) {
-                vf level = look_up(how, table, word);
-                word = vi_shr(word, shift);
-                UNROLL
-                for (int b = 0; b < NB; b++) {
-                    vf *to = &part[b][NB == 1 ? j : NB == 2 ? j & 1 : 0];
-                    *to = v_fma(level, v_load(z + b * step + (k + j) * VL), *to);
-                }
+            for (int b = 0; b < NB; b++) {
+                vf *to = &part[b][NB == 1 ? j : NB == 2 ? j & 1 : 0];
+                *to = v_fma(level, v_load(z + b * step + (k + j) * VL), *to);
             }
+        }
         UNROLL
         for (int b = 0; b < NB; b++) {
             vf sum = NB == 1   ? v_add(v_add(part[b][0], part[b][1]), v_add(part[b][2], part[b][3]))
@@ -214,8 +217,8 @@ INLINE void rows_dot_memory(int NB, const uint8_t *p, int64_t blocks, int bits, 
 
 #ifdef HAS_BYTES
 /* The same by 64 symbols as bytes, each of the four bytes of their levels from a table of its own. */
-INLINE void rows_dot_bytes(int NB, const uint8_t *p, int64_t blocks, int bits, const vbytes *table, const float *z, int64_t step,
-                           const float *lanes, vf *sums) {
+INLINE void rows_dot_bytes(int NB, const uint8_t *p, int64_t blocks, int bits, const vbytes *table, const float *z,
+                           int64_t step, const float *lanes, vf *sums) {
     for (int64_t i = 0; i < blocks; i++, p += 8 * bits, z += 4 * VL) {
         vf level[4];
         v_bytes_lookup(table, v_bytes_unpack(table, p, bits), bits, level);
@@ -232,7 +235,8 @@ INLINE void rows_dot_bytes(int NB, const uint8_t *p, int64_t blocks, int bits, c
 static int rows_product(const tq_stage *s, const float *z, float *y, int64_t batch, int64_t begin, int64_t end) {
     const lookup how = choose_rows(s);
     const int bits = s->bits, per = rows_per(how, bits);
-    const int64_t block_cols = (int64_t)per * VL, blocks = (s->cols + block_cols - 1) / block_cols, step = blocks * block_cols;
+    const int64_t block_cols = (int64_t)per * VL, blocks = (s->cols + block_cols - 1) / block_cols,
+                  step = blocks * block_cols;
     const int64_t vectors = s->cols / s->vector_length, row_bytes = (s->cols * bits + 7) / 8;
     const int64_t read = (step * bits + 7) / 8 + PAD; /* bytes that loads may reach to from the start of a row */
     float *scratch = malloc((size_t)(batch * (step + vectors) + (blocks + 1) * VL + 2 * vectors) * sizeof(float));
@@ -242,7 +246,8 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
         free(last);
         return TQ_MEMORY;
     }
-    float *lanes = scratch + batch * step, *scale = lanes + (blocks + 1) * VL, *offset = scale + vectors, *sums = offset + vectors;
+    float *lanes = scratch + batch * step, *scale = lanes + (blocks + 1) * VL, *offset = scale + vectors,
+          *sums = offset + vectors;
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < blocks; i++)
             for (int k = 0; k < per; k++)
@@ -279,15 +284,17 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
             const int n = left >= 4 ? 4 : left >= 2 ? 2 : 1;
             const float *zb = scratch + b * step;
             vf sum[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-#define DOTS(NB)                                                                                          \
-    if (how == IN_8) {                                                                                   \
-        rows_dot(IN_8, NB, p, blocks, bits, table, zb, step, with, sum);                                  \
-    } else if (how == IN_16) {                                                                            \
-        rows_dot(IN_16, NB, p, blocks, bits, table, zb, step, with, sum);                                 \
-    } else if (how == IN_MEMORY) {                                                                        \
-        rows_dot_memory(NB, p, blocks, bits, s->levels, zb, step, with, sum);                             \
-    } else {                                                                                              \
-        DOT_BYTES(NB);                                                                                    \
+#define DOTS(NB)                                                              \
+    if (how == IN_8) {                                                        \
+        rows_dot(IN_8, NB, p, blocks, bits, table, zb, step, with, sum);      \
+    } else if (how == IN_16) {                                                \
+        rows_dot(IN_16, NB, p, blocks, bits, table, zb, step, with, sum);     \
+    } else if (how == IN_MEMORY && bits == 8) {                               \
+        rows_dot_memory(NB, p, blocks, 8, s->levels, zb, step, with, sum);    \
+    } else if (how == IN_MEMORY) {                                            \
+        rows_dot_memory(NB, p, blocks, bits, s->levels, zb, step, with, sum); \
+    } else {                                                                  \
+        DOT_BYTES(NB);                                                        \
     }
 #ifdef HAS_BYTES
 #define DOT_BYTES(NB) rows_dot_bytes(NB, p, blocks, bits, &bytes, zb, step, with, sum)
@@ -322,10 +329,11 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
 static int columns_fit(const tq_stage *s) {
     if (s->dimension != 1 || s->levels_per_row || s->tile_cols != 1) return 0;
     if (s->window > s->bits && s->tile_rows * s->bits % 8) return 0; /* the wrap is done by bytes */
-    return 7 * s->bits + s->window <= 64; /* v_lookup takes 8 symbols from 8 bytes */
+    return 7 * s->bits + s->window <= 64;                            /* v_lookup takes 8 symbols from 8 bytes */
 }
 
-/* How the symbols of a tile lie in [per][lanes] floats: by words, symbol k of word i in [k][i]; from memory, VL to a row. */
+/* How the symbols of a tile lie in [per][lanes] floats: by words, symbol k of word i in [k][i]; from memory, VL to a
+ * row. */
 typedef struct {
     int64_t per, lanes, size;
 } layout;
@@ -357,9 +365,8 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
     const int64_t at = k0 * VL * bits, rest = VL % 8 ? at & 7 : 0; /* four symbols may end within a byte */
     p += how == IN_MEMORY ? at >> 3 : g * stride;
     UNROLL
-    for (int b = 0; b < NB; b++)
-        UNROLL
-        for (int k = 0; k < K; k++) sum[b][k] = v_load(sums + b * l.size + (k0 + k) * l.lanes + g);
+    for (int b = 0; b < NB; b++) UNROLL
+    for (int k = 0; k < K; k++) sum[b][k] = v_load(sums + b * l.size + (k0 + k) * l.lanes + g);
     for (int c = 0; c < n; c++, p += tile_step) {
         vf x[4];
         UNROLL
@@ -367,19 +374,20 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
         vi word = how == IN_MEMORY ? first : vi_shr(load_words(p, stride), first);
         UNROLL
         for (int k = 0; k < K; k++) {
-            vf level = how == IN_MEMORY ? v_lookup(levels, p, rest + k * VL * bits, bits, mask) : look_up(how, table, word);
+            vf level =
+                how == IN_MEMORY ? v_lookup(levels, p, rest + k * VL * bits, bits, mask) : look_up(how, table, word);
             word = vi_shr(word, shift);
             UNROLL
             for (int b = 0; b < NB; b++) sum[b][k] = v_fma(level, x[b], sum[b][k]);
         }
     }
     UNROLL
-    for (int b = 0; b < NB; b++)
-        UNROLL
-        for (int k = 0; k < K; k++) v_store(sums + b * l.size + (k0 + k) * l.lanes + g, sum[b][k]);
+    for (int b = 0; b < NB; b++) UNROLL
+    for (int k = 0; k < K; k++) v_store(sums + b * l.size + (k0 + k) * l.lanes + g, sum[b][k]);
 }
 
-/* The whole tile, K times NB being 8 sums at a time. `per` of words is a multiple of 8; from memory the rest goes singly. */
+/* The whole tile, K times NB being 8 sums at a time. `per` of words is a multiple of 8; from memory the rest goes
+ * singly. */
 INLINE void columns_add_all(lookup how, int K, int NB, int bits, const tq_stage *s, layout l, const uint8_t *p,
                             int64_t tile_step, int n, vtable table, const float *z, float *sums) {
     for (int64_t g = 0; g < l.lanes; g += VL) {
@@ -403,8 +411,9 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
     const layout l = choose_layout(s, how);
     const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);
     const int64_t vectors = s->cols / s->vector_length, height = s->tile_rows;
+    const int64_t most = min64(CHUNK, s->vector_length);
     /* sums of the vector at hand, sums of all, sums of z by vectors, tiles */
-    float *part = calloc((size_t)(batch * (2 * l.size + vectors)) * sizeof(float) + (size_t)(CHUNK * tile_step), 1);
+    float *part = calloc((size_t)(batch * (2 * l.size + vectors)) * sizeof(float) + (size_t)(most * tile_step), 1);
     if (!part) return TQ_MEMORY;
     float *total = part + batch * l.size, *sums = total + batch * l.size;
     uint8_t *tiles = (uint8_t *)(sums + batch * vectors);
@@ -415,28 +424,28 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
         for (int64_t v = 0; v < vectors; v++) {
             memset(part, 0, (size_t)(batch * l.size) * sizeof(float));
             const int64_t stop = (v + 1) * s->vector_length;
-            for (int64_t c = v * s->vector_length; c < stop; c += CHUNK) {
-                const int n = (int)min64(CHUNK, stop - c);
+            for (int64_t c = v * s->vector_length; c < stop; c += most) {
+                const int n = (int)min64(most, stop - c);
                 copy_tiles(s->codes + (r / height * s->cols + c) * tile_bytes, tile_bytes, n, tiles, tile_step);
                 for (int64_t b = 0; b < batch;) {
                     const int64_t left = batch - b;
                     const float *x = z + b * s->cols + c;
                     float *to = part + b * l.size;
 #define ADD(HOW, K, NB, BITS) columns_add_all(HOW, K, NB, BITS, s, l, tiles, tile_step, n, table, x, to)
-#define ADDS(K, NB)                 \
-    if (how == IN_8) {              \
-        ADD(IN_8, K, NB, s->bits);  \
-    } else if (how == IN_16) {      \
-        ADD(IN_16, K, NB, 4);       \
-    } else if (s->bits == 2) {      \
-        ADD(IN_MEMORY, K, NB, 2);   \
-    } else if (s->bits == 3) {      \
-        ADD(IN_MEMORY, K, NB, 3);   \
-    } else if (s->bits == 4) {      \
-        ADD(IN_MEMORY, K, NB, 4);   \
-    } else {                        \
+#define ADDS(K, NB)                     \
+    if (how == IN_8) {                  \
+        ADD(IN_8, K, NB, s->bits);      \
+    } else if (how == IN_16) {          \
+        ADD(IN_16, K, NB, 4);           \
+    } else if (s->bits == 2) {          \
+        ADD(IN_MEMORY, K, NB, 2);       \
+    } else if (s->bits == 3) {          \
+        ADD(IN_MEMORY, K, NB, 3);       \
+    } else if (s->bits == 4) {          \
+        ADD(IN_MEMORY, K, NB, 4);       \
+    } else {                            \
         ADD(IN_MEMORY, K, NB, s->bits); \
-    }                               \
+    }                                   \
     b += NB
                     if (left >= 4) {
                         ADDS(2, 4);
@@ -467,19 +476,21 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
 INLINE void columns_levels(lookup how, const tq_stage *s, layout l, const uint8_t *p, vtable table, float *levels) {
     const int bits = s->bits, stride = word_stride(bits);
     if (how == IN_MEMORY) {
-        for (int64_t i = 0; i < l.size; i += VL) v_store(levels + i, v_lookup(s->levels, p, i * bits, bits, (1u << s->window) - 1));
+        for (int64_t i = 0; i < l.size; i += VL)
+            v_store(levels + i, v_lookup(s->levels, p, i * bits, bits, (1u << s->window) - 1));
         return;
     }
     const vi shift = vi_set((uint32_t)bits);
     for (int64_t g = 0; g < l.lanes; g += VL) {
         vi word = load_words(p + g * stride, stride);
-        for (int64_t k = 0; k < l.per; k++, word = vi_shr(word, shift)) v_store(levels + k * l.lanes + g, look_up(how, table, word));
+        for (int64_t k = 0; k < l.per; k++, word = vi_shr(word, shift))
+            v_store(levels + k * l.lanes + g, look_up(how, table, word));
     }
 }
 
 /* Levels of some columns go to a buffer, and from there to their rows, 64 bytes at a time. */
 static int columns_decode(const tq_stage *s, float *out, int64_t begin, int64_t end) {
-    enum { N = 16 };
+    const int64_t N = min64(16, s->vector_length);
     const lookup how = choose_lookup(s);
     const layout l = choose_layout(s, how);
     const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);

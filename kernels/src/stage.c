@@ -15,7 +15,8 @@ static int can_run_avx2(void) {
 /* The form for AVX-512 wants VBMI as well: Ice Lake, Zen 4 and later. What is older takes AVX2. */
 static int can_run_avx512(void) {
     return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi");
 }
 #elif defined(__aarch64__)
 static int can_run_neon(void) {
@@ -29,14 +30,14 @@ static int can_run_neon(void) {
 
 static const tq_form *get_form(int32_t i) {
     switch (i) {
-    case 0: return &tq_form_portable;
+        case 0: return &tq_form_portable;
 #if defined(__x86_64__)
-    case 1: return can_run_avx2() ? &tq_form_avx2 : NULL;
-    case 2: return can_run_avx512() ? &tq_form_avx512 : NULL;
+        case 1: return can_run_avx2() ? &tq_form_avx2 : NULL;
+        case 2: return can_run_avx512() ? &tq_form_avx512 : NULL;
 #elif defined(__aarch64__)
-    case 1: return can_run_neon() ? &tq_form_neon : NULL;
+        case 1: return can_run_neon() ? &tq_form_neon : NULL;
 #endif
-    default: return NULL;
+        default: return NULL;
     }
 }
 
@@ -66,7 +67,8 @@ int32_t tq_check(const tq_stage *s) {
     if (s->tile_rows < 1 || s->tile_rows > (1 << 22) / s->cols || s->rows % s->tile_rows || s->tile_cols < 1 ||
         s->tile_cols > s->cols || s->cols % s->tile_cols || s->tile_cols % s->dimension)
         return TQ_SHAPE;
-    if (s->vector_length < 1 || s->vector_length > s->cols || s->cols % s->vector_length || s->vector_length % s->dimension)
+    if (s->vector_length < 1 || s->vector_length > s->cols || s->cols % s->vector_length ||
+        s->vector_length % s->dimension)
         return TQ_SHAPE;
     if (tq_tile_bits(s) < s->window) return TQ_SHAPE;
     int64_t tiles = s->rows / s->tile_rows * (s->cols / s->tile_cols), vectors = s->cols / s->vector_length;
@@ -85,7 +87,9 @@ int32_t tq_is_fast(const tq_stage *s, int32_t i) {
     return form && tq_check(s) == TQ_OK && form->is_fast(s);
 }
 
-static int is_range(const tq_stage *s, int64_t begin, int64_t end) { return 0 <= begin && begin <= end && end <= s->rows; }
+static int is_range(const tq_stage *s, int64_t begin, int64_t end) {
+    return 0 <= begin && begin <= end && end <= s->rows;
+}
 
 int32_t tq_product(const tq_stage *s, const float *z, int64_t z_count, float *y, int64_t y_count, int64_t batch,
                    int64_t begin, int64_t end, int32_t i) {

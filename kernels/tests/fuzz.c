@@ -1,6 +1,6 @@
-/* Random stages, right and wrong, through every form, in buffers of the exact size, so that a sanitizer sees any byte that
- * is read or written outside them. All forms must agree with the portable one to 2^-16 of the sum of magnitudes, and
- * 2^-126; what tq_check refuses, the other functions must refuse. Usage: fuzz SECONDS [SEED]; fuzz.sh builds it.
+/* Random stages, right and wrong, through every form, in buffers of the exact size, so that a sanitizer sees any byte
+ * that is read or written outside them. All forms must agree with the portable one to 2^-16 of the sum of magnitudes,
+ * and 2^-126; what tq_check refuses, the other functions must refuse. Usage: fuzz SECONDS [SEED]; fuzz.sh builds it.
  */
 #include <math.h>
 #include <stdio.h>
@@ -29,7 +29,8 @@ static int64_t divisor(int64_t n) {
 }
 
 static int64_t odd(void) { /* numbers that break things */
-    static const int64_t some[] = {0, -1, 1, 2, 17, 255, INT32_MAX, INT64_MAX, INT64_MIN, (int64_t)1 << 53, (int64_t)1 << 20, 4097};
+    static const int64_t some[] = {
+        0, -1, 1, 2, 17, 255, INT32_MAX, INT64_MAX, INT64_MIN, (int64_t)1 << 53, (int64_t)1 << 20, 4097};
     return some[upto(11)];
 }
 
@@ -66,9 +67,9 @@ static tq_factors factors(int64_t rows, int64_t n) {
 }
 
 static void fail(const char *what, const tq_stage *s) {
-    fprintf(stderr, "%s: rows %lld cols %lld tile %lld %lld G %lld bits %d window %d p %d per row %d\n", what, (long long)s->rows,
-            (long long)s->cols, (long long)s->tile_rows, (long long)s->tile_cols, (long long)s->vector_length, s->bits, s->window,
-            s->dimension, s->levels_per_row);
+    fprintf(stderr, "%s: rows %lld cols %lld tile %lld %lld G %lld bits %d window %d p %d per row %d\n", what,
+            (long long)s->rows, (long long)s->cols, (long long)s->tile_rows, (long long)s->tile_cols,
+            (long long)s->vector_length, s->bits, s->window, s->dimension, s->levels_per_row);
     abort();
 }
 
@@ -86,11 +87,14 @@ int main(int argc, char **argv) {
         s.cols = s.dimension * (upto(1) ? 8 * (1 + upto(40)) : 1 + upto(70));
         const int shape = (int)upto(2); /* rows, columns, anything */
         s.tile_cols = shape == 0 ? s.cols : shape == 1 ? s.dimension : s.dimension * divisor(s.cols / s.dimension);
-        s.tile_rows = shape == 0 ? 1 + upto(1) : shape == 1 ? (upto(1) ? 8 * (1 + upto(20)) : 1 + upto(90)) : 1 + upto(6);
+        s.tile_rows = shape == 0   ? 1 + upto(1)
+                      : shape == 1 ? (upto(1) ? 8 * (1 + upto(20)) : 1 + upto(90))
+                                   : 1 + upto(6);
         s.rows = s.tile_rows * upto(shape == 1 ? 2 : 5);
         s.vector_length = s.dimension * divisor(s.cols / s.dimension);
         s.levels_per_row = s.window < 9 && !upto(4);
-        const int64_t symbols = s.tile_rows * s.tile_cols / s.dimension, tiles = s.rows / s.tile_rows * (s.cols / s.tile_cols);
+        const int64_t symbols = s.tile_rows * s.tile_cols / s.dimension,
+                      tiles = s.rows / s.tile_rows * (s.cols / s.tile_cols);
         s.codes_bytes = tiles * ((symbols * s.bits + 7) / 8);
         s.levels_count = ((int64_t)s.dimension << s.window) * (s.levels_per_row ? s.rows : 1);
         s.scales = factors(s.rows, s.cols / s.vector_length);
@@ -104,10 +108,25 @@ int main(int argc, char **argv) {
         int64_t batch = upto(9), begin = s.tile_rows * upto(s.rows / s.tile_rows), end = s.rows, count = upto(5);
         int64_t z_count = batch * s.cols, y_count = batch * s.rows;
         if (!upto(2)) { /* one to three wrong numbers; the buffers stay as they are */
-            int64_t *longs[] = {&s.codes_bytes, &s.levels_count, &s.rows, &s.cols, &s.vector_length, &s.tile_rows, &s.tile_cols,
-                                &s.scales.bytes, &s.scales.outer_rows, &s.scales.outer_cols, &s.scales.outer_bytes,
-                                &s.offsets.bytes, &z_count, &y_count, &batch, &begin, &end};
-            int32_t *ints[] = {&s.bits, &s.window, &s.dimension, &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype};
+            int64_t *longs[] = {&s.codes_bytes,
+                                &s.levels_count,
+                                &s.rows,
+                                &s.cols,
+                                &s.vector_length,
+                                &s.tile_rows,
+                                &s.tile_cols,
+                                &s.scales.bytes,
+                                &s.scales.outer_rows,
+                                &s.scales.outer_cols,
+                                &s.scales.outer_bytes,
+                                &s.offsets.bytes,
+                                &z_count,
+                                &y_count,
+                                &batch,
+                                &begin,
+                                &end};
+            int32_t *ints[] = {&s.bits,           &s.window,       &s.dimension,
+                               &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype};
             for (int64_t i = upto(2); i >= 0; i--) {
                 if (upto(2)) {
                     int64_t *it = longs[upto(16)];
@@ -121,7 +140,8 @@ int main(int argc, char **argv) {
         /* A wrong stage that happens to be consistent may claim more than the buffers hold: those are skipped. */
         const int claims = s.codes_bytes > right.codes_bytes || s.levels_count > right.levels_count ||
                            s.scales.bytes > right.scales.bytes || s.scales.outer_bytes > right.scales.outer_bytes ||
-                           s.offsets.bytes > right.offsets.bytes || z_count > right.cols * 9 || y_count > right.rows * 9;
+                           s.offsets.bytes > right.offsets.bytes || z_count > right.cols * 9 ||
+                           y_count > right.rows * 9;
         float *z = floats(right.cols * 9), *first = NULL, *bound = NULL;
         const int32_t check = claims ? TQ_SHAPE : tq_check(&s);
         for (int32_t form = -1; form < 4 && !claims; form++) {
@@ -153,7 +173,8 @@ int main(int argc, char **argv) {
             if (count && s.rows && upto(1)) index[0] = a < s.rows ? a : 0;
             tq_decode(&s, u, (b - a) * s.cols, a, b, form);
             const int32_t got = tq_rows(&s, v, count * s.cols, index, count, form);
-            if (form >= 0 && !got && count && b > a && index[0] == a && memcmp(&u[0], &v[0], 4) && v[0] == v[0] && u[0] != v[0])
+            if (form >= 0 && !got && count && b > a && index[0] == a && memcmp(&u[0], &v[0], 4) && v[0] == v[0] &&
+                u[0] != v[0])
                 fail("a row and a range differ", &s);
             free(u);
             free(v);
