@@ -601,7 +601,7 @@ def hadamard_matrices(factors: tuple[int, ...]) -> list["Tensor"]:
         e = f.bit_length() - 1
         many = -(-e // 5) if f == 1 << e else 1
         for h in [hadamard_factor(1 << (e + i) // many if f == 1 << e else f) for i in reversed(range(many))]:
-            if matrices and len(h) * len(matrices[0]) <= (48 if len(matrices[0]) < 16 else 32):
+            if matrices and len(h) * len(matrices[0]) <= 32:
                 matrices[0] = torch.kron(h, matrices[0])
             else:
                 matrices.insert(0, h)
@@ -616,7 +616,7 @@ def wide(y: "Tensor") -> "Tensor":
 def narrow(h: "Tensor") -> "Tensor":
     """`h` in float32, if products with it are exact enough, and the program has not set TF32 or bfloat16 for products."""
     x = torch.full((256, 64), 1 + 2.0**-20, device=h.device)
-    return h.float() if len(h) <= 48 and torch.equal(x @ torch.eye(64, device=h.device), x) else h
+    return h.float() if len(h) <= 32 and torch.equal(x @ torch.eye(64, device=h.device), x) else h
 
 
 def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
