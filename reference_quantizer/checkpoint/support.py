@@ -55,13 +55,13 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
     return roles, notes
 
 
-def marked_config(path: Path) -> bytes:
-    """The content of a config.json, with the note by which `import tqformat.hf` knows a repository.
+def marked_config(config: dict[str, Any]) -> bytes:
+    """The content of config.json, with the note by which `import tqformat.hf` knows a repository.
 
     Without that import transformers finds no weight files, and says so: nothing in the note names any.
     """
-    config = json.loads(path.read_bytes())
-    return (json.dumps(config | {"quantization_config": {"quant_method": "tqformat"}}, indent=2) + "\n").encode()
+    marked = config | {"quantization_config": {"quant_method": "tqformat"}}
+    return (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _role(name: str, remote_code: bool) -> str | None:
