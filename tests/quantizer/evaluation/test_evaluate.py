@@ -224,6 +224,8 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
     assert len(ids) == 300 == summary["dataset"]["tokens"]
     nll = np.zeros(2)
     divergences, agreeing, weights, before = [], 0, 0, 0
+    nll_delta: list[float] = []
+    p_delta: list[float] = []
     for begin in range(0, 300, 16):
         end = min(begin + 32, 300)
         window, target = ids[None, begin:end], ids[None, begin:end].clone()
@@ -236,6 +238,9 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
         p, q = (output.logits[0, :-1][place].double().log_softmax(-1) for output in outputs)
         divergences += (p.exp() * (p - q)).sum(-1).tolist()
         agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+        right = [x.gather(1, target[0, 1:][place, None])[:, 0] for x in (p, q)]
+        nll_delta += (right[0] - right[1]).tolist()
+        p_delta += (right[1].exp() - right[0].exp()).tolist()
         weights, before = weights + weight, end
         if end == 300:
             break
@@ -247,7 +252,15 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
     assert kl["mean"] == pytest.approx(np.mean(divergences), rel=1e-4) and kl["mean"] > 1e-4
     assert kl["median"] == pytest.approx(np.median(divergences), rel=1e-3)
     assert kl["p99"] == pytest.approx(np.quantile(divergences, 0.99), rel=1e-3)
+    assert kl["p999"] == pytest.approx(np.quantile(divergences, 0.999), rel=1e-3)
+    edges = [0.0, *((4 + i % 4) * 2.0 ** (i // 4 - 26) for i in range(128)), math.inf]
+    counts = np.histogram(divergences, edges)[0]
+    assert np.abs(np.array(kl["histogram"]) - counts[: len(kl["histogram"])]).sum() <= 2  # one may cross an edge
     assert summary["top1_agreement"]["agreeing"] == agreeing < 299
+    error = np.std(nll_delta, ddof=1) / math.sqrt(299) * summary["perplexity_ratio"]
+    assert summary["perplexity_ratio_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert summary["p_delta"]["mean"] == pytest.approx(np.mean(p_delta), rel=1e-3)
+    assert summary["p_delta"]["rms"] == pytest.approx(math.sqrt(np.mean(np.square(p_delta))), rel=1e-4)
 
 
 def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
@@ -259,7 +272,7 @@ def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
     make_tokenizer(path)
     repo, text = make_same(path, tmp_path / "repo"), make_text(tmp_path / "long.txt", 297_053)
     summary = evaluate.evaluate(
-        str(path), repo, str(text), evaluate.Settings(batch=16), cache_dir=tmp_path / "cache", quiet=True
+        str(path), repo, [str(text)], evaluate.Settings(batch=16), cache_dir=tmp_path / "cache", quiet=True
     )
     assert (summary["dataset"]["tokens"], summary["windows"], summary["scored_tokens"]) == (297_053, 1160, 295_893)
     assert summary["settings"]["max_windows"] is None and summary["role"] == "sanity-test"
@@ -271,7 +284,8 @@ def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
 def test_the_same_weights_show_no_difference(lab: Lab, device: str) -> None:
     repo = make_same(lab.base, lab.path / "same")
     summary = lab.run(repo=repo, device=device, dtype="float32")
-    assert summary["kl_divergence"] == {"mean": 0, "median": 0, "p99": 0, "max": 0}
+    assert summary["kl_divergence"] == {"mean": 0, "median": 0, "p99": 0, "p999": 0, "max": 0, "histogram": [299]}
+    assert (summary["p_delta"], summary["perplexity_ratio_standard_error"]) == ({"mean": 0, "rms": 0}, 0)
     assert (summary["perplexity_ratio"], summary["perplexity_delta"]) == (1, 0)
     assert summary["top1_agreement"]["rate"] == 1
     assert summary["logit_cosine"]["mean"] == pytest.approx(1, abs=1e-12)
@@ -376,7 +390,7 @@ def test_the_base_answers_beside_the_samples(lab: Lab) -> None:
     lab.run(repo=same, max_windows=2)
     found = read(same, evaluate.SAMPLES)["samples"]
     assert [{key: sample[key] for key in sample["base"]} for sample in found] == [sample["base"] for sample in found]
-    assert {*found[0]["base"]} == {"tokens", "stopped", "raw", "cleaned"}
+    assert {*found[0]["base"]} == {"tokens", "stopped", "raw", "cleaned", "repetition"}
     lab.run(max_windows=2)
     answers = [sample["base"] for sample in read(lab.repo, evaluate.SAMPLES)["samples"]]
     assert answers == [sample["base"] for sample in found]
@@ -389,7 +403,7 @@ def test_infinite_logits_and_masked_entries() -> None:
     base, quantized = torch.zeros(2, 4), torch.zeros(2, 4)
     base[:, 3] = quantized[:, 3] = -math.inf  # an entry that the model never gives
     found = evaluate.compare(base, quantized, torch.tensor([0, 1]), True)
-    assert found["base_nll"] == pytest.approx(math.log(3)) and found["kl"].tolist() == [0, 0]
+    assert found["base_nll"] == pytest.approx(math.log(3), rel=1e-6) and found["kl"].tolist() == [0, 0]
 
 
 def test_clean() -> None:
@@ -546,7 +560,7 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
     (evaluate.SUMMARY, put("perplexity_delta", value=0.0), "metrics", "EVAL.METRIC", "/perplexity_delta"),
     (evaluate.SUMMARY, put("perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/perplexity_ratio"),
     (evaluate.SUMMARY, put("kl_divergence", "mean", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/mean"),
-    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence"),
+    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence/p99"),
     (evaluate.SUMMARY, put("kl_divergence", value=None), "metrics", "EVAL.METRIC", "/kl_divergence"),
     (evaluate.SUMMARY, put("top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/top1_agreement/agreeing"),
     (evaluate.SUMMARY, put("top1_agreement", "rate", value=1.0), "metrics", "EVAL.METRIC", "/top1_agreement/rate"),
