@@ -292,6 +292,87 @@ def test_the_same_weights_show_no_difference(lab: Lab, device: str) -> None:
     assert violations(repo) == []
 
 
+def test_several_texts(lab: Lab) -> None:
+    """Each has the figures that it has alone; the same one twice is refused."""
+    other = make_text(lab.path / "other.txt", 100)
+    both = lab.run(texts=[lab.text, other])
+    first, second = lab.run(texts=[lab.text]), lab.run(texts=[other])
+    (further,) = both["further_texts"]
+    assert further == {key: second[key] for key in further}
+    assert {key: both[key] for key in further} == {key: first[key] for key in further}
+    assert "further_texts" not in first and first["dataset"]["id"] != further["dataset"]["id"] == "other.txt"
+    assert "other.txt (sanity-test): 100 tokens" in evaluate.describe(both)
+    lab.run(texts=[lab.text, other])
+    wanted = {"max_length": 32, "stride": 16}
+    current = [
+        evaluate.is_current(lab.repo, both["base_weights_sha256"], [str(text) for text in texts], settings)
+        for settings in (evaluate.Settings(**wanted), evaluate.Settings(**wanted, floor=True))
+        for texts in ([lab.text, other], [other, lab.text], [lab.text], [lab.text, other, other])
+    ]
+    assert current == [True] + [False] * 7
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*a second time"):
+        lab.run(texts=[other, lab.text, other])
+
+
+def test_the_floor_is_the_base_in_bfloat16(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    summary = lab.run(max_windows=2, floor=True)
+    ids = torch.tensor(evaluate.load_tokenizer(lab.repo)(lab.text.read_text())["input_ids"])
+    divergences: list[float] = []
+    for span, new in ((slice(0, 32), 31), (slice(16, 48), 16)):
+        p, q = (
+            transformers.AutoModelForCausalLM.from_pretrained(lab.base, dtype=dtype)(ids[None, span])
+            .logits[0, -new - 1 : -1]
+            .double()
+            .log_softmax(-1)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    floor = summary["floor"]
+    # within what the order of bfloat16 sums, one window or a batch, changes in itself
+    assert floor["kl_divergence"]["mean"] == pytest.approx(np.mean(divergences), rel=0.1)
+    assert 0 < floor["kl_divergence"]["mean"] < summary["kl_divergence"]["mean"]
+    assert "the base in bfloat16 against itself in float32:" in evaluate.describe(summary)
+    assert violations(lab.repo) == []
+    real = evaluate.load_base
+    monkeypatch.setattr(
+        evaluate, "load_base", lambda *given: pytest.fail("loaded") if "bfloat16" in given else real(*given)
+    )
+    assert lab.run(max_windows=2, floor=True)["floor"] == floor  # kept
+    assert "floor" not in lab.run(max_windows=2)
+
+
+def test_the_stride_is_half_a_window_unless_it_is_given() -> None:
+    strides = [evaluate.Settings(max_length=n).complete().stride for n in (512, 2048, 3, 2)]
+    assert strides == [256, 1024, 1, 1] and evaluate.Settings(stride=7).complete().stride == 7
+
+
+def test_loops_are_told(lab: Lab) -> None:
+    from conformance.checks_evaluation import _repetition
+
+    prose = "It is late; a colourless green idea sleeps furiously while the kettle sings."
+    table = {
+        "": 0,
+        "x" * 15: 0,
+        "x" * 16: 0,
+        "x" * 64: 48 / 49,
+        prose: 0,
+        "no, " * 16: 45 / 49,
+        f"{prose}{prose}": 61 / 137,
+    }
+    for text, wanted in table.items():
+        assert samples.repetition(text) == _repetition(text) == pytest.approx(wanted, abs=1e-12), text
+    summary = lab.run(max_windows=2)
+    loop, sound = {"prompt": "Say no.", "repetition": 0.9}, {"prompt": "Say yes.", "repetition": 0.1}
+    told = evaluate.describe(summary, {"samples": [sound, loop, loop | {"base": loop}, sound | {"base": loop}]})
+    assert [text for text in told.splitlines() if "repeats itself" in text] == [
+        "note          the answer to 'Say no.' repeats itself",
+        "note          the answer to 'Say no.' repeats itself; so does the base's",
+    ]
+    assert evaluate.read_samples(lab.repo)["samples"][0]["repetition"] >= 0
+
+
 def test_the_batch_does_not_matter(lab: Lab) -> None:
     single, several = lab.run(batch=1), lab.run(batch=5)
     assert figures(single) == pytest.approx(figures(several), rel=1e-4, abs=1e-6)
@@ -561,6 +642,22 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
     (evaluate.SUMMARY, put("perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/perplexity_ratio"),
     (evaluate.SUMMARY, put("kl_divergence", "mean", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/mean"),
     (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence/p99"),
+    (evaluate.SUMMARY, put("kl_divergence", "p999", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/p999"),
+    (evaluate.SUMMARY, put("kl_divergence", "histogram", 0, value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/kl_divergence/histogram"),
+    (evaluate.SUMMARY, put("perplexity_ratio_standard_error", value=lambda x: x * 1.00001), "metrics", "EVAL.METRIC", "/perplexity_ratio_standard_error"),
+    (evaluate.SUMMARY, put("p_delta", "mean", value=lambda x: -x), "metrics", "EVAL.METRIC", "/p_delta/mean"),
+    (evaluate.SUMMARY, put("p_delta", "rms", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/p_delta/rms"),
+    (evaluate.SUMMARY, put("window_results", "p_delta_squared", 2, value=0), "metrics", "EVAL.METRIC", "/window_results/p_delta_squared/2"),
+    (evaluate.SUMMARY, put("floor", "kl_divergence", "p99", value=1.0), "metrics", "EVAL.METRIC", "/floor/kl_divergence/p99"),
+    (evaluate.SUMMARY, put("floor", "p_delta", "rms", value=0.0), "metrics", "EVAL.METRIC", "/floor/p_delta/rms"),
+    (evaluate.SUMMARY, put("floor", "window_results", "p_delta", value=lambda x: x[1:]), "windows", "EVAL.WINDOWS", "/floor/window_results/p_delta"),
+    (evaluate.SUMMARY, put("floor", "kl_divergence", value=None), "shape", "SCHEMA.TYPE", "/floor/kl_divergence"),
+    (evaluate.SUMMARY, put("further_texts", 0, "perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/further_texts/0/perplexity_ratio"),
+    (evaluate.SUMMARY, put("further_texts", 0, "top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/further_texts/0/top1_agreement/agreeing"),
+    (evaluate.SUMMARY, put("further_texts", 0, "floor", "p_delta", "rms", value=0.0), "metrics", "EVAL.METRIC", "/further_texts/0/floor/p_delta/rms"),
+    (evaluate.SUMMARY, put("further_texts", 0, "windows", value=1), "windows", "EVAL.WINDOWS", "/further_texts/0/windows"),
+    (evaluate.SAMPLES, put("samples", 0, "repetition", value=lambda x: 1 - x), "samples", "EVAL.SAMPLE", "/samples/0/repetition"),
+    (evaluate.SAMPLES, put("samples", 1, "base", "repetition", value=lambda x: 1 - x), "samples", "EVAL.SAMPLE", "/samples/1/base/repetition"),
     (evaluate.SUMMARY, put("kl_divergence", value=None), "metrics", "EVAL.METRIC", "/kl_divergence"),
     (evaluate.SUMMARY, put("top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/top1_agreement/agreeing"),
     (evaluate.SUMMARY, put("top1_agreement", "rate", value=1.0), "metrics", "EVAL.METRIC", "/top1_agreement/rate"),
@@ -596,7 +693,7 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.run()
+    lab.run(texts=[lab.text, make_text(lab.path / "other.txt", 100)], floor=True)
     return lab.repo
 
 
