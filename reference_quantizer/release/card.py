@@ -497,12 +497,9 @@ def _evaluate_arguments(source: str, summary: dict[str, Any]) -> list[str]:
     arguments = ["evaluate", source, "OUT"]
     for data in (text["dataset"] for text in texts):
         arguments += ["--dataset", data["id"] if not data["config"] else f"{data['id']}:{data['config']}"]
-    for option, key in (
-        ("split", "split"),
-        ("dataset-revision", "revision"),
-    ):  # one for all, which those of the Hub have
-        value = next((text["dataset"][key] for text in texts if text["dataset"][key] is not None), None)
-        arguments += [f"--{option}", value] if value is not None else []
+    for option in ("split", "dataset_revision"):  # one for all texts of the Hub, where each has its own revision
+        values = {text["dataset"][option.removeprefix("dataset_")] for text in texts} - {None}
+        arguments += [f"--{option.replace('_', '-')}", *values] if len(values) == 1 else []
     for key in ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype"):
         arguments += [f"--{key.replace('_', '-')}", str(settings[key])] if settings[key] is not None else []
     arguments += ["--no-kl"] if summary["kl_divergence"] is None else []

@@ -956,3 +956,20 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     )
     assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text
+
+
+def test_the_command_of_several_texts_names_what_they_share() -> None:
+    settings: dict[str, Any] = {"max_length": 8, "stride": 4, "max_windows": None, "bos": "auto", "batch": 1}
+    settings |= {"device": "cpu", "dtype": "float32"}
+
+    def text(id: str, split: str | None, revision: str | None) -> dict[str, Any]:
+        return {"dataset": {"id": id, "config": None, "split": split, "revision": revision}}
+
+    def command(*texts: dict[str, Any]) -> argparse.Namespace:
+        summary = {**texts[0], "further_texts": [*texts[1:]], "settings": settings, "kl_divergence": None}
+        return command_line._parser().parse_args(card._evaluate_arguments("BASE", summary))
+
+    args = command(text("a/b", "train", "1" * 40), text("file.txt", None, None))
+    assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "file.txt"], "train", "1" * 40)
+    args = command(text("a/b", "train", "1" * 40), text("c/d", "train", "2" * 40))
+    assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "c/d"], "train", None)
