@@ -91,7 +91,7 @@ def refuse_quantized(config: dict[str, Any] | None) -> None:
     found = (config or {}).get("quantization_config") or (config or {}).get("compression_config")
     if found:
         method = found.get("quant_method", "?") if isinstance(found, dict) else "?"
-        message = f"the checkpoint is already quantized ({method}); start from the model it was made from"
+        message = f"the checkpoint is already quantized ({method}); start from the model it was made from, or keep its values: import"
         raise TQFormatError("SCHEMA.VALUE", "config.json: quantization_config", message)
 
 

@@ -973,3 +973,21 @@ def test_the_command_of_several_texts_names_what_they_share() -> None:
     assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "file.txt"], "train", "1" * 40)
     args = command(text("a/b", "train", "1" * 40), text("c/d", "train", "2" * 40))
     assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "c/d"], "train", None)
+
+
+def test_values_that_were_taken_over_are_told(tmp_path: Path) -> None:
+    """The command `import` quantizes nothing: the card names the checkpoint and its format, and no method of this program."""
+    repo = layered(tmp_path / "repo", (4,), layers=1, method="import_gptq", extra={})
+    facts = {"format": "gptq", "id": "org/model-GPTQ", "tensor_types": {"gptq": 7, "unchanged": 2}, "quantized": True}
+    edit_manifest(repo, lambda m: m["base_model"].update(extra={"imported_from": facts}))
+    text = card.write_card(repo).read_text("utf-8")
+    assert (
+        "`org/model-GPTQ`, a checkpoint of the format `gptq`, in tqformat, at 4 bit: codes and scales were put in"
+        in text
+    )
+    assert (
+        "| Made from | `org/model-GPTQ`, a checkpoint of gptq (gptq: 7, unchanged: 2), whose values these are |" in text
+    )
+    (command,) = re.findall(r"reference_quantizer import (.*)", text)
+    assert command.startswith("org/model-GPTQ OUT --base-model org/base-1") and "--bits" not in command
+    assert "Online Vector Quantization" not in text and "\n- turboquant\n" not in text
