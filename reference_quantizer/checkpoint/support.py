@@ -1,5 +1,6 @@
 """What surrounds the weights of a checkpoint: support files, licence, and which class builds the model."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
         if role == "code":
             notes.append(f"{path.name}: copied, since config.json names code; read it before you trust it")
     return roles, notes
+
+
+def marked_config(config: dict[str, Any]) -> bytes:
+    """The content of config.json, with the note by which `import tqformat.hf` knows a repository.
+
+    Without that import transformers finds no weight files, and says so: nothing in the note names any.
+    """
+    marked = config | {"quantization_config": {"quant_method": "tqformat"}}
+    return (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _role(name: str, remote_code: bool) -> str | None:

@@ -53,8 +53,7 @@ def write_repository(
         quantization["bits"] = max(bits, key=lambda width: bits[width], default=0)  # those of most scalars
         for name, (role, content) in source.files.items():
             writer.add_file(content, role, name)
-        config = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
-        writer.add_file(config.encode(), "support", "config.json")
+        writer.add_file(support.marked_config(source.config), "support", "config.json")
         writer.add_file(support.REQUIREMENTS.encode(), "document", "requirements.txt")
         writer.add_file(stamped_loader(), "code", "load_quantized.py")
         progress.close()
