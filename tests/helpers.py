@@ -214,10 +214,13 @@ class Lab:
             add_files(self.repo, {file.name: ("support", file.read_bytes())})
         self.text = make_text(path / "text.txt", 300)
 
-    def run(self, repo: Path | None = None, base: Path | None = None, **settings: Any) -> dict[str, Any]:
+    def run(
+        self, repo: Path | None = None, base: Path | None = None, texts: list[Path] | None = None, **settings: Any
+    ) -> dict[str, Any]:
         chosen = evaluate.Settings(**{"max_length": 32, "stride": 16, **settings})
         options: dict[str, Any] = {"cache_dir": self.path / "cache", "quiet": True}
-        return evaluate.evaluate(str(base or self.base), repo or self.repo, str(self.text), chosen, **options)
+        datasets = [str(text) for text in texts or [self.text]]
+        return evaluate.evaluate(str(base or self.base), repo or self.repo, datasets, chosen, **options)
 
 
 GGUF_HIDDEN, GGUF_HEADS, GGUF_LAYERS, GGUF_WORDS = 64, 4, 2, 96

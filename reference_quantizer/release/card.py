@@ -20,7 +20,7 @@ from typing import Any
 
 from reference_quantizer.checkpoint.source import HUB_ID, file_sha256
 from reference_quantizer.disk import CLOSED, FULL, add_documents, replace_text
-from reference_quantizer.evaluation.windows import ROUGH_WINDOWS
+from reference_quantizer.evaluation.windows import LOOP, ROUGH_WINDOWS
 from reference_quantizer.libraries import is_installed, need
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
@@ -224,6 +224,8 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "summary": summary,
         "samples": samples,
         "base_answers": samples is not None and all("base" in sample for sample in samples["samples"]),
+        "texts": [] if summary is None else [summary, *summary.get("further_texts", [])],
+        "loop": LOOP,
         "rough": summary is not None and summary["windows"] < ROUGH_WINDOWS,
         "quality": _quality(summary),
         "thresholds": {"damaged": DAMAGED, "collapsed": COLLAPSED},
@@ -513,14 +515,17 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
 
 
 def _evaluate_arguments(source: str, summary: dict[str, Any]) -> list[str]:
-    data, settings = summary["dataset"], summary["settings"]
-    dataset = data["id"] if not data["config"] else f"{data['id']}:{data['config']}"
-    arguments = ["evaluate", source, "OUT", "--dataset", dataset]
-    for option, value in (("split", data["split"]), ("dataset-revision", data["revision"])):
-        arguments += [f"--{option}", value] if value is not None else []
+    texts, settings = [summary, *summary.get("further_texts", [])], summary["settings"]
+    arguments = ["evaluate", source, "OUT"]
+    for data in (text["dataset"] for text in texts):
+        arguments += ["--dataset", data["id"] if not data["config"] else f"{data['id']}:{data['config']}"]
+    for option in ("split", "dataset_revision"):  # one for all texts of the Hub, where each has its own revision
+        values = {text["dataset"][option.removeprefix("dataset_")] for text in texts} - {None}
+        arguments += [f"--{option.replace('_', '-')}", *values] if len(values) == 1 else []
     for key in ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype"):
         arguments += [f"--{key.replace('_', '-')}", str(settings[key])] if settings[key] is not None else []
-    return arguments + (["--no-kl"] if summary["kl_divergence"] is None else [])
+    arguments += ["--no-kl"] if summary["kl_divergence"] is None else []
+    return arguments + (["--floor"] if "floor" in summary else [])
 
 
 def _configuration(
@@ -535,6 +540,8 @@ def _configuration(
     found |= {"quantization": raw["quantization"], "tensors_by_bits": {f"{b:g}": n for b, n in sorted(widths.items())}}
     if summary:
         found["evaluation"] = {key: summary[key] for key in ("role", "dataset", "settings")}
+        if further := summary.get("further_texts"):
+            found["evaluation"]["further_datasets"] = [text["dataset"] for text in further]
     if samples:
         found["samples"] = {key: samples[key] for key in ("decoding", "settings")}
     return found
