@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.planning.allocate import ALLOCATORS, CANDIDATES
+from reference_quantizer.planning.plan import EMBEDDING_BITS
 from reference_quantizer.planning.settings import PRESETS, SIGN
 from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS
@@ -24,7 +25,6 @@ EXAMPLES = """examples:
 
 An interrupted `quantize`, `evaluate` or `release` continues when the same command is given again.
 """
-EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
 TUNING_STEPS = 100  # of `tune`, and of the preset best, which ends with it
 INPUTS = ("original", "quantized", "paired")

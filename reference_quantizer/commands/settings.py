@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
-from reference_quantizer.commands.options import EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.commands.options import FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
 from reference_quantizer.libraries import is_installed, missing_library, need
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.expectations import expected_time
-from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
+from reference_quantizer.planning.plan import (
+    EMBEDDING_BITS,
+    EMBEDDINGS,
+    HEADS,
+    MAX_SYMBOL,
+    WINDOWED_BITS,
+    Plan,
+    make_plan,
+)
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
 from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
