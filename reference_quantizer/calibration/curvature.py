@@ -32,6 +32,7 @@ def measure_output_hessians(
 ) -> dict[str, Tensor]:
     """The mean of g gᵗ over the tokens `ids` [sequences, length]: weight name -> float32 [rows, rows], in files of `folder`.
 
+    Gradients that reach the input embedding count by the power of their token's row, as its errors do, over the mean of the tokens.
     For those linear layers among `names` that the tokens reach, and the input embedding, [cols, cols]; not for the output layer. Of more than TOKENS tokens, evenly spaced sequences are taken. A
     later call with the same folder finds the matrices complete and measures nothing. DATA.NON_FINITE where gradients are not finite.
     """
@@ -58,8 +59,17 @@ def measure_output_hessians(
     def watch(out: Tensor, total: Tensor) -> None:
         out.register_hook(lambda gradient: add(total, gradient))
 
+    def watch_rows(read: Tensor, out: Tensor, total: Tensor) -> None:
+        factors = (power[read] / power[ids.to(device)].mean()).sqrt()[..., None]
+        out.register_hook(lambda gradient: add(total, gradient * factors))
+
     for name, layer in layers.items():
-        hooks.append(layer.register_forward_hook(lambda _, args, out, total=found[name]: watch(out, total)))
+        total = found[name]
+        if layer is source:
+            power = source.weight.float().square().mean(1)
+            hooks.append(layer.register_forward_hook(lambda _, args, out, total=total: watch_rows(args[0], out, total)))
+        else:
+            hooks.append(layer.register_forward_hook(lambda _, args, out, total=total: watch(out, total)))
     generator = torch.Generator(device).manual_seed(SEED)
     progress = Progress(len(ids), quiet, action="measuring gradients", unit="sequence")
     for row in ids.to(device):
