@@ -22,7 +22,8 @@ WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
 SHORT_TILE_ROWS = 128  # the same where there is feedback from tile to tile
 MAX_SYMBOL = 16  # bits [TQ-CODE-1]
-EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes; from there on they need no feedback
+EMBEDDING_BITS = 8  # from which on embeddings and output layers need no feedback; what they have where there is none
+EMBEDDING_MARGIN = 2  # bits that they have more than other weights where there is feedback for them
 LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
 
 
