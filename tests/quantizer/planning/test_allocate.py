@@ -146,6 +146,7 @@ def test_embeddings_compete_with_what_feedback_gains_them(
         chosen = Settings(preset="balanced"), request(target_bits=4.5), "text-generation", tmp_path
         found.append(make_allocation(source, *chosen, quiet=True)[1].bits["lm_head.weight"])
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    monkeypatch.setattr(sensitivity, "measure_gains", lambda *_: {"lm_head.weight": 0.5})
     wide = request(target_bits=40.0)
     costs = [
         make_allocation(source, Settings(preset=preset), wide, "text-generation", tmp_path, quiet=True)[1]
