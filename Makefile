@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NUMERICAL := tests/test_spec.py tests/loader/test_reader.py tests/suite/test_oracle.py tests/quantizer/codes tests/quantizer/calibration
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal
 
-.PHONY: demo test lint types pytest numerical clean
+.PHONY: demo test lint types pytest numerical kernels clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python demo/run.py
@@ -27,6 +27,11 @@ pytest: $(VENV)/.dev-installed
 numerical: $(VENV)/.dev-installed
 	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMERICAL)
 
+# Wants a C compiler, which the others do not.
+kernels: $(VENV)/.dev-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels
+	$(BIN)/python -m pytest kernels/tests
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -40,4 +45,4 @@ $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .work build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .work build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

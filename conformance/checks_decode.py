@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,8 @@ from conformance.subject import Stage, Subject
 LOADER = "load_quantized.py"
 STAMP = b"# tqformat-stamp: "
 MAX_LOADER = 2**24
-GROUP = 2**22  # elements that are decoded at a time
+GROUP = 2**18  # elements that are decoded at a time, in each of THREADS
+THREADS = min(os.cpu_count() or 1, 8)
 
 DECODABLE = (*PACKED, "pack.", "data.")
 LARGEST = {"F16": 65504.0, "BF16": (2 - 2.0**-7) * 2.0**127, "F32": (2 - 2.0**-23) * 2.0**127}
@@ -143,9 +147,20 @@ def _groups(stages: list[Stage]) -> Iterator[tuple[int, int]]:
 
 
 def _decoded(repo: Subject, stages: list[Stage]) -> Iterator[tuple[int, oracle.Decoded]]:
-    """A weight as the oracle decodes it, some rows [rows, cols] at a time, each with its first row."""
-    for first, count in _groups(stages):
-        yield first, oracle.decode_weight(*_cut(repo, stages, first, count), stages[0].weight)
+    """A weight as the oracle decodes it, some rows [rows, cols] at a time, each with its first row; in threads."""
+
+    def decode(first: int, count: int) -> oracle.Decoded:
+        return oracle.decode_weight(*_cut(repo, stages, first, count), stages[0].weight)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        coming: deque[tuple[int, Future[oracle.Decoded]]] = deque()
+        for first, count in _groups(stages):
+            coming.append((first, pool.submit(decode, first, count)))
+            if len(coming) > THREADS:
+                ready, decoded = coming.popleft()
+                yield ready, decoded.result()
+        for ready, decoded in coming:
+            yield ready, decoded.result()
 
 
 def _cut(repo: Subject, stages: list[Stage], first: int, count: int) -> tuple[dict[str, Any], oracle.Payload]:

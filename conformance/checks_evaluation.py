@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from itertools import accumulate
 from typing import Any
 
 import jsonschema
@@ -27,6 +29,7 @@ SUMMARY, SAMPLES, CARD = "eval_summary.json", "sample_generations.json", "README
 SCHEMAS = {SUMMARY: "eval_summary.schema.json", SAMPLES: "sample_generations.schema.json"}
 MAX_SIZE = 16 * 2**20
 MIN_WINDOWS = 2
+GRAM = 16  # characters
 MARKER, MARKER_END = "<!-- tqformat-card:", "-->"
 TOLERANCE = 1e-6  # relative, of recomputed figures
 KINDS = {
@@ -117,30 +120,44 @@ def _counts(summary: dict[str, Any]) -> tuple[int, int, int] | None:
     return windows, end - windows, end - (1 if stride < length else windows)
 
 
+def _texts(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pointer and figures of each text, with the settings, which all of them share."""
+    yield "", summary
+    for index, text in enumerate(summary.get("further_texts", [])):
+        yield join("further_texts", index), {**text, "settings": summary["settings"]}
+
+
+def _comparisons(text: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pointer and figures of what was compared with the base on a text: the quantized model, and the floor."""
+    yield "", text
+    if "floor" in text:
+        yield "/floor", text["floor"]
+
+
 @check("evaluation.windows", "L1", "EVAL.WINDOWS", "TQ-EVAL-2", "Write the recomputed count.", needs=SHAPED)
 def evaluation_windows(repo: Subject) -> Iterator[Finding]:
     """The counts are those of the sliding windows over that many tokens."""
-    for name in _present(repo):
-        summary = _read(repo, name)
-        if name != SUMMARY:
-            continue
-        counts = _counts(summary)
+    if SUMMARY not in _present(repo):
+        return
+    summary = _read(repo, SUMMARY)
+    for place, text in _texts(summary):
+        counts = _counts(text)
         if counts is None:
-            yield Finding("expected two tokens or more, and a stride of at most max_length", "/settings", name)
-            return
+            yield Finding("expected two tokens or more, and a stride of at most max_length", "/settings", SUMMARY)
+            continue
         if counts[0] < MIN_WINDOWS:
-            yield Finding(
-                f"expected an evaluation of {MIN_WINDOWS} windows or more, found {counts[0]}", "/windows", name
-            )
+            message = f"expected an evaluation of {MIN_WINDOWS} windows or more, found {counts[0]}"
+            yield Finding(message, f"{place}/windows", SUMMARY)
         for key, wanted in zip(("windows", "scored_tokens", "positions"), counts, strict=True):
-            if summary[key] != wanted:
-                yield Finding(f"expected {wanted}, found {summary[key]}", join(key), name)
-        for key, values in summary["window_results"].items():
-            if values is not None and len(values) != counts[0]:
-                message = f"expected {counts[0]} values, found {len(values)}"
-                yield Finding(message, join("window_results", key), name)
-        if summary["settings"]["bos"] == "never" and summary["settings"]["bos_token_id"] is not None:
-            yield Finding("expected null, as bos is never", "/settings/bos_token_id", name)
+            if text[key] != wanted:
+                yield Finding(f"expected {wanted}, found {text[key]}", f"{place}/{key}", SUMMARY)
+        for inner, comparison in _comparisons(text):
+            for key, values in comparison["window_results"].items():
+                if values is not None and len(values) != counts[0]:
+                    message = f"expected {counts[0]} values, found {len(values)}"
+                    yield Finding(message, f"{place}{inner}/window_results/{key}", SUMMARY)
+    if summary["settings"]["bos"] == "never" and summary["settings"]["bos_token_id"] is not None:
+        yield Finding("expected null, as bos is never", "/settings/bos_token_id", SUMMARY)
 
 
 def _weights(summary: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -167,51 +184,107 @@ def evaluation_metrics(repo: Subject) -> Iterator[Finding]:
     if SUMMARY not in _present(repo):
         return
     summary = _read(repo, SUMMARY)
-    for pointer, found, wanted, scale in _figures(summary):
+    cosine = summary["logit_cosine"]
+    figures = [("/logit_cosine/mean", cosine["mean"], math.fsum(cosine["values"]) / len(cosine["values"]), 1.0)]
+    for place, text in _texts(summary):
+        figures += _below(place, _losses(text))
+        _, positions = _weights(text)
+        for inner, comparison in _comparisons(text):
+            figures += _below(place + inner, _changes(comparison, positions))
+            for pointer, message in _impossible(comparison, positions):
+                yield Finding(message, place + inner + pointer, SUMMARY)
+    for pointer, found, wanted, scale in figures:
         if not _close(found, wanted, scale):
             yield Finding(f"expected {wanted:.9g}, found {found:.9g}", pointer, SUMMARY)
-    kl, single = summary["kl_divergence"], summary["window_results"]["kl"]
-    if (kl is None) != (single is None):
-        yield Finding("expected null here and in /window_results/kl, or in neither", "/kl_divergence", SUMMARY)
-    elif kl is not None:
-        top, bounds = kl["max"] * (1 + TOLERANCE), [kl["mean"], *single]
-        if not kl["median"] <= kl["p99"] <= kl["max"] or max(bounds) > top:
-            yield Finding("expected median <= p99 <= max, and no mean above max", "/kl_divergence", SUMMARY)
-        # half of the values are at least the median, a hundredth at least p99, and none is negative; one value may be
-        # the lower neighbour of a quantile
-        n = summary["positions"]
-        for key, share in (("median", 0.5), ("p99", 0.01)):
-            if n >= 1000 and kl[key] * (share - 2 / n) > kl["mean"] * (1 + TOLERANCE):
-                message = f"a {key} of {kl[key]:.6g} is impossible with a mean of {kl['mean']:.6g}"
-                yield Finding(message, join("kl_divergence", key), SUMMARY)
-    _, positions = _weights(summary)
-    for index, (agreeing, of) in enumerate(zip(summary["window_results"]["agreeing"], positions, strict=True)):
-        if agreeing > of:
-            pointer = join("window_results", "agreeing", index)
-            yield Finding(f"expected at most {of}, the window's positions, found {agreeing}", pointer, SUMMARY)
 
 
-def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float, float, float]]:
-    """Pointer, value, recomputed value and the scale of the tolerance, of each figure."""
-    scored, positions = _weights(summary)
-    single = summary["window_results"]
-    perplexities = []
+Figures = Iterator[tuple[str, float, float, float]]  # pointer, value, recomputed value, scale of the tolerance
+
+
+def _below(place: str, figures: Figures) -> Figures:
+    return ((place + pointer, found, wanted, scale) for pointer, found, wanted, scale in figures)
+
+
+def _losses(text: dict[str, Any]) -> Figures:
+    """What the negative log-likelihoods of a text's windows give."""
+    scored, positions = _weights(text)
+    single = text["window_results"]
     for model in ("base", "quantized"):
-        found = summary[model]
+        found = text[model]
         yield f"/{model}/average_nll", found["average_nll"], _mean(single[f"{model}_nll"], scored), 0.0
         wanted = math.exp(found["average_nll"]) if found["average_nll"] < 700 else math.inf
         yield f"/{model}/perplexity", found["perplexity"], wanted, 0.0
-        perplexities.append(found["perplexity"])
-    base, quantized = perplexities
-    yield "/perplexity_delta", summary["perplexity_delta"], quantized - base, max(base, quantized)
-    yield "/perplexity_ratio", summary["perplexity_ratio"], quantized / base, 0.0
-    if summary["kl_divergence"] is not None and single["kl"] is not None:
-        yield "/kl_divergence/mean", summary["kl_divergence"]["mean"], _mean(single["kl"], positions), 0.0
-    agreeing = summary["top1_agreement"]["agreeing"]
-    yield "/top1_agreement/agreeing", agreeing, sum(single["agreeing"]), 0.0
-    yield "/top1_agreement/rate", summary["top1_agreement"]["rate"], agreeing / summary["positions"], 0.0
-    cosine = summary["logit_cosine"]
-    yield "/logit_cosine/mean", cosine["mean"], math.fsum(cosine["values"]) / len(cosine["values"]), 1.0
+    base, quantized = (text[model]["perplexity"] for model in ("base", "quantized"))
+    yield "/perplexity_delta", text["perplexity_delta"], quantized - base, max(base, quantized)
+    yield "/perplexity_ratio", text["perplexity_ratio"], quantized / base, 0.0
+    mean = _mean((q - b for b, q in zip(single["base_nll"], single["quantized_nll"], strict=True)), positions)
+    squared, degrees = _mean(single["nll_delta_squared"], positions), max(1, text["positions"] - 1)
+    wanted, scale = (quantized / base * math.sqrt(max(0.0, x) / degrees) for x in (squared - mean**2, squared))
+    yield "/perplexity_ratio_standard_error", text["perplexity_ratio_standard_error"], wanted, scale
+
+
+def _changes(comparison: dict[str, Any], positions: list[int]) -> Figures:
+    """What the other results of the windows give."""
+    single, p, top = comparison["window_results"], comparison["p_delta"], comparison["top1_agreement"]
+    if comparison["kl_divergence"] is not None and single["kl"] is not None:
+        yield "/kl_divergence/mean", comparison["kl_divergence"]["mean"], _mean(single["kl"], positions), 0.0
+    yield "/top1_agreement/agreeing", top["agreeing"], sum(single["agreeing"]), 0.0
+    yield "/top1_agreement/rate", top["rate"], top["agreeing"] / sum(positions), 0.0
+    rms = math.sqrt(_mean(single["p_delta_squared"], positions))
+    yield "/p_delta/mean", p["mean"], _mean(single["p_delta"], positions), rms
+    yield "/p_delta/rms", p["rms"], rms, 0.0
+
+
+def _impossible(comparison: dict[str, Any], positions: list[int]) -> Iterator[tuple[str, str]]:
+    """Pointer and message of what no values of tokens could give."""
+    kl, single = comparison["kl_divergence"], comparison["window_results"]
+    if (kl is None) != (single["kl"] is None):
+        yield "/kl_divergence", "expected null here and in /window_results/kl, or in neither"
+    elif kl is not None:
+        if max(single["kl"]) > kl["max"] * (1 + TOLERANCE):
+            yield "/kl_divergence/max", "expected no window's mean above max"
+        yield from _histogram(kl, sum(positions))
+    for index, (found, most) in enumerate(zip(single["agreeing"], positions, strict=True)):
+        if found > most:
+            pointer = join("window_results", "agreeing", index)
+            yield pointer, f"expected at most {most}, the window's positions, found {found}"
+    for index, (found, mean) in enumerate(zip(single["p_delta_squared"], single["p_delta"], strict=True)):
+        if found < mean**2 * (1 - TOLERANCE):
+            pointer = join("window_results", "p_delta_squared", index)
+            yield pointer, f"expected at least {mean**2:.9g}, the square of the mean, found {found:.9g}"
+
+
+def _edge(index: int) -> float:
+    """The lower end of a bin, in nats."""
+    octave, quarter = divmod(index - 1, 4)
+    return (4 + quarter) * 2.0 ** (octave - 26) if index > 0 else 0.0
+
+
+def _histogram(kl: dict[str, Any], n: int) -> Iterator[tuple[str, str]]:
+    """The bins hold all positions, and mean, quantiles and max lie where the bins have them."""
+    counts: list[int] = kl["histogram"]
+    last = len(counts) - 1
+    if sum(counts) != n or not counts[-1]:
+        message = f"expected {n} positions up to the last bin with any, found {sum(counts)} and {counts[-1]} in it"
+        yield "/kl_divergence/histogram", message
+        return
+    ends = [*(_edge(i + 1) for i in range(last)), kl["max"]]
+    bounds = {"max": (_edge(last), _edge(last + 1) if last < 128 else math.inf)}
+    sums = (
+        math.fsum(c * x for c, x in zip(counts, edges, strict=True)) for edges in (map(_edge, range(last + 1)), ends)
+    )
+    low, high = sums
+    bounds["mean"] = low / n, high / n
+    cumulated = list(accumulate(counts))
+    for key, thousandths in (("median", 500), ("p99", 990), ("p999", 999)):
+        rank, rest = divmod(thousandths * (n - 1), 1000)  # between this value and the next one, from 0
+        first, second = (bisect_right(cumulated, r) for r in (rank, rank + (rest > 0)))
+        bounds[key] = _edge(first), ends[second]
+    for key, (low, high) in bounds.items():
+        if not low * (1 - TOLERANCE) <= kl[key] <= high * (1 + TOLERANCE):
+            yield f"/kl_divergence/{key}", f"expected {low:.6g} to {high:.6g} by the histogram, found {kl[key]:.6g}"
+    if not kl["median"] <= kl["p99"] <= kl["p999"] <= kl["max"]:
+        yield "/kl_divergence", "expected median <= p99 <= p999 <= max"
 
 
 def _mean(values: Iterable[float], weights: list[int]) -> float:
@@ -233,11 +306,23 @@ def evaluation_samples(repo: Subject) -> Iterator[Finding]:
             if answer["cleaned"] != (wanted := _clean(answer["raw"], special)):
                 message = f"expected {brief(wanted)}, found {brief(answer['cleaned'])}"
                 yield Finding(message, join("samples", index, *place, "cleaned"), SAMPLES)
+            if not _close(answer["repetition"], wanted_share := _repetition(answer["cleaned"]), 1.0):
+                message = f"expected {wanted_share:.9g}, found {answer['repetition']:.9g}"
+                yield Finding(message, join("samples", index, *place, "repetition"), SAMPLES)
             if answer["stopped"] == "length" and answer["tokens"] != most:
                 message = f"expected {most}, found {answer['tokens']}"
                 yield Finding(message, join("samples", index, *place, "tokens"), SAMPLES)
         if not generations["decoding"]["chat_template"] and sample["input"] != sample["prompt"]:
             yield Finding("expected the prompt, as there is no chat template", join("samples", index, "input"), SAMPLES)
+
+
+def _repetition(text: str) -> float:
+    """The share of the substrings of GRAM characters that stand in the text before."""
+    seen: set[str] = set()
+    total = len(text) - GRAM + 1
+    for begin in range(total):
+        seen.add(text[begin : begin + GRAM])
+    return (total - len(seen)) / total if total > 0 else 0.0
 
 
 def _clean(raw: str, special_tokens: list[str]) -> str:

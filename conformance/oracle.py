@@ -10,6 +10,7 @@ the memory needed beyond the result (two float64 per element) is bounded.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 Payload: TypeAlias = dict[str, tuple[str, tuple[int, ...], bytes]]  # storage name -> (dtype, shape, raw bytes)
 
-GROUP = 2**20  # elements of a weight that are decoded at a time
+GROUP = 2**17  # elements of a weight that are decoded at a time: few enough for the processor's cache
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,16 @@ def to_float64(tensor: tuple[str, tuple[int, ...], bytes]) -> Floats:
 def unpack(codes: NDArray[np.uint8], n: int, bits: int, window: int) -> Integers:
     """The symbols [tiles, n] of packed `codes` [tiles, tile_bytes]."""
     # [TQ-CODE-5] stream bit i is bit (i mod 8), from the least significant, of byte floor(i / 8)
-    stream = np.unpackbits(codes, axis=1, bitorder="little")
-    # [TQ-CODE-6] symbol t = sum over j < window of streambit[(t * bits + j) mod (n * bits)] * 2^j
-    symbols: Integers = np.zeros((len(codes), n), np.int64)
-    for j in range(window):
-        symbols += stream[:, (np.arange(n) * bits + j) % (n * bits)].astype(np.int64) << j
+    stream = np.unpackbits(codes, axis=1, count=n * bits, bitorder="little")
+    # [TQ-CODE-6] symbol t = sum over j < window of streambit[(t * bits + j) mod (n * bits)] * 2^j: the `window` bits from bit
+    # t * bits on, if the stream begins again behind its end
+    ring = np.concatenate([stream, stream[:, np.arange(32) % (n * bits)]], axis=1)
+    words = np.lib.stride_tricks.sliding_window_view(np.packbits(ring, axis=1, bitorder="little"), 4, axis=1)
+    symbols: Integers = np.empty((len(codes), n), np.int64)
+    for t in range(min(8, n)):  # the symbols t, t + 8, t + 16 ... begin in the same bit of a byte, `bits` bytes apart
+        first, shift = divmod(t * bits, 8)
+        begin = words[:, first::bits][:, : len(range(t, n, 8))].view("<u4")[:, :, 0]
+        symbols[:, t::8] = begin >> np.uint32(shift) & np.uint32(2**window - 1)
     return symbols
 
 
@@ -166,6 +172,7 @@ def jacobsthal(q: int) -> Floats:
     return np.array([[chi[(i - j) % q] for j in range(q + 1)] for i in range(q + 1)], np.float64)
 
 
+@functools.cache
 def hadamard_factor(f: int) -> Floats:
     """H_f [f, f] with elements -1 and 1."""
     # [TQ-TRAN-4] 1. Sylvester
@@ -214,7 +221,7 @@ def inverse_hadamard(transform: dict[str, Any]) -> Callable[[Floats], Floats]:
         for h in matrices:
             # the index of a block is [left, f, right], row-major: contract f with the first index of H, giving Hᵗ y
             right //= len(h)
-            y = np.moveaxis(np.tensordot(y.reshape(-1, len(h), right), h, axes=(1, 0)), -1, 1)
+            y = h.T @ y.reshape(-1, len(h), right) if right > 1 else y.reshape(-1, size // len(h), len(h)) @ h
         v: Floats = signs * y.reshape(-1, size) / math.sqrt(size)
         return v
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from reference_quantizer import __version__, disk
-from reference_quantizer.commands import card, evaluate, import_gguf, plan, push, quantize, release, tune
+from reference_quantizer.commands import card, evaluate, import_gguf, import_packed, plan, push, quantize, release, tune
 from reference_quantizer.commands.options import EXAMPLES, STYLE
 from reference_quantizer.libraries import need
 from reference_quantizer.progress import MODULE, program
@@ -21,6 +21,7 @@ LIBRARIES = {
     "card": ("jinja2", "yaml", "matplotlib"),
     "release": ("jsonschema", "rich", "jinja2", "yaml", "matplotlib", "transformers"),
     "push": (),
+    "import": ("rich",),
     "import-gguf": ("transformers", "accelerate", "gguf"),
 }
 
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"reference_quantizer {__version__}")
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (quantize, plan, tune, evaluate, release, card, push, import_gguf):
+    for command in (quantize, import_packed, plan, tune, evaluate, release, card, push, import_gguf):
         command.add_command(subparsers)
     return parser
 

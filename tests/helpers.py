@@ -214,7 +214,95 @@ class Lab:
             add_files(self.repo, {file.name: ("support", file.read_bytes())})
         self.text = make_text(path / "text.txt", 300)
 
-    def run(self, repo: Path | None = None, base: Path | None = None, **settings: Any) -> dict[str, Any]:
+    def run(
+        self, repo: Path | None = None, base: Path | None = None, texts: list[Path] | None = None, **settings: Any
+    ) -> dict[str, Any]:
         chosen = evaluate.Settings(**{"max_length": 32, "stride": 16, **settings})
         options: dict[str, Any] = {"cache_dir": self.path / "cache", "quiet": True}
-        return evaluate.evaluate(str(base or self.base), repo or self.repo, str(self.text), chosen, **options)
+        datasets = [str(text) for text in texts or [self.text]]
+        return evaluate.evaluate(str(base or self.base), repo or self.repo, datasets, chosen, **options)
+
+
+GGUF_HIDDEN, GGUF_HEADS, GGUF_LAYERS, GGUF_WORDS = 64, 4, 2, 96
+
+
+def make_gguf(
+    path: Path, architecture: str = "llama", leave_out: str = "", add: str = "", kind: str = "Q8_0"
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Writes a small GGUF file with matrices of one type and a byte-level vocabulary; the decoded tensors by name."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("small")
+    writer.add_license("mit")
+    writer.add_context_length(128)
+    writer.add_embedding_length(GGUF_HIDDEN)
+    writer.add_block_count(GGUF_LAYERS)
+    writer.add_feed_forward_length(2 * GGUF_HIDDEN)
+    writer.add_head_count(GGUF_HEADS)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(GGUF_WORDS)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(GGUF_WORDS - 3)), "ab"])
+    writer.add_token_types([3, 3] + [1] * (GGUF_WORDS - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (GGUF_WORDS, GGUF_HIDDEN),
+        "output_norm.weight": (GGUF_HIDDEN,),
+    }
+    for i in range(GGUF_LAYERS):
+        for name, rows, cols in (
+            ("attn_q", GGUF_HIDDEN, GGUF_HIDDEN),
+            ("attn_k", GGUF_HIDDEN // 2, GGUF_HIDDEN),
+            ("attn_v", GGUF_HIDDEN // 2, GGUF_HIDDEN),
+            ("attn_output", GGUF_HIDDEN, GGUF_HIDDEN),
+            ("ffn_gate", 2 * GGUF_HIDDEN, GGUF_HIDDEN),
+            ("ffn_up", 2 * GGUF_HIDDEN, GGUF_HIDDEN),
+            ("ffn_down", GGUF_HIDDEN, 2 * GGUF_HIDDEN),
+        ):
+            shapes[f"blk.{i}.{name}.weight"] = (rows, cols)
+        shapes |= {f"blk.{i}.attn_norm.weight": (GGUF_HIDDEN,), f"blk.{i}.ffn_norm.weight": (GGUF_HIDDEN,)}
+    if add:
+        shapes[add] = (8,)
+    shapes.pop(leave_out, None)
+    decoded = {}
+    for name, shape in shapes.items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, values)
+            decoded[name] = values
+        else:
+            blocks = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+            decoded[name] = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return decoded
+
+
+def words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [n, words]: the numbers of each row as one long number, the first in its lowest bits."""
+    size = -(-values.shape[1] * bits // 32) * 4
+    data = b"".join(
+        sum(v << bits * k for k, v in enumerate(row)).to_bytes(size, "little") for row in values.int().tolist()
+    )
+    return torch.frombuffer(bytearray(data), dtype=torch.int32).reshape(len(values), -1)
+
+
+def save_quantized(path: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
+    """A checkpoint with these tensors, whose config.json has `config` as its quantization_config."""
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    plain = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(plain | {"quantization_config": config}))
+    return path

@@ -12,7 +12,7 @@ assert spec is not None and spec.loader is not None
 plot_quality = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(plot_quality)
 
-FOLDERS = (".", "docs", "benchmarks", "fuzz", "conformance", "demo")
+FOLDERS = (".", "docs", "benchmarks", "fuzz", "conformance", "demo", "kernels", "readers/javascript")
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 CODE = re.compile(r"^```.*?^```$|^    .*?$", re.MULTILINE | re.DOTALL)
 

@@ -106,7 +106,18 @@ def test_conformance_shares_no_code_with_tqformat(file: Path) -> None:
 
 
 # The rooms of the reference quantizer, from the ground up: each may use those before it.
-ROOMS = ("checkpoint", "codes", "model", "evaluation", "calibration", "planning", "job", "release", "commands")
+ROOMS = (
+    "checkpoint",
+    "foreign",
+    "codes",
+    "model",
+    "evaluation",
+    "calibration",
+    "planning",
+    "job",
+    "release",
+    "commands",
+)
 
 
 def test_rooms_use_those_below_them() -> None:

@@ -243,7 +243,7 @@ def broken(checkpoint: Any) -> Any:
 
 def test_all_candidates_go_through_the_same_evaluation(base: Path, tmp_path: Path) -> None:
     repo, text = repo_from_checkpoint(base, tmp_path / "repo", "text-generation"), make_text(tmp_path / "text.txt", 300)
-    expected = evaluate.evaluate(str(base), repo, str(text), SETTINGS, cache_dir=tmp_path / "cache", quiet=True)
+    expected = evaluate.evaluate(str(base), repo, [str(text)], SETTINGS, cache_dir=tmp_path / "cache", quiet=True)
     fakes = (exact, noisy, absent, incomplete, broken)
     chosen = {make.__name__: peers.Peer(make, ()) for make in fakes}
     out = tmp_path / "peers"

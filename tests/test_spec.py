@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, random_signs
 
+from reference_quantizer.evaluation.metrics import EDGES
 from reference_quantizer.evaluation.windows import sliding_windows
 from tqformat.load_quantized import TQFormatError, hadamard_factor, inverse_givens, inverse_hadamard, lookup, unpack
 
@@ -80,6 +81,10 @@ def test_evaluation_windows_agree(spec: dict[str, Any], tokens: int, length: int
     for limit in (None, 1, 3):
         windows = sliding_windows(tokens, length, stride, limit)
         assert [(w.scored, w.predicted) for w in windows] == spec["evaluation_windows"](tokens, length, stride, limit)
+
+
+def test_bins_of_histograms_agree(spec: dict[str, Any]) -> None:
+    assert EDGES.tolist() == [spec["bin_begin"](i) for i in range(129)]
 
 
 def test_unpack_rejects_every_padding_bit() -> None:

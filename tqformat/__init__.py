@@ -7,20 +7,40 @@ command line).
 
 from typing import Any
 
-from . import embed
+from . import embed, load_quantized
 from .load_quantized import (
     Manifest,
     Repo,
     TQFormatError,
     __version__,
     fetch,
-    load,
     load_quantized_model,
     load_state_dict,
     load_tokenizer,
     open_repo,
     read_manifest,
 )
+
+
+def load(
+    repo_or_hub_id: "load_quantized.PathLike",
+    device: Any = None,
+    dtype: "load_quantized.Dtype" = None,
+    revision: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    packed: bool = False,
+    **options: Any,
+) -> Any:
+    """The ready model, in eval mode, of a repository directory or Hub id: load_quantized.load, whose options these are.
+
+    With `packed`, the quantized weights stay packed in memory, and products are computed from them (packed.py).
+    """
+    build = load_quantized.load
+    if packed:
+        from .packed import load as build
+    return build(repo_or_hub_id, device, dtype, revision, verify, trust_remote_code, **options)
+
 
 _WRITING = ("RepoWriter", "add_files", "dequantize_repo", "pack")
 

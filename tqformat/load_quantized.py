@@ -1151,6 +1151,7 @@ def build_model(repo: Repo, device_map: Any, dtype: Any, trust_remote_code: bool
     with translated(" with ".join(["config.json", *options])):  # an option may be a key of the configuration
         options = {**options, "local_files_only": True, "return_unused_kwargs": True, **trust}
         config, options = transformers.AutoConfig.from_pretrained(repo.path, **options)
+        config.__dict__.pop("quantization_config", None)  # for transformers, which is given decoded weights
         with torch.device("meta"):
             model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
     if dtype in (None, "auto"):

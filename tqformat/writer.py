@@ -877,8 +877,10 @@ def _write_plain(
         for name, file in m.files.items():
             if file.role == "support" and (repo.path / name).exists():
                 content = repo.check_file(name).read_bytes()
-                if name == "config.json" and dtype is not None:
-                    config = _with_dtype(json.loads(content), str(dtype).removeprefix("torch."))
+                if name == "config.json" and (dtype is not None or b"quantization_config" in content):
+                    config = json.loads(content)
+                    config = config if dtype is None else _with_dtype(config, str(dtype).removeprefix("torch."))
+                    config.pop("quantization_config", None)  # what is written is not quantized
                     content = json.dumps(config, indent=2).encode()
                 _write_synced(built / name, content)
 

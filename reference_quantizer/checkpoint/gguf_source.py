@@ -110,7 +110,7 @@ def opened(file: Path) -> Iterator[Any]:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         message = f"gguf cannot read the file, it is damaged or incomplete: {str(error)[:200]}"
         raise TQFormatError("CONTAINER.HEADER", file.name, message) from None
-    count = _field(reader, "split.count")
+    count = field(reader, "split.count")
     if isinstance(count, int) and count > 1:
         raise TQFormatError("BIND.SHARDS", file.name, f"the file is one part of {count}; join them first")
 
@@ -125,9 +125,10 @@ def opened(file: Path) -> Iterator[Any]:
         gguf.GGUFReader = original
 
 
-def _field(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+def field(reader: Any, key: str) -> Any:
+    """The value of a key of the file's metadata; None without it."""
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
 
 
 def provenance(file: Path, reader: Any) -> dict[str, Any]:
@@ -137,22 +138,22 @@ def provenance(file: Path, reader: Any) -> dict[str, Any]:
         while block := data.read(1 << 20):
             digest.update(block)
     facts: dict[str, Any] = {"format": "gguf", "file": file.name, "size": file.stat().st_size}
-    facts |= {"sha256": digest.hexdigest(), "architecture": _field(reader, "general.architecture")}
+    facts |= {"sha256": digest.hexdigest(), "architecture": field(reader, "general.architecture")}
     facts["tensor_types"] = dict(sorted(Counter(t.tensor_type.name for t in reader.tensors).items()))
     facts["quantized"] = not set(facts["tensor_types"]) <= PLAIN
     if tables := [t.name for t in reader.tensors if t.name.startswith(ROPE_TABLES)]:
         facts["left_out"] = tables
     for key in ("name", "license"):
-        if isinstance(value := _field(reader, f"general.{key}"), str):
+        if isinstance(value := field(reader, f"general.{key}"), str):
             facts[key] = value
     return facts
 
 
-def _config(file: Path, reader: Any) -> Any:
+def read_config(file: Path, reader: Any) -> Any:
     """The model's configuration, as transformers reads it from the file."""
     import transformers
 
-    architecture = _field(reader, "general.architecture")
+    architecture = field(reader, "general.architecture")
     try:
         packed = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -185,12 +186,12 @@ def _model_class(config: Any) -> Any:
     return auto._model_mapping[type(config)]
 
 
-def _empty_model(config: Any) -> Any:
+def empty_model(config: Any, dtype: str = "bfloat16") -> Any:
     """The model without memory for its weights."""
     import torch
 
     with torch.device("meta"):
-        return _model_class(config)._from_config(config, dtype=torch.bfloat16)
+        return _model_class(config)._from_config(config, dtype=getattr(torch, dtype))
 
 
 def plan_source(src: str) -> Source:
@@ -198,8 +199,8 @@ def plan_source(src: str) -> Source:
     with tempfile.TemporaryDirectory() as work:
         file = find_file(src, Path(work))
         with opened(file) as reader:
-            config = _config(file, reader)
-            model = _empty_model(config)
+            config = read_config(file, reader)
+            model = empty_model(config)
             facts = provenance(file, reader)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {n: Info(n, tuple(t.shape), "BF16") for n, t in sorted(model.state_dict().items()) if n not in tied}
@@ -213,9 +214,14 @@ def describe_import(facts: dict[str, Any]) -> tuple[str, ...]:
     if facts["quantized"]:
         advice = "the errors of both methods add up, so start from the original checkpoint where you can"
         notes = [f"{facts['file']} is already quantized ({kinds}); {advice}"]
+    return (*notes, *describe_left_out(facts))
+
+
+def describe_left_out(facts: dict[str, Any]) -> tuple[str, ...]:
+    """What a user should know of tensors that are not taken, a line or none."""
     if names := facts.get("left_out"):
-        notes.append(f"left out: {', '.join(names)}; see that config.json has the rope scaling of the original model")
-    return tuple(notes)
+        return (f"left out: {', '.join(names)}; see that config.json has the rope scaling of the original model",)
+    return ()
 
 
 # ------------------------------------------------------------------------------------------------ importing
@@ -255,7 +261,7 @@ def _write(file: Path, reader: Any, out: Path) -> None:
     import torch
     import transformers
 
-    config = _config(file, reader)
+    config = read_config(file, reader)
     types = ", ".join(sorted({t.tensor_type.name for t in reader.tensors}))
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
@@ -266,13 +272,13 @@ def _write(file: Path, reader: Any, out: Path) -> None:
         for key, names in faults.items():
             if names:
                 raise TQFormatError("BIND.MODEL", file.name, f"{key.replace('_', ' ')}: {', '.join(names[:4])[:300]}")
-        model = _empty_model(config)
+        model = empty_model(config)
         model.load_state_dict(packed.state_dict(), assign=True)
         model.tie_weights()
         if packed.generation_config is not None:
             model.generation_config = packed.generation_config
         model.save_pretrained(out)
-        _tokenizer(file).save_pretrained(out)
+        read_tokenizer(file).save_pretrained(out)
     except TQFormatError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -282,7 +288,8 @@ def _write(file: Path, reader: Any, out: Path) -> None:
         transformers.utils.logging.set_verbosity(before)
 
 
-def _tokenizer(file: Path) -> Any:
+def read_tokenizer(file: Path) -> Any:
+    """The tokenizer that transformers builds from the file's vocabulary."""
     import transformers
 
     try:
@@ -307,7 +314,7 @@ def _check(checkpoint: Path, file: Path, reader: Any) -> None:
         message = f"the file holds {there:,} scalars and the model class {here:,}: they do not fit"
         raise TQFormatError("BIND.MODEL", file.name, message)
 
-    architecture = _field(reader, "general.architecture")
+    architecture = field(reader, "general.architecture")
     arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None or architecture in RESHAPED:
         return

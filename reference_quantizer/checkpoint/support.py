@@ -1,5 +1,6 @@
 """What surrounds the weights of a checkpoint: support files, licence, and which class builds the model."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
     return roles, notes
 
 
+def marked_config(config: dict[str, Any]) -> bytes:
+    """The content of config.json, with the note by which `import tqformat.hf` knows a repository.
+
+    Without that import transformers finds no weight files, and says so: nothing in the note names any.
+    """
+    marked = config | {"quantization_config": {"quant_method": "tqformat"}}
+    return (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _role(name: str, remote_code: bool) -> str | None:
     role = None if name.lower() in NEVER else role_of(name)
     return role if role in ("support", "document") or (role == "code" and remote_code) else None
@@ -91,7 +101,7 @@ def refuse_quantized(config: dict[str, Any] | None) -> None:
     found = (config or {}).get("quantization_config") or (config or {}).get("compression_config")
     if found:
         method = found.get("quant_method", "?") if isinstance(found, dict) else "?"
-        message = f"the checkpoint is already quantized ({method}); start from the model it was made from"
+        message = f"the checkpoint is already quantized ({method}); start from the model it was made from, or keep its values: import"
         raise TQFormatError("SCHEMA.VALUE", "config.json: quantization_config", message)
 
 

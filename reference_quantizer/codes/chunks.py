@@ -31,6 +31,7 @@ class Workers:
     def __enter__(self) -> "Workers":
         self._before = torch.get_num_threads()
         torch.set_num_threads(1)
+        torch.empty(31 << 20, dtype=torch.uint8)  # makes glibc keep what is freed: new pages take as long as encoding
         self._pool = ThreadPoolExecutor(self.count)
         return self
 

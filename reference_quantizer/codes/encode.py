@@ -15,6 +15,7 @@ from torch import Tensor
 from reference_quantizer.codes import vector
 from reference_quantizer.codes.rotation import Rotation, rotate, unrotate
 
+CELLS = 2**12  # of `nearest`
 SIGN_LEVELS = (-math.sqrt(math.pi / 2), math.sqrt(math.pi / 2))
 
 
@@ -142,13 +143,29 @@ def _unbiased_scales(y: Tensor, c: Tensor, rms: Tensor, encoder: Encoder) -> Ten
 
 
 def nearest(y: Tensor, borders: Tensor) -> Tensor:
-    """The index of the level nearest to each element of y, the lower one on a border; uint8 of y's shape."""
-    if len(borders) > 15:
+    """The index of the level nearest to each element of y, the lower one on a border; uint8 of y's shape.
+
+    `borders` is [entries - 1], ascending. A line of equal cells, of which none holds two borders, tells with one comparison
+    what a search would take many for: an element is above all borders of the cells before its own.
+    """
+    if len(borders) < 4:  # a few comparisons are faster
+        symbols = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+        for border in borders.tolist():
+            symbols += (y > border).view(torch.uint8)
+        return symbols
+    cells = CELLS / (borders[-1] - borders[0])
+
+    def cell(values: Tensor) -> Tensor:  # never falls where `values` rise, whatever is rounded
+        return ((values - borders[0]) * cells).clamp_(-1, CELLS).add_(1).int()
+
+    places = cell(borders)
+    if len(places.unique()) < len(borders):
         return torch.bucketize(y, borders, out_int32=True).to(torch.uint8)
-    symbols = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
-    for border in borders.tolist():  # a few comparisons are faster than a search
-        symbols += (y > border).view(torch.uint8)
-    return symbols
+    before = torch.searchsorted(places, torch.arange(CELLS + 2, device=y.device, dtype=torch.int32)).to(torch.uint8)
+    own = torch.full((CELLS + 2,), math.inf, device=y.device).index_put_((places.long(),), borders)
+    at = cell(y.reshape(-1))
+    above = y.reshape(-1) > own.index_select(0, at)
+    return (before.index_select(0, at) + above.view(torch.uint8)).reshape(y.shape)
 
 
 def fit_dtype(scales: Tensor, levels: Tensor, encoder: Encoder) -> None:

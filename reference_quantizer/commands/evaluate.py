@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.commands.options import STYLE, add_evaluation_arguments, add_job_arguments
-from reference_quantizer.commands.settings import evaluation_options, evaluation_settings
+from reference_quantizer.commands.settings import evaluation_datasets, evaluation_options, evaluation_settings
 from reference_quantizer.progress import program, tell
 from reference_quantizer.release import report
 from reference_quantizer.release.card import CARD, is_stale
 
 EVALUATE = """Measure a repository against the checkpoint it was made from.
 
-Perplexity in sliding windows, KL divergence and top-1 agreement of the next-token distributions, the cosine of the logits
-after fixed prompts, and greedy samples. Writes eval_summary.json and sample_generations.json into the repository. Both
+Perplexity in sliding windows, KL divergence and top-1 agreement of the next-token distributions, the change of the right
+token's probability, the cosine of the logits after fixed prompts, and greedy samples, of which those that repeat themselves
+are told. Writes eval_summary.json and sample_generations.json into the repository. Both
 models are in memory at once. An interrupted run continues when the same command is given again. The text must give two
 windows; with fewer than about twenty the figures are rough.
 """
@@ -22,7 +23,8 @@ EXAMPLES = """examples:
   python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt
   python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt --max-windows 40
   python -m reference_quantizer evaluate owner/name ./model-4bit --device cuda
-  python -m reference_quantizer evaluate model.gguf ./model-4bit --dataset test.txt --max-length 2048 --stride 1024
+  python -m reference_quantizer evaluate model.gguf ./model-4bit --dataset test.txt --max-length 2048
+  python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt --dataset held_out.txt --floor
 
 Figures of two releases compare where text, windows, --bos and base are the same. `card` puts them into README.md.
 """
@@ -33,8 +35,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from reference_quantizer.evaluation import evaluate  # torch takes seconds to import
 
     options = evaluation_options(args) | {"base_revision": args.revision}
-    summary = evaluate.evaluate(args.source, args.repo, args.dataset, evaluation_settings(args), **options)
-    print(evaluate.describe(summary))
+    datasets = evaluation_datasets(args)
+    summary = evaluate.evaluate(args.source, args.repo, datasets, evaluation_settings(args), **options)
+    print(evaluate.describe(summary, evaluate.read_samples(args.repo)))
     print(f"size          {report.size_line(args.repo)}")
     if is_stale(args.repo):
         tell(f"note: {CARD} is out of date now; write it again: {program()} card {shlex.quote(str(args.repo))}")

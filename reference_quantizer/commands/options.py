@@ -25,6 +25,7 @@ EXAMPLES = """examples:
 
 An interrupted `quantize`, `evaluate` or `release` continues when the same command is given again.
 """
+DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"  # that an evaluation takes where no option names one
 TUNING_TOKENS = 262144  # of calibration text to draw from
 TUNING_STEPS = 100  # of `tune`, and of the preset best, which ends with it
 INPUTS = ("original", "quantized", "paired")
@@ -66,15 +67,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     help_ = (
         "local text file, one row a line, or id:config on the Hub, whose column `text` is read; most data sets there"
     )
-    help_ += " are parquet, for which pyarrow must be installed (default: %(default)s)"
-    data.add_argument("--dataset", metavar="DATA", default="Salesforce/wikitext:wikitext-2-raw-v1", help=help_)
+    help_ += f" are parquet, for which pyarrow must be installed (default: {DATASET}); repeatable, the first gives the"
+    help_ += " figures that stand first"
+    data.add_argument("--dataset", metavar="DATA", action="append", help=help_)
     data.add_argument("--split", default="test", help="of a data set on the Hub (default: %(default)s)")
     data.add_argument("--dataset-revision", metavar="REV", help="branch, tag or commit of a data set on the Hub")
     windows = parser.add_argument_group("windows")
     help_ = "tokens in a window (default: %(default)s)"
     windows.add_argument("--max-length", metavar="N", type=integer(2, 2**31), default=512, help=help_)
-    help_ = "tokens from one window's begin to the next (default: %(default)s)"
-    windows.add_argument("--stride", metavar="N", type=integer(1, 2**31), default=256, help=help_)
+    help_ = "tokens from one window's begin to the next (default: half of a window)"
+    windows.add_argument("--stride", metavar="N", type=integer(1, 2**31), help=help_)
     help_ = "stop after this many, 2 or more (default: full pass)"
     windows.add_argument("--max-windows", metavar="N", type=integer(2, 2**53 - 1), help=help_)
     help_ = "auto puts a BOS token, which is not scored, in front of each window where the tokenizer itself puts one in"
@@ -86,6 +88,11 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=kinds, help="of the arithmetic (default: float32, on CUDA bfloat16)")
     help_ = "leave the KL divergence out; with results in the cache the base is then not loaded"
     model.add_argument("--no-kl", dest="kl", action="store_false", help=help_)
+    help_ = (
+        "measure what bfloat16 arithmetic alone changes in the base, too: a release that is no farther from it cannot"
+    )
+    help_ += " be told from it; the base then runs twice more, and the result stays in the cache"
+    model.add_argument("--floor", action="store_true", help=help_)
     help_ = "where an interrupted run and the base's results are kept (default: tqformat in the user's cache directory)"
     model.add_argument("--cache-dir", metavar="DIR", type=Path, help=help_)
 

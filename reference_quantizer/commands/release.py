@@ -24,8 +24,13 @@ from reference_quantizer.commands.options import (
     add_quantization_arguments,
 )
 from reference_quantizer.commands.quantize import prepare_source, write_repository
-from reference_quantizer.commands.settings import evaluation_options, evaluation_settings, find_loader_kind
-from reference_quantizer.model.text import read_corpus
+from reference_quantizer.commands.settings import (
+    evaluation_datasets,
+    evaluation_options,
+    evaluation_settings,
+    find_loader_kind,
+)
+from reference_quantizer.model.text import read_corpora
 from reference_quantizer.progress import program
 from reference_quantizer.release import base, card, report
 from tqformat.load_quantized import MANIFEST, TQFormatError
@@ -68,7 +73,9 @@ def run_release(args: argparse.Namespace) -> int:
     if quantized and not evaluated:
         evaluated = is_evaluated(args)
     if not evaluated:
-        read_corpus(args.dataset, args.split, args.dataset_revision)  # a data set that is not there is told at once
+        read_corpora(
+            evaluation_datasets(args), args.split, args.dataset_revision
+        )  # a data set that is not there is told at once
     if quantized:
         print(f"complete: {args.out}")
     else:
@@ -158,10 +165,9 @@ def _quantize(args: argparse.Namespace, job: str) -> None:
         from reference_quantizer.evaluation.evaluate import cut_text
         from reference_quantizer.model.base import load_tokenizer
 
-        corpus = read_corpus(args.dataset, args.split, args.dataset_revision)
-        cut_text(
-            corpus, load_tokenizer(source.path), evaluation_settings(args)
-        )  # a text that is too short is told at once
+        tokenizer = load_tokenizer(source.path)
+        for corpus in read_corpora(evaluation_datasets(args), args.split, args.dataset_revision):
+            cut_text(corpus, tokenizer, evaluation_settings(args))  # a text that is too short is told at once
     args.base_model, args.license = _base_facts(args, source)
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
     write_repository(args, source, {"release": recorded})
@@ -184,7 +190,8 @@ def is_evaluated(args: argparse.Namespace) -> bool:
 
     wanted = evaluation_settings(args)
     data = {"split": args.split, "dataset_revision": args.dataset_revision}
-    return evaluate.is_current(args.out, _recorded(args.out)["base_weights_sha256"], args.dataset, wanted, **data)
+    datasets = evaluation_datasets(args)
+    return evaluate.is_current(args.out, _recorded(args.out)["base_weights_sha256"], datasets, wanted, **data)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -192,7 +199,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     base = _base(args)
     wanted, options = evaluation_settings(args), evaluation_options(args)
-    print(evaluate.describe(evaluate.evaluate(str(base.path), args.out, args.dataset, wanted, **options)))
+    summary = evaluate.evaluate(str(base.path), args.out, evaluation_datasets(args), wanted, **options)
+    print(evaluate.describe(summary, evaluate.read_samples(args.out)))
 
 
 def _base(args: argparse.Namespace) -> Source:
@@ -230,10 +238,12 @@ def describe(out: Path, repo_id: str | None) -> str:
     if (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_bytes())
         base, quantized = (summary[model]["perplexity"] for model in ("base", "quantized"))
-        ratio = f"ratio {summary['perplexity_ratio']:.4f}"
+        ratio = f"ratio {summary['perplexity_ratio']:.4f} ± {summary['perplexity_ratio_standard_error']:.4f}"
         lines.append(f"perplexity  base {base:.4f}, quantized {quantized:.4f}, {ratio}")
         if kl := summary["kl_divergence"]:
-            lines.append(f"KL (nats)   mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
+            lines.append(
+                f"KL (nats)   mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}, p99.9 {kl['p999']:.5f}"
+            )
     else:
         lines.append("perplexity  not measured")
     push = f"{program()} push {shlex.quote(str(out))} {repo_id or 'OWNER/NAME'} --private"

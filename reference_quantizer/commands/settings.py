@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
-from reference_quantizer.commands.options import FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.commands.options import DATASET, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
 from reference_quantizer.libraries import is_installed, missing_library, need
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.expectations import expected_time
@@ -247,11 +247,16 @@ def find_loader_kind(args: argparse.Namespace, source: Source) -> str:
     return getattr(args, "loader_kind", None) or support.find_loader_kind(source.config)
 
 
+def evaluation_datasets(args: argparse.Namespace) -> list[str]:
+    """The texts that the options ask for."""
+    return args.dataset or [DATASET]
+
+
 def evaluation_settings(args: argparse.Namespace) -> Any:
     """The evaluate.Settings that the options ask for."""
     from reference_quantizer.evaluation.evaluate import Settings
 
-    names = ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype", "kl")
+    names = ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype", "kl", "floor")
     return Settings(**{name: getattr(args, name) for name in names})
 
 

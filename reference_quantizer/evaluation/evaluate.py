@@ -2,7 +2,8 @@
 
 Both models are in memory and see the same windows, a batch at a time, so that the divergence is exact and no logits are
 kept. What each window gave goes to a file in the cache, from which an interrupted run continues; the base's own results
-stay there, under a name made from the content of everything they depend on.
+stay there, under a name made from the content of everything they depend on. So does the floor: what arithmetic in bfloat16
+alone makes of the base, whose divergence from the base in float32 no release can be told from, run in bfloat16.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,15 @@ from reference_quantizer.checkpoint.source import Source, file_sha256, weights_s
 from reference_quantizer.checkpoint.support import KINDS
 from reference_quantizer.disk import add_documents, writing
 from reference_quantizer.evaluation import samples
-from reference_quantizer.evaluation.metrics import Result, compare, next_logits, score_alone, summarize
-from reference_quantizer.evaluation.windows import ROUGH_WINDOWS, Window, batches, sliding_windows
+from reference_quantizer.evaluation.metrics import (
+    Result,
+    compare,
+    next_logits,
+    score_alone,
+    summarize,
+    summarize_change,
+)
+from reference_quantizer.evaluation.windows import LOOP, ROUGH_WINDOWS, Window, batches, sliding_windows
 from reference_quantizer.model.base import (
     DTYPES,
     check_length,
@@ -36,7 +46,7 @@ from reference_quantizer.model.base import (
     running_models,
 )
 from reference_quantizer.model.machine import check_device, default_cache, hardware, libraries, locked
-from reference_quantizer.model.text import Corpus, read_corpus, same_data
+from reference_quantizer.model.text import Corpus, read_corpora, same_data
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
     Manifest,
@@ -49,6 +59,7 @@ from tqformat.load_quantized import (
 SCHEMA_VERSION = "1.0"
 SUMMARY, SAMPLES = "eval_summary.json", "sample_generations.json"
 ROLE = "sanity-test"  # of the data set: a small text that tells a sound model from a broken one, no benchmark
+FLOOR = "bfloat16"  # the arithmetic whose rounding is the floor
 
 
 @dataclass(frozen=True)
@@ -56,18 +67,24 @@ class Settings:
     """How to evaluate; what is None is chosen by `complete`."""
 
     max_length: int = 512
-    stride: int = 256
+    stride: int | None = None
     max_windows: int | None = None
     bos: str = "auto"
     batch: int | None = None
     device: str = "cpu"
     dtype: str | None = None
     kl: bool = True
+    floor: bool = False
 
     def complete(self) -> "Settings":
-        """With the batch and dtype that suit the device: the CPU computes in float32."""
+        """With a stride of half a window, and the batch and dtype that suit the device: the CPU computes in float32."""
         batch = self.batch or (8 if self.device.startswith("cuda") else 1)
-        return replace(self, batch=batch, dtype=self.dtype or default_dtype(self.device))
+        stride = self.stride or max(1, self.max_length // 2)
+        return replace(self, stride=stride, batch=batch, dtype=self.dtype or default_dtype(self.device))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the summary says about them; whether divergence and floor were measured shows by itself."""
+        return {key: value for key, value in asdict(self).items() if key not in ("kl", "floor")}
 
 
 @dataclass(frozen=True)
@@ -76,15 +93,35 @@ class Base:
 
     key: str
     weights_sha256: str
-    nll: np.ndarray | None = None  # [windows] float64
+    nll: np.ndarray | None = None  # [positions] float32
     top1: np.ndarray | None = None  # [positions] int32
     logits: Tensor | None = None  # [prompts, vocabulary] float32
+
+
+@dataclass(frozen=True)
+class Text:
+    """One of the texts: what is read of it, and where its results go."""
+
+    corpus: Corpus
+    tokens: np.ndarray  # [tokens] int32
+    windows: list[Window]
+    kept: Base
+    partial: Path
+
+    @property
+    def floor(self) -> Path:
+        """The file of the floor's results, which stays in the cache."""
+        return self.partial.with_name(f"floor-{self.kept.key}.jsonl")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the summary says about it."""
+        return self.corpus.to_dict() | {"tokens": len(self.tokens), "tokens_sha256": tokens_sha256(self.tokens)}
 
 
 def evaluate(
     base: str,
     repo: Path,
-    dataset: str,
+    datasets: Sequence[str],
     settings: Settings | None = None,
     *,
     split: str = "test",
@@ -95,7 +132,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates `repo` against the checkpoint `base` and writes both files into it; returns the summary.
 
-    Interrupted, the same call continues where it stopped. A GGUF file as `base` is imported into the cache and stays there.
+    The first of `datasets` gives the figures that stand alone; each of the others gives its own beside them. Interrupted,
+    the same call continues where it stopped. A GGUF file as `base` is imported into the cache and stays there.
     """
     settings = (settings or Settings()).complete()
     check_device(settings.device)
@@ -103,48 +141,67 @@ def evaluate(
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
-    corpus = read_corpus(dataset, split, dataset_revision)
+    corpora = read_corpora(datasets, split, dataset_revision)
     tokenizer = load_tokenizer(repo)
-    tokens, windows = cut_text(corpus, tokenizer, settings)
+    cut = [cut_text(corpus, tokenizer, settings) for corpus in corpora]
     source = find_base(base, base_revision, cache, quiet)
     check_same_model(source, manifest)
     bos = find_bos(tokenizer) if settings.bos == "auto" else None
-    tokens_sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     payload = payload_digests(manifest)
 
     cache.mkdir(parents=True, exist_ok=True)
-    kept = open_base(source, cache, [manifest.loader_kind, tokens_sha256, asdict(replace(settings, kl=True)), bos])
-    job = json.dumps([kept.key, payload, settings.kl])
-    partial = cache / f"evaluation-{hashlib.sha256(job.encode()).hexdigest()[:32]}.partial"
-    with locked(partial.with_suffix(".lock")), running_models():
+    texts = []
+    for corpus, (tokens, windows) in zip(corpora, cut, strict=True):
+        measured = asdict(replace(settings, kl=True, floor=False))
+        kept = open_base(source, cache, [manifest.loader_kind, tokens_sha256(tokens), measured, bos])
+        job = json.dumps([kept.key, payload, settings.kl])
+        partial = cache / f"evaluation-{hashlib.sha256(job.encode()).hexdigest()[:32]}.partial"
+        texts.append(Text(corpus, tokens, windows, kept, partial))
+    with ExitStack() as stack:
+        for text in texts:
+            stack.enter_context(locked(text.partial.with_suffix(".lock")))
+        stack.enter_context(running_models())
         model = load(repo, settings.device, DTYPES[settings.dtype or ""])
         check_length(model, settings.max_length + (bos is not None))
         base_model = None
-        if settings.kl or kept.nll is None:
+        if settings.kl or any(text.kept.nll is None for text in texts):
             base_model = load_base(source, manifest.loader_kind, settings.dtype or "", settings.device)
-        runner = Runner(base_model, model, kept, tokens, windows, bos, settings)
-        results = runner.run(partial, Progress(len(windows), quiet, action="evaluating", unit="window"))
+        results = []
+        for text in texts:
+            runner = Runner(base_model, model, text.kept, text.tokens, text.windows, bos, settings)
+            progress = Progress(len(text.windows), quiet, action="evaluating", unit="window")
+            results.append(runner.run(text.partial, progress))
         before = time.monotonic()
-        logits = kept.logits if base_model is None else samples.prompt_logits(base_model, tokenizer, settings.device)
+        kept_logits = texts[0].kept.logits
+        logits = kept_logits if base_model is None else samples.prompt_logits(base_model, tokenizer, settings.device)
         assert logits is not None  # kept together with the windows
         cosines = samples.cosines(logits, samples.prompt_logits(model, tokenizer, settings.device))
         if base_model is not None:
-            save_base(cache, kept.key, results, logits)
+            for text, found in zip(texts, results, strict=True):
+                save_base(cache, text.kept.key, found, logits)
         generated = samples.generate(model, base_model, tokenizer, settings.device)
-        seconds = sum(r.seconds for r in results) + time.monotonic() - before
+        seconds = sum(r.seconds for found in results for r in found) + time.monotonic() - before
+        del model, runner
+        if settings.floor:
+            floors = measure_floor(source, manifest.loader_kind, texts, bos, settings, base_model, quiet)
 
     subject = {"base_model": manifest.base_model["id"], "payload": payload}
-    dataset_entry = corpus.to_dict() | {"tokens": len(tokens), "tokens_sha256": tokens_sha256}
-    setting_entry = {key: value for key, value in asdict(settings).items() if key != "kl"} | {"bos_token_id": bos}
     machine = {"hardware": hardware(settings.device), "libraries": libraries()}
+    entries = [
+        {"dataset": text.to_dict(), **summarize(text.windows, found)}
+        for text, found in zip(texts, results, strict=True)
+    ]
+    if settings.floor:
+        for entry, text, found in zip(entries, texts, floors, strict=True):
+            entry["floor"] = {"dtype": FLOOR, **summarize_change(text.windows, found)}
     summary = {
         "schema_version": SCHEMA_VERSION,
         "role": ROLE,
         **subject,
-        "base_weights_sha256": kept.weights_sha256,
-        "dataset": dataset_entry,
-        "settings": setting_entry,
-        **summarize(windows, results),
+        "base_weights_sha256": texts[0].kept.weights_sha256,
+        "settings": settings.to_dict() | {"bos_token_id": bos},
+        **entries[0],
+        **({"further_texts": entries[1:]} if entries[1:] else {}),
         "logit_cosine": {
             "prompts": list(samples.LOGIT_PROMPTS),
             "values": cosines,
@@ -158,15 +215,43 @@ def evaluate(
     if read_manifest(repo).files != manifest.files:
         raise TQFormatError("BIND.DIGEST", str(repo), "the repository was changed while it was evaluated; run it again")
     add_documents(repo, {SUMMARY: to_text(summary), SAMPLES: to_text(generations)})
-    partial.unlink(missing_ok=True)
+    for text in texts:
+        text.partial.unlink(missing_ok=True)
     return summary
+
+
+def measure_floor(
+    source: Source, kind: str, texts: list[Text], bos: int | None, settings: Settings, base: Any, quiet: bool
+) -> list[list[Result]]:
+    """The base in float32 against itself in FLOOR, on the windows of each text; what the cache has is taken from there.
+
+    `base`, if not None, is the base in `settings.dtype`, which is not loaded again. Weights that are no bfloat16 numbers
+    are rounded to such, as they are where a model is loaded in bfloat16.
+    """
+    models: list[Any] = [None, None]
+    if any(len(read_partial(text.floor)) < len(text.windows) for text in texts):
+        for i, dtype in enumerate(("float32", FLOOR)):
+            loaded = base is not None and settings.dtype == dtype
+            models[i] = base if loaded else load_base(source, kind, dtype, settings.device)
+    found, settings = [], replace(settings, kl=True)
+    for text in texts:
+        runner = Runner(*models, Base("", ""), text.tokens, text.windows, bos, settings)
+        with locked(text.floor.with_suffix(".lock")):
+            found.append(runner.run(text.floor, Progress(len(text.windows), quiet, action="floor", unit="window")))
+    return found
+
+
+def tokens_sha256(tokens: np.ndarray) -> str:
+    """Of the tokens as little-endian int32."""
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def cut_text(corpus: Corpus, tokenizer: Any, settings: Settings) -> tuple[np.ndarray, list[Window]]:
     """The tokens of the corpus, int32 [tokens], and its windows; SCHEMA.VALUE for fewer than two, which say nothing of a model."""
     with running_models():
         ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
-    length, stride = settings.max_length, settings.stride
+    settings = settings.complete()
+    length, stride = settings.max_length, settings.stride or 0
     windows = sliding_windows(len(ids), length, stride, settings.max_windows)
     if settings.max_windows == 1:
         raise TQFormatError("SCHEMA.VALUE", "--max-windows", "expected at least 2, got 1")
@@ -185,28 +270,35 @@ def payload_digests(manifest: Manifest) -> dict[str, str]:
 def is_current(
     repo: Path,
     base_weights_sha256: str,
-    dataset: str,
+    datasets: Sequence[str],
     settings: Settings,
     *,
     split: str = "test",
     dataset_revision: str | None = None,
 ) -> bool:
-    """Whether both files in `repo` are whole and are those of this base, these weights, this data set and these settings."""
+    """Whether both files in `repo` are whole and are those of this base, these weights, these texts and these settings."""
     manifest, settings = read_manifest(repo), settings.complete()
     for name in (SUMMARY, SAMPLES):
         file = manifest.files.get(name)
         if file is None or not (repo / name).is_file() or file_sha256(repo / name) != file.sha256:
             return False
     summary, generations = (json.loads((repo / name).read_bytes()) for name in (SUMMARY, SAMPLES))
-    wanted = {key: value for key, value in asdict(settings).items() if key != "kl"}
     found = {key: value for key, value in summary["settings"].items() if key != "bos_token_id"}
+    texts = texts_of(summary)
     return (
         summary["payload"] == generations["payload"] == payload_digests(manifest)
         and summary["base_weights_sha256"] == base_weights_sha256
-        and found == wanted
+        and found == settings.to_dict()
         and (summary["kl_divergence"] is not None) == settings.kl
-        and same_data(summary["dataset"], dataset, split, dataset_revision)
+        and (not settings.floor or all("floor" in text for text in texts))
+        and len(texts) == len(datasets)
+        and all(same_data(t["dataset"], d, split, dataset_revision) for t, d in zip(texts, datasets, strict=True))
     )
+
+
+def texts_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of each text, of which the first stands in the summary itself."""
+    return [summary, *summary.get("further_texts", [])]
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -268,8 +360,8 @@ class Runner:
                 values = compare(base[row], quantized[row], targets[row], self.settings.kl)
             else:
                 assert self.kept.nll is not None and self.kept.top1 is not None
-                values = score_alone(quantized[row], targets[row], self.kept.nll[index], self.kept.top1[span])
-            if not (math.isfinite(values["base_nll"]) and math.isfinite(values["quantized_nll"])):
+                values = score_alone(quantized[row], targets[row], self.kept.nll[span], self.kept.top1[span])
+            if not all(np.isfinite(values[key]).all() for key in ("base_nll", "quantized_nll")):
                 raise TQFormatError("DATA.NON_FINITE", f"window {index}", "a model gives NaN or infinite logits")
             results.append(Result(**values, seconds=0.0))
         took = (time.monotonic() - start) / len(group)
@@ -291,9 +383,6 @@ def read_partial(path: Path) -> list[Result]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------ models
-
-
 # ------------------------------------------------------------------------------------------------ cache
 
 
@@ -308,7 +397,7 @@ def open_base(source: Source, cache: Path, job: list[Any]) -> Base:
     path = cache / f"base-{key}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Base(key, weights, stored["nll"], stored["top1"], torch.from_numpy(stored["logits"]))
+            return Base(key, weights, stored["token_nll"], stored["top1"], torch.from_numpy(stored["logits"]))
     except (OSError, ValueError, KeyError, EOFError):
         return Base(key, weights)
     except Exception as error:  # zipfile's own error for a file that was cut
@@ -321,10 +410,10 @@ def save_base(cache: Path, key: str, results: list[Result], logits: Tensor) -> N
     """Keeps the base's results for `open_base`; the file appears complete or not at all."""
     path = cache / f"base-{key}.npz"
     new = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    top1 = np.concatenate([r.top1 for r in results])
+    nll, top1 = (np.concatenate([getattr(r, key) for r in results]) for key in ("base_nll", "top1"))
     try:
         with writing(path):
-            np.savez(new, nll=np.array([r.base_nll for r in results]), top1=top1, logits=logits.numpy())
+            np.savez(new, token_nll=nll, top1=top1, logits=logits.numpy())
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
@@ -341,23 +430,52 @@ def to_text(value: dict[str, Any]) -> bytes:
     return (flat + "\n").encode()
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """The figures of a summary, for a terminal."""
-    kl, settings = summary["kl_divergence"], summary["settings"]
+def read_samples(repo: Path) -> dict[str, Any]:
+    """What sample_generations.json in `repo` holds."""
+    return dict(json.loads((repo / SAMPLES).read_bytes()))
+
+
+def describe(summary: dict[str, Any], generations: dict[str, Any] | None = None) -> str:
+    """The figures of a summary, for a terminal; of `generations`, the samples that repeat themselves."""
+    settings = summary["settings"]
     bos = "with BOS" if settings["bos_token_id"] is not None else "without BOS"
-    lines = [
-        f"{summary['dataset']['id']} ({summary['role']}): {summary['dataset']['tokens']:,} tokens, "
-        f"{summary['windows']:,} windows {bos}, {summary['scored_tokens']:,} scored tokens",
-        f"perplexity    base {summary['base']['perplexity']:.4f}, quantized {summary['quantized']['perplexity']:.4f}, "
-        f"delta {summary['perplexity_delta']:+.4f}, ratio {summary['perplexity_ratio']:.4f}",
-        f"top-1         {summary['top1_agreement']['rate']:.2%} agree",
+    lines = []
+    for text in texts_of(summary):
+        base, quantized = text["base"], text["quantized"]
+        ratio, error = text["perplexity_ratio"], text["perplexity_ratio_standard_error"]
+        lines += [
+            f"{text['dataset']['id']} ({summary['role']}): {text['dataset']['tokens']:,} tokens, "
+            f"{text['windows']:,} windows of {settings['max_length']:,} {bos}, {text['scored_tokens']:,} scored tokens",
+            f"perplexity    base {base['perplexity']:.4f}, quantized {quantized['perplexity']:.4f}, "
+            f"delta {text['perplexity_delta']:+.4f}, ratio {ratio:.4f} ± {error:.4f}",
+            *_lines_of_change(text),
+        ]
+        if text["windows"] < ROUGH_WINDOWS:
+            lines.append(
+                f"note          fewer than {ROUGH_WINDOWS} windows: the figures are rough; more text gives better ones"
+            )
+        if floor := text.get("floor"):
+            lines += [f"the base in {floor['dtype']} against itself in float32:", *_lines_of_change(floor)]
+    lines += [
         f"logit cosine  {summary['logit_cosine']['mean']:.6f}",
         f"took          {summary['seconds']:.0f} s on {summary['hardware']['description']}",
     ]
-    if summary["windows"] < ROUGH_WINDOWS:
-        lines.append(
-            f"note          fewer than {ROUGH_WINDOWS} windows: the figures are rough; more text gives better ones"
-        )
-    if kl:
-        lines.insert(2, f"KL (nats)     mean {kl['mean']:.5f}, median {kl['median']:.5f}, p99 {kl['p99']:.5f}")
+    for sample in (generations or {"samples": []})["samples"]:
+        if sample["repetition"] > LOOP:
+            base_loops = sample.get("base", {"repetition": 0})["repetition"] > LOOP
+            also = "; so does the base's" if base_loops else ""
+            lines.append(f"note          the answer to {sample['prompt']!r} repeats itself{also}")
     return "\n".join(lines)
+
+
+def _lines_of_change(change: dict[str, Any]) -> list[str]:
+    top, kl = change["top1_agreement"]["rate"], change["kl_divergence"]
+    lines = [
+        f"right token   probability changed by {change['p_delta']['rms']:.3%} (root mean square), "
+        f"{change['p_delta']['mean']:+.3%} (mean)",
+        f"top-1         {top:.2%} agree",
+    ]
+    if kl:
+        quantiles = f"median {kl['median']:.5f}, p99 {kl['p99']:.5f}, p99.9 {kl['p999']:.5f}"
+        lines.insert(0, f"KL (nats)     mean {kl['mean']:.5f}, {quantiles}")
+    return lines

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SAMPLE_TOKENS = 64
+GRAM = 16  # characters; shorter ones come again in prose, too
 SAMPLE_PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a short list of three things to pack for a hike in the rain.",
@@ -32,6 +33,16 @@ def clean(raw: str, special_tokens: list[str]) -> str:
         raw = raw.replace(token, "")
     lines = [line.rstrip(" \t") for line in _CONTROLS.sub("", raw).split("\n")]
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip(" \t\n")
+
+
+def repetition(text: str) -> float:
+    """The share of the substrings of GRAM characters that stand in `text` before, 0 of a shorter text.
+
+    Near 0 for prose, near 1 for a loop: seq-rep-n (Welleck et al., arXiv:1908.04319) of characters, so that it is the same
+    for every tokenizer and for scripts without spaces.
+    """
+    grams = [text[i : i + GRAM] for i in range(len(text) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def prompt_logits(model: Any, tokenizer: Any, device: str) -> Tensor:
@@ -69,6 +80,7 @@ def generate(model: Any, base: Any, tokenizer: Any, device: str) -> dict[str, An
     used.sort(key=lambda token: (-len(token), token))
     for answer in answers + base_answers:
         answer["cleaned"] = clean(answer["raw"], used)
+        answer["repetition"] = repetition(answer["cleaned"])
     samples = [
         {"prompt": prompt, "input": text, **answer}
         for prompt, text, answer in zip(SAMPLE_PROMPTS, inputs, answers, strict=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tqformat.load_quantized import TQFormatError
 
+LOOP = 0.5  # the repetition of a sample beyond which it is told: of three times the same, two thirds are repetition
 ROUGH_WINDOWS = 20  # below which the figures would be others on a little more text
 
 

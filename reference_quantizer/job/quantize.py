@@ -83,7 +83,11 @@ def quantize(
         for alias, original in plan.ties.items():
             writer.tie(alias, original)
         for path, role in files.items():
-            writer.add_file(path, role)
+            writer.add_file(
+                support.marked_config(json.loads(path.read_bytes())) if path.name == "config.json" else path,
+                role,
+                path.name,
+            )
         writer.add_file(support.REQUIREMENTS.encode(), "document", "requirements.txt")
         writer.add_file(stamped_loader(), "code", "load_quantized.py")
         progress.close()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,15 @@ def read_corpus(dataset: str, split: str = "test", revision: str | None = None) 
             "BIND.MISSING_FILE", dataset, "neither a text file nor a data set such as owner/name:config"
         )
     return _from_hub(found[1], found[2], split, revision)
+
+
+def read_corpora(datasets: Sequence[str], split: str = "test", revision: str | None = None) -> list[Corpus]:
+    """The corpora that `datasets` name, of which no two are the same text (SCHEMA.VALUE)."""
+    corpora = [read_corpus(dataset, split, revision) for dataset in datasets]
+    for i, corpus in enumerate(corpora):
+        if corpus.text in [other.text for other in corpora[:i]]:
+            raise TQFormatError("SCHEMA.VALUE", corpus.id, "the same text a second time; leave one --dataset out")
+    return corpora
 
 
 def same_data(entry: dict[str, Any], dataset: str, split: str = "test", revision: str | None = None) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from reference_quantizer.checkpoint.source import HUB_ID, file_sha256
 from reference_quantizer.disk import CLOSED, FULL, add_documents, replace_text
-from reference_quantizer.evaluation.windows import ROUGH_WINDOWS
+from reference_quantizer.evaluation.windows import LOOP, ROUGH_WINDOWS
 from reference_quantizer.libraries import is_installed, need
 from reference_quantizer.planning.plan import EMBEDDINGS, HEADS
 from reference_quantizer.release import figures
@@ -50,6 +50,7 @@ PURPOSES = {
     **{figures.vector_name(name): "the same as a vector graphic" for name in figures.PURPOSES},
 }
 GENERATOR = "reference_quantizer "  # how the manifest names this program; a version follows
+IMPORT = "import_"  # how the method of an import begins
 KNOBS = ("rotation", "vector_length", "seed", "grid_size", "iterations", "scale_dtype", "protected_bits")
 OPTIONAL: dict[str, Any] = dict.fromkeys(
     ("seed", "rotation", "vector_length", "grid_size", "iterations", "scale_dtype")
@@ -185,6 +186,7 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "repo_id": repo_id,
         "base": {"revision": None, "license": None} | raw["base_model"],
         "imported": _imported(raw),
+        "kept": _keeps_values(raw),
         "on_hub": bool(HUB_ID.fullmatch(raw["base_model"]["id"])),
         "model_class": LOADER_KINDS[raw["loader_kind"]],
         "generates": raw["loader_kind"] in GENERATING,
@@ -196,7 +198,8 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "programs": sorted(
             n for n, file in raw["files"].items() if file["role"] == "code" and n != "load_quantized.py"
         ),
-        "turboquant": raw["generator"].startswith(GENERATOR) or "turboquant" in quantization["method"],
+        "turboquant": (raw["generator"].startswith(GENERATOR) and not _keeps_values(raw))
+        or "turboquant" in quantization["method"],
         "accounting": accounting,
         "saved": accounting["original_bytes"] - accounting["stored_bytes"],
         "bits": bits,
@@ -221,6 +224,8 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
         "summary": summary,
         "samples": samples,
         "base_answers": samples is not None and all("base" in sample for sample in samples["samples"]),
+        "texts": [] if summary is None else [summary, *summary.get("further_texts", [])],
+        "loop": LOOP,
         "rough": summary is not None and summary["windows"] < ROUGH_WINDOWS,
         "quality": _quality(summary),
         "thresholds": {"damaged": DAMAGED, "collapsed": COLLAPSED},
@@ -232,9 +237,20 @@ def card_facts(path: Path, repo_id: str | None = None) -> dict[str, Any]:
 
 
 def _imported(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """What the manifest says of the GGUF file that this program imported, if that is where the weights are from."""
+    """What the manifest says of the checkpoint that this program imported, with a `title`, if the weights are from one."""
     found = (raw["base_model"].get("extra") or {}).get("imported_from")
-    return found if raw["generator"].startswith(GENERATOR) and isinstance(found, dict) else None
+    if not (raw["generator"].startswith(GENERATOR) and isinstance(found, dict)):
+        return None
+    return (
+        {"format": "gguf", "tensor_types": {}}
+        | found
+        | {"title": found.get("file") or found.get("id") or found.get("directory") or "?"}
+    )
+
+
+def _keeps_values(raw: dict[str, Any]) -> bool:
+    """Whether this program took the values over from another format, and quantized nothing: the command `import`."""
+    return raw["generator"].startswith(GENERATOR) and raw["quantization"]["method"].startswith(IMPORT)
 
 
 def _uses_no_text(raw: dict[str, Any]) -> bool:
@@ -423,23 +439,31 @@ def _commands(raw: dict[str, Any], summary: dict[str, Any] | None) -> list[str]:
         return []
     base, quantization = raw["base_model"], raw["quantization"]
     imported = _imported(raw)
-    source = imported["file"] if imported else base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
-    quantize = ["quantize", source, "OUT"] + ([] if source == base["id"] else ["--base-model", base["id"]])
+    source = imported["title"] if imported else base["id"] if HUB_ID.fullmatch(base["id"]) else "CHECKPOINT"
+    command = "import" if _keeps_values(raw) else "quantize"
+    arguments = [command, source, "OUT"] + ([] if source == base["id"] else ["--base-model", base["id"]])
     if base.get("revision"):
-        quantize += ["--revision", base["revision"]]
-    quantize += _width_arguments(quantization)
-    for key in KNOBS:
-        if (value := quantization.get(key)) is not None:
-            quantize += [f"--{key.replace('_', '-')}", str(value).lower()]
-    lists = {"include": "include", "exclude": "exclude", "protected_names": "protect"}
-    for key, option in (lists | {"protected_fragments": "protect-fragment"}).items():
-        for value in quantization.get(key, []):
-            quantize += [f"--{option}", value]
+        arguments += ["--revision", base["revision"]]
+    if command == "quantize":
+        arguments += _quantize_arguments(quantization)
     program = "python -m reference_quantizer"
-    commands = [f"{program} {shlex.join(quantize)}"]
+    commands = [f"{program} {shlex.join(arguments)}"]
     if summary:
         commands.append(f"{program} {shlex.join(_evaluate_arguments(source, summary))}")
     return [*commands, f"{program} card OUT", "python -m conformance check OUT"]
+
+
+def _quantize_arguments(quantization: dict[str, Any]) -> list[str]:
+    """The options of `quantize` that the manifest's record calls for."""
+    arguments = _width_arguments(quantization)
+    for key in KNOBS:
+        if (value := quantization.get(key)) is not None:
+            arguments += [f"--{key.replace('_', '-')}", str(value).lower()]
+    lists = {"include": "include", "exclude": "exclude", "protected_names": "protect"}
+    for key, option in (lists | {"protected_fragments": "protect-fragment"}).items():
+        for value in quantization.get(key, []):
+            arguments += [f"--{option}", value]
+    return arguments
 
 
 def _more_options(quantization: dict[str, Any]) -> list[str]:
@@ -491,14 +515,17 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
 
 
 def _evaluate_arguments(source: str, summary: dict[str, Any]) -> list[str]:
-    data, settings = summary["dataset"], summary["settings"]
-    dataset = data["id"] if not data["config"] else f"{data['id']}:{data['config']}"
-    arguments = ["evaluate", source, "OUT", "--dataset", dataset]
-    for option, value in (("split", data["split"]), ("dataset-revision", data["revision"])):
-        arguments += [f"--{option}", value] if value is not None else []
+    texts, settings = [summary, *summary.get("further_texts", [])], summary["settings"]
+    arguments = ["evaluate", source, "OUT"]
+    for data in (text["dataset"] for text in texts):
+        arguments += ["--dataset", data["id"] if not data["config"] else f"{data['id']}:{data['config']}"]
+    for option in ("split", "dataset_revision"):  # one for all texts of the Hub, where each has its own revision
+        values = {text["dataset"][option.removeprefix("dataset_")] for text in texts} - {None}
+        arguments += [f"--{option.replace('_', '-')}", *values] if len(values) == 1 else []
     for key in ("max_length", "stride", "max_windows", "bos", "batch", "device", "dtype"):
         arguments += [f"--{key.replace('_', '-')}", str(settings[key])] if settings[key] is not None else []
-    return arguments + (["--no-kl"] if summary["kl_divergence"] is None else [])
+    arguments += ["--no-kl"] if summary["kl_divergence"] is None else []
+    return arguments + (["--floor"] if "floor" in summary else [])
 
 
 def _configuration(
@@ -513,6 +540,8 @@ def _configuration(
     found |= {"quantization": raw["quantization"], "tensors_by_bits": {f"{b:g}": n for b, n in sorted(widths.items())}}
     if summary:
         found["evaluation"] = {key: summary[key] for key in ("role", "dataset", "settings")}
+        if further := summary.get("further_texts"):
+            found["evaluation"]["further_datasets"] = [text["dataset"] for text in further]
     if samples:
         found["samples"] = {key: samples[key] for key in ("decoding", "settings")}
     return found

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import new_writer
 
-from reference_quantizer.checkpoint.gguf_blocks import TYPES, Blocks, read_blocks
+from reference_quantizer.foreign.gguf_blocks import TYPES, read_blocks
+from reference_quantizer.foreign.parts import Stage
 from tqformat import TQFormatError, open_repo, pack
 
 gguf = pytest.importorskip("gguf")
@@ -41,7 +42,7 @@ def random_blocks(kind: str, rows: int, blocks: int, rng: np.random.Generator) -
     return data.reshape(rows, -1)
 
 
-def stage_of(found: Blocks, cols: int) -> dict[str, Any]:
+def stage_of(found: Stage, cols: int) -> dict[str, Any]:
     """The stage that add_quantized takes, for the codebook "c" and the transform "i"."""
     bits = max(1, (len(found.levels) - 1).bit_length())
     stage: dict[str, Any] = {"bits": bits, "codebook": "c", "transform": "i"}

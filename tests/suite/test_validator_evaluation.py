@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def summary(tokens: int, max_length: int = 8, stride: int = 4) -> dict[str, Any]
             "batch": 1, "device": "cpu", "dtype": "float32",
         },
         "windows": len(windows), "scored_tokens": scored, "positions": positions, "base": model, "quantized": model,
-        "perplexity_delta": 0.0, "perplexity_ratio": 1.0, "kl_divergence": None,
+        "perplexity_delta": 0.0, "perplexity_ratio": 1.0, "perplexity_ratio_standard_error": 0.0,
+        "kl_divergence": None, "p_delta": {"mean": 0.0, "rms": 0.0},
         "top1_agreement": {"agreeing": positions, "rate": 1.0},
         "window_results": {
             "base_nll": [1.0] * len(windows), "quantized_nll": [1.0] * len(windows), "kl": None,
+            **{key: [0.0] * len(windows) for key in ("nll_delta_squared", "p_delta", "p_delta_squared")},
             "agreeing": [each for _, each in windows],
         },
         "logit_cosine": {"prompts": list("abcd"), "values": [1.0] * 4, "mean": 1.0},
@@ -75,6 +78,66 @@ def test_fewer_than_two_windows_are_no_evaluation(tmp_path: Path) -> None:
     assert found(evaluated(tmp_path / "nine", 9)) == []
     for tokens in (8, 2):  # every count is right but the number of windows
         assert found(evaluated(tmp_path / str(tokens), tokens)) == [("EVAL.WINDOWS", SUMMARY, "/windows", None)]
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> list[tuple[str, str | None]]:
+    """Code and pointer of what is found in an evaluation of 11 positions after a change to it."""
+
+    def text(payload: str) -> dict[str, Any]:
+        value = summary(12) | {"payload": {PAYLOAD: payload}}
+        kl = {"mean": 0.5, "median": 0.25, "p99": 2.775, "p999": 2.9775, "max": 3.0}
+        value["kl_divergence"] = kl | {"histogram": [*[0] * 89, 10, *[0] * 13, 1]}  # from 0.25 and from 3 nats on
+        value["window_results"]["kl"] = [0.5] * value["windows"]
+        change(value)
+        return value
+
+    r, listed = repo(), {}
+
+    def complete(files: dict[str, Any]) -> None:
+        listed[SUMMARY] = json.dumps(text(files[PAYLOAD]["sha256"])).encode()
+        files[SUMMARY] = Repo.entry(SUMMARY, listed[SUMMARY]) | {"role": "document"}
+
+    r.listed = complete
+    r.after = lambda repository: (repository / SUMMARY).write_bytes(listed[SUMMARY])
+    return [(code, pointer) for code, _, pointer, _ in found(r.write(path))]
+
+
+def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda summary: summary["kl_divergence"].update({key: value})
+
+
+def test_edges_of_the_bins() -> None:
+    """As SPEC.md has them: four for each octave, of the same width."""
+    edges = [checks_evaluation._edge(i) for i in range(129)]
+    assert edges[:2] == [0.0, 2**-24] and edges[97:101] == [1.0, 1.25, 1.5, 1.75] and edges[128] == 224.0
+    assert edges == sorted(edges)
+
+
+def test_quantiles_lie_where_the_histogram_has_them(tmp_path: Path) -> None:
+    """Of 11 positions ten are from 0.25 to 0.3125 nats, one is 3; 0.99 * 10 and 0.999 * 10 lie between the last two."""
+    assert changed(tmp_path / "sound", lambda _: None) == []
+    fine = {"median": 0.3125, "p99": 0.25, "p999": 3.0, "mean": 0.5}
+    beyond = {"median": 0.32, "p99": 0.2, "p999": 3.1, "mean": 0.6, "max": 3.6}
+    for key, value in fine.items():
+        if key != "p99":  # which may not be below the median
+            assert changed(tmp_path / f"fine-{key}", put(key, value)) == [], key
+    for key, value in beyond.items():
+        pointers = changed(tmp_path / f"beyond-{key}", put(key, value))
+        assert ("EVAL.METRIC", f"/kl_divergence/{key}") in pointers, (key, pointers)
+    order = changed(tmp_path / "order", lambda s: s["kl_divergence"].update({"p99": 2.9, "p999": 2.8}))
+    assert order == [("EVAL.METRIC", "/kl_divergence")]
+
+
+@pytest.mark.parametrize("name", ["fewer", "empty end"])
+def test_a_histogram_holds_all_positions(name: str, tmp_path: Path) -> None:
+    def fewer(summary: dict[str, Any]) -> None:
+        summary["kl_divergence"]["histogram"][89] -= 1
+
+    def end(summary: dict[str, Any]) -> None:
+        summary["kl_divergence"]["histogram"].append(0)
+
+    pointers = changed(tmp_path / "r", fewer if name == "fewer" else end)
+    assert pointers == [("EVAL.METRIC", "/kl_divergence/histogram")]
 
 
 def digest(path: Path, name: str = SUMMARY) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_python
+from helpers import GGUF_HEADS, GGUF_HIDDEN, GGUF_LAYERS, GGUF_WORDS, make_gguf
 from safetensors.torch import load_file
 
 from reference_quantizer.__main__ import main
@@ -20,64 +21,6 @@ from reference_quantizer.checkpoint.source import PROVENANCE, open_source
 from tqformat import TQFormatError, load, open_repo
 
 gguf = pytest.importorskip("gguf")
-HIDDEN, HEADS, LAYERS, WORDS = 64, 4, 2, 96
-
-
-def make_gguf(
-    path: Path, architecture: str = "llama", leave_out: str = "", add: str = ""
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Writes a small GGUF file with matrices in Q8_0 and a byte-level vocabulary; the decoded tensors by name."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("small")
-    writer.add_license("mit")
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(2 * HIDDEN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(WORDS)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(WORDS - 3)), "ab"])
-    writer.add_token_types([3, 3] + [1] * (WORDS - 2))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (WORDS, HIDDEN), "output_norm.weight": (HIDDEN,)}
-    for i in range(LAYERS):
-        for name, rows, cols in (
-            ("attn_q", HIDDEN, HIDDEN),
-            ("attn_k", HIDDEN // 2, HIDDEN),
-            ("attn_v", HIDDEN // 2, HIDDEN),
-            ("attn_output", HIDDEN, HIDDEN),
-            ("ffn_gate", 2 * HIDDEN, HIDDEN),
-            ("ffn_up", 2 * HIDDEN, HIDDEN),
-            ("ffn_down", HIDDEN, 2 * HIDDEN),
-        ):
-            shapes[f"blk.{i}.{name}.weight"] = (rows, cols)
-        shapes |= {f"blk.{i}.attn_norm.weight": (HIDDEN,), f"blk.{i}.ffn_norm.weight": (HIDDEN,)}
-    if add:
-        shapes[add] = (8,)
-    shapes.pop(leave_out, None)
-    decoded = {}
-    for name, shape in shapes.items():
-        values = rng.normal(0, 0.1, shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, values)
-            decoded[name] = values
-        else:
-            blocks = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-            decoded[name] = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return decoded
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +43,15 @@ def test_import(small: tuple[Path, dict[str, np.ndarray[Any, Any]]], checkpoint:
     parts = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"}
     parts |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")} | {"ffn_norm": "post_attention_layernorm"}
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    names |= {f"blk.{i}.{k}.weight": f"model.layers.{i}.{v}.weight" for i in range(LAYERS) for k, v in parts.items()}
-    for i in range(LAYERS):
-        for part, heads in (("q", HEADS), ("k", 2)):
+    names |= {
+        f"blk.{i}.{k}.weight": f"model.layers.{i}.{v}.weight" for i in range(GGUF_LAYERS) for k, v in parts.items()
+    }
+    for i in range(GGUF_LAYERS):
+        for part, heads in (("q", GGUF_HEADS), ("k", 2)):
             name = f"blk.{i}.attn_{part}.weight"
             names[name] = f"model.layers.{i}.self_attn.{part}_proj.weight"
-            interleaved = decoded[name].reshape(heads, HIDDEN // HEADS // 2, 2, HIDDEN)
-            decoded = decoded | {name: interleaved.swapaxes(1, 2).reshape(-1, HIDDEN)}
+            interleaved = decoded[name].reshape(heads, GGUF_HIDDEN // GGUF_HEADS // 2, 2, GGUF_HIDDEN)
+            decoded = decoded | {name: interleaved.swapaxes(1, 2).reshape(-1, GGUF_HIDDEN)}
     assert set(names.values()) == set(state) and set(names) == set(decoded)
     for stored, name in names.items():
         assert torch.equal(state[name], torch.tensor(decoded[stored]).bfloat16()), name
@@ -117,7 +62,10 @@ def test_import(small: tuple[Path, dict[str, np.ndarray[Any, Any]]], checkpoint:
     assert (checkpoint / "tokenizer.json").is_file()
     facts = json.loads((checkpoint / PROVENANCE).read_text())
     assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and facts["file"] == path.name
-    assert facts["tensor_types"] == {"F32": 2 * LAYERS + 1, "Q8_0": 7 * LAYERS + 1} and facts["quantized"] is True
+    assert (
+        facts["tensor_types"] == {"F32": 2 * GGUF_LAYERS + 1, "Q8_0": 7 * GGUF_LAYERS + 1}
+        and facts["quantized"] is True
+    )
 
 
 def test_plan_of_the_file_is_that_of_the_checkpoint(
@@ -286,7 +234,7 @@ def test_a_wrong_value_is_found(small: tuple[Path, Any], checkpoint: Path, tmp_p
 
     shutil.copytree(checkpoint, tmp_path / "copy")
     state = load_file(checkpoint / "model.safetensors")
-    state["model.embed_tokens.weight"][WORDS - 1, 3] += 1
+    state["model.embed_tokens.weight"][GGUF_WORDS - 1, 3] += 1
     save_file(state, tmp_path / "copy" / "model.safetensors")
     with gguf_source.opened(small[0]) as reader:
         gguf_source._check(checkpoint, small[0], reader)

@@ -176,6 +176,16 @@ def test_symbols_are_the_nearest_levels() -> None:
         assert torch.equal(nearest(y, (levels[1:] + levels[:-1]) / 2).long(), expected)
 
 
+def test_symbols_at_borders_are_those_of_a_search() -> None:
+    close = torch.tensor([-1.0, -0.5, 0.5, 0.5 + 2**-24, 1.0])  # two in one cell
+    bordering = [close, *(torch.tensor(lloyd_max_levels(2**bits, 64, 8193, 96)[1:]) for bits in (2, 4, 8))]
+    for borders in bordering:
+        beside = [borders.nextafter(torch.tensor(end)) for end in (-9.0, 9.0)]
+        y = torch.cat([borders, *beside, gaussian(10, 1000).flatten() * 3, torch.tensor([-1e30, -0.0, 0.0, 1e30])])
+        assert torch.equal(nearest(y, borders).long(), torch.bucketize(y, borders))
+        assert nearest(y[:0], borders).shape == (0,)
+
+
 @pytest.mark.parametrize("peak", [1e-40, 1e-30, 1.0, 1e30, 3.3e38])
 def test_norms_neither_overflow_nor_underflow(peak: float) -> None:
     x = gaussian(4, 64).clamp(-3, 3) / 3 * peak

@@ -224,6 +224,8 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
     assert len(ids) == 300 == summary["dataset"]["tokens"]
     nll = np.zeros(2)
     divergences, agreeing, weights, before = [], 0, 0, 0
+    nll_delta: list[float] = []
+    p_delta: list[float] = []
     for begin in range(0, 300, 16):
         end = min(begin + 32, 300)
         window, target = ids[None, begin:end], ids[None, begin:end].clone()
@@ -236,6 +238,9 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
         p, q = (output.logits[0, :-1][place].double().log_softmax(-1) for output in outputs)
         divergences += (p.exp() * (p - q)).sum(-1).tolist()
         agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+        right = [x.gather(1, target[0, 1:][place, None])[:, 0] for x in (p, q)]
+        nll_delta += (right[0] - right[1]).tolist()
+        p_delta += (right[1].exp() - right[0].exp()).tolist()
         weights, before = weights + weight, end
         if end == 300:
             break
@@ -247,7 +252,15 @@ def test_the_figures_are_those_of_a_plain_computation(lab: Lab) -> None:
     assert kl["mean"] == pytest.approx(np.mean(divergences), rel=1e-4) and kl["mean"] > 1e-4
     assert kl["median"] == pytest.approx(np.median(divergences), rel=1e-3)
     assert kl["p99"] == pytest.approx(np.quantile(divergences, 0.99), rel=1e-3)
+    assert kl["p999"] == pytest.approx(np.quantile(divergences, 0.999), rel=1e-3)
+    edges = [0.0, *((4 + i % 4) * 2.0 ** (i // 4 - 26) for i in range(128)), math.inf]
+    counts = np.histogram(divergences, edges)[0]
+    assert np.abs(np.array(kl["histogram"]) - counts[: len(kl["histogram"])]).sum() <= 2  # one may cross an edge
     assert summary["top1_agreement"]["agreeing"] == agreeing < 299
+    error = np.std(nll_delta, ddof=1) / math.sqrt(299) * summary["perplexity_ratio"]
+    assert summary["perplexity_ratio_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert summary["p_delta"]["mean"] == pytest.approx(np.mean(p_delta), rel=1e-3)
+    assert summary["p_delta"]["rms"] == pytest.approx(math.sqrt(np.mean(np.square(p_delta))), rel=1e-4)
 
 
 def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
@@ -259,7 +272,7 @@ def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
     make_tokenizer(path)
     repo, text = make_same(path, tmp_path / "repo"), make_text(tmp_path / "long.txt", 297_053)
     summary = evaluate.evaluate(
-        str(path), repo, str(text), evaluate.Settings(batch=16), cache_dir=tmp_path / "cache", quiet=True
+        str(path), repo, [str(text)], evaluate.Settings(batch=16), cache_dir=tmp_path / "cache", quiet=True
     )
     assert (summary["dataset"]["tokens"], summary["windows"], summary["scored_tokens"]) == (297_053, 1160, 295_893)
     assert summary["settings"]["max_windows"] is None and summary["role"] == "sanity-test"
@@ -271,11 +284,93 @@ def test_full_pass_over_as_many_tokens(tmp_path: Path) -> None:
 def test_the_same_weights_show_no_difference(lab: Lab, device: str) -> None:
     repo = make_same(lab.base, lab.path / "same")
     summary = lab.run(repo=repo, device=device, dtype="float32")
-    assert summary["kl_divergence"] == {"mean": 0, "median": 0, "p99": 0, "max": 0}
+    assert summary["kl_divergence"] == {"mean": 0, "median": 0, "p99": 0, "p999": 0, "max": 0, "histogram": [299]}
+    assert (summary["p_delta"], summary["perplexity_ratio_standard_error"]) == ({"mean": 0, "rms": 0}, 0)
     assert (summary["perplexity_ratio"], summary["perplexity_delta"]) == (1, 0)
     assert summary["top1_agreement"]["rate"] == 1
     assert summary["logit_cosine"]["mean"] == pytest.approx(1, abs=1e-12)
     assert violations(repo) == []
+
+
+def test_several_texts(lab: Lab) -> None:
+    """Each has the figures that it has alone; the same one twice is refused."""
+    other = make_text(lab.path / "other.txt", 100)
+    both = lab.run(texts=[lab.text, other])
+    first, second = lab.run(texts=[lab.text]), lab.run(texts=[other])
+    (further,) = both["further_texts"]
+    assert further == {key: second[key] for key in further}
+    assert {key: both[key] for key in further} == {key: first[key] for key in further}
+    assert "further_texts" not in first and first["dataset"]["id"] != further["dataset"]["id"] == "other.txt"
+    assert "other.txt (sanity-test): 100 tokens" in evaluate.describe(both)
+    lab.run(texts=[lab.text, other])
+    wanted = {"max_length": 32, "stride": 16}
+    current = [
+        evaluate.is_current(lab.repo, both["base_weights_sha256"], [str(text) for text in texts], settings)
+        for settings in (evaluate.Settings(**wanted), evaluate.Settings(**wanted, floor=True))
+        for texts in ([lab.text, other], [other, lab.text], [lab.text], [lab.text, other, other])
+    ]
+    assert current == [True] + [False] * 7
+    with pytest.raises(TQFormatError, match=r"SCHEMA\.VALUE.*a second time"):
+        lab.run(texts=[other, lab.text, other])
+
+
+def test_the_floor_is_the_base_in_bfloat16(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    summary = lab.run(max_windows=2, floor=True)
+    ids = torch.tensor(evaluate.load_tokenizer(lab.repo)(lab.text.read_text())["input_ids"])
+    divergences: list[float] = []
+    for span, new in ((slice(0, 32), 31), (slice(16, 48), 16)):
+        p, q = (
+            transformers.AutoModelForCausalLM.from_pretrained(lab.base, dtype=dtype)(ids[None, span])
+            .logits[0, -new - 1 : -1]
+            .double()
+            .log_softmax(-1)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    floor = summary["floor"]
+    # within what the order of bfloat16 sums, one window or a batch, changes in itself
+    assert floor["kl_divergence"]["mean"] == pytest.approx(np.mean(divergences), rel=0.1)
+    assert 0 < floor["kl_divergence"]["mean"] < summary["kl_divergence"]["mean"]
+    assert "the base in bfloat16 against itself in float32:" in evaluate.describe(summary)
+    assert violations(lab.repo) == []
+    real = evaluate.load_base
+    monkeypatch.setattr(
+        evaluate, "load_base", lambda *given: pytest.fail("loaded") if "bfloat16" in given else real(*given)
+    )
+    assert lab.run(max_windows=2, floor=True)["floor"] == floor  # kept
+    assert "floor" not in lab.run(max_windows=2)
+
+
+def test_the_stride_is_half_a_window_unless_it_is_given() -> None:
+    strides = [evaluate.Settings(max_length=n).complete().stride for n in (512, 2048, 3, 2)]
+    assert strides == [256, 1024, 1, 1] and evaluate.Settings(stride=7).complete().stride == 7
+
+
+def test_loops_are_told(lab: Lab) -> None:
+    from conformance.checks_evaluation import _repetition
+
+    prose = "It is late; a colourless green idea sleeps furiously while the kettle sings."
+    table = {
+        "": 0,
+        "x" * 15: 0,
+        "x" * 16: 0,
+        "x" * 64: 48 / 49,
+        prose: 0,
+        "no, " * 16: 45 / 49,
+        f"{prose}{prose}": 61 / 137,
+    }
+    for text, wanted in table.items():
+        assert samples.repetition(text) == _repetition(text) == pytest.approx(wanted, abs=1e-12), text
+    summary = lab.run(max_windows=2)
+    loop, sound = {"prompt": "Say no.", "repetition": 0.9}, {"prompt": "Say yes.", "repetition": 0.1}
+    told = evaluate.describe(summary, {"samples": [sound, loop, loop | {"base": loop}, sound | {"base": loop}]})
+    assert [text for text in told.splitlines() if "repeats itself" in text] == [
+        "note          the answer to 'Say no.' repeats itself",
+        "note          the answer to 'Say no.' repeats itself; so does the base's",
+    ]
+    assert evaluate.read_samples(lab.repo)["samples"][0]["repetition"] >= 0
 
 
 def test_the_batch_does_not_matter(lab: Lab) -> None:
@@ -376,7 +471,7 @@ def test_the_base_answers_beside_the_samples(lab: Lab) -> None:
     lab.run(repo=same, max_windows=2)
     found = read(same, evaluate.SAMPLES)["samples"]
     assert [{key: sample[key] for key in sample["base"]} for sample in found] == [sample["base"] for sample in found]
-    assert {*found[0]["base"]} == {"tokens", "stopped", "raw", "cleaned"}
+    assert {*found[0]["base"]} == {"tokens", "stopped", "raw", "cleaned", "repetition"}
     lab.run(max_windows=2)
     answers = [sample["base"] for sample in read(lab.repo, evaluate.SAMPLES)["samples"]]
     assert answers == [sample["base"] for sample in found]
@@ -389,7 +484,7 @@ def test_infinite_logits_and_masked_entries() -> None:
     base, quantized = torch.zeros(2, 4), torch.zeros(2, 4)
     base[:, 3] = quantized[:, 3] = -math.inf  # an entry that the model never gives
     found = evaluate.compare(base, quantized, torch.tensor([0, 1]), True)
-    assert found["base_nll"] == pytest.approx(math.log(3)) and found["kl"].tolist() == [0, 0]
+    assert found["base_nll"] == pytest.approx(math.log(3), rel=1e-6) and found["kl"].tolist() == [0, 0]
 
 
 def test_clean() -> None:
@@ -546,7 +641,23 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
     (evaluate.SUMMARY, put("perplexity_delta", value=0.0), "metrics", "EVAL.METRIC", "/perplexity_delta"),
     (evaluate.SUMMARY, put("perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/perplexity_ratio"),
     (evaluate.SUMMARY, put("kl_divergence", "mean", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/mean"),
-    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence"),
+    (evaluate.SUMMARY, put("kl_divergence", "p99", value=lambda _: 0.0), "metrics", "EVAL.METRIC", "/kl_divergence/p99"),
+    (evaluate.SUMMARY, put("kl_divergence", "p999", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/kl_divergence/p999"),
+    (evaluate.SUMMARY, put("kl_divergence", "histogram", 0, value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/kl_divergence/histogram"),
+    (evaluate.SUMMARY, put("perplexity_ratio_standard_error", value=lambda x: x * 1.00001), "metrics", "EVAL.METRIC", "/perplexity_ratio_standard_error"),
+    (evaluate.SUMMARY, put("p_delta", "mean", value=lambda x: -x), "metrics", "EVAL.METRIC", "/p_delta/mean"),
+    (evaluate.SUMMARY, put("p_delta", "rms", value=lambda x: x / 2), "metrics", "EVAL.METRIC", "/p_delta/rms"),
+    (evaluate.SUMMARY, put("window_results", "p_delta_squared", 2, value=0), "metrics", "EVAL.METRIC", "/window_results/p_delta_squared/2"),
+    (evaluate.SUMMARY, put("floor", "kl_divergence", "p99", value=1.0), "metrics", "EVAL.METRIC", "/floor/kl_divergence/p99"),
+    (evaluate.SUMMARY, put("floor", "p_delta", "rms", value=0.0), "metrics", "EVAL.METRIC", "/floor/p_delta/rms"),
+    (evaluate.SUMMARY, put("floor", "window_results", "p_delta", value=lambda x: x[1:]), "windows", "EVAL.WINDOWS", "/floor/window_results/p_delta"),
+    (evaluate.SUMMARY, put("floor", "kl_divergence", value=None), "shape", "SCHEMA.TYPE", "/floor/kl_divergence"),
+    (evaluate.SUMMARY, put("further_texts", 0, "perplexity_ratio", value=1.0), "metrics", "EVAL.METRIC", "/further_texts/0/perplexity_ratio"),
+    (evaluate.SUMMARY, put("further_texts", 0, "top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/further_texts/0/top1_agreement/agreeing"),
+    (evaluate.SUMMARY, put("further_texts", 0, "floor", "p_delta", "rms", value=0.0), "metrics", "EVAL.METRIC", "/further_texts/0/floor/p_delta/rms"),
+    (evaluate.SUMMARY, put("further_texts", 0, "windows", value=1), "windows", "EVAL.WINDOWS", "/further_texts/0/windows"),
+    (evaluate.SAMPLES, put("samples", 0, "repetition", value=lambda x: 1 - x), "samples", "EVAL.SAMPLE", "/samples/0/repetition"),
+    (evaluate.SAMPLES, put("samples", 1, "base", "repetition", value=lambda x: 1 - x), "samples", "EVAL.SAMPLE", "/samples/1/base/repetition"),
     (evaluate.SUMMARY, put("kl_divergence", value=None), "metrics", "EVAL.METRIC", "/kl_divergence"),
     (evaluate.SUMMARY, put("top1_agreement", "agreeing", value=lambda x: x + 1), "metrics", "EVAL.METRIC", "/top1_agreement/agreeing"),
     (evaluate.SUMMARY, put("top1_agreement", "rate", value=1.0), "metrics", "EVAL.METRIC", "/top1_agreement/rate"),
@@ -582,7 +693,7 @@ TAMPERED: list[tuple[str, Callable[[dict[str, Any]], Any], str, str, str]] = [
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.run()
+    lab.run(texts=[lab.text, make_text(lab.path / "other.txt", 100)], floor=True)
     return lab.repo
 
 

@@ -36,7 +36,7 @@ from tqformat.writer import add_files
 
 SIZES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 CONSTANTS = re.compile(
-    r"ar[Xx]iv(?::|\.org/abs/)\d{4}\.\d{5}|\bE8 lattice|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99th|T\^-1|output\[0, |shape\[1\] :\]"
+    r"ar[Xx]iv(?::|\.org/abs/)\d{4}\.\d{5}|\bE8 lattice|SHA-256|top-1|\bL[0-3]\b|max_new_tokens=64|99(?:\.9)?th|in float32|T\^-1|output\[0, |shape\[1\] :\]"
 )
 ALLOCATION = {
     "allocator": "fisher",
@@ -56,8 +56,11 @@ ALLOCATION = {
 # ------------------------------------------------------------------------------------------------ repositories
 
 
-def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
-    """Puts evaluation files into `repo` whose figures follow from themselves; no model is run."""
+LOOP = " ".join(["17 and 25 make 42."] * 3)
+
+
+def evaluation(repo: Path, ratio: float, kl: bool = True, more: bool = False) -> None:
+    """Puts evaluation files into `repo` whose figures follow from themselves; no model is run. `more` is all that is optional."""
     manifest = json.loads((repo / MANIFEST).read_text("utf-8"))
     payload = {name: file["sha256"] for name, file in manifest["files"].items() if file["role"] == "payload"}
     positions, scored = [511, 256, 134], [511, 255, 133]
@@ -74,9 +77,26 @@ def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
     }
     subject = {"schema_version": "1.0", "base_model": manifest["base_model"]["id"], "payload": payload}
     figures_kl = None
+
+    def weighted(values: list[float]) -> float:
+        return math.fsum(v * n for v, n in zip(values, positions, strict=True)) / sum(positions)
+
     if divergence:
-        weighted = math.fsum(v * n for v, n in zip(divergence, positions, strict=True)) / sum(positions)
-        figures_kl = {"mean": weighted, "median": 0.25, "p99": 2.125, "max": 7.5}
+        tokens = np.repeat([0.22, 0.25, 1.0, 2.125, 5.0, 7.5], [450, 341, 100, 8, 1, 1])
+        edges = [0.0, *((4 + i % 4) * 2.0 ** (i // 4 - 26) for i in range(128)), math.inf]
+        histogram = np.trim_zeros(np.histogram(tokens, edges)[0], "b").tolist()
+        figures_kl = {"mean": weighted(divergence), "median": 0.25, "p99": 2.125, "p999": 5.25, "max": 7.5}
+        figures_kl |= {"histogram": histogram}
+    p_delta, p_squared = [-0.0111, -0.0222, 0.0033], [0.0101, 0.0202, 0.0303]
+    nll_squared = [0.44 + math.log(ratio) ** 2] * 3
+    deltas = [q - b for b, q in zip(nll["base"], nll["quantized"], strict=True)]
+    error = math.sqrt((weighted(nll_squared) - weighted(deltas) ** 2) / (sum(positions) - 1))
+    change = {
+        "kl_divergence": figures_kl,
+        "p_delta": {"mean": weighted(p_delta), "rms": math.sqrt(weighted(p_squared))},
+        "top1_agreement": {"agreeing": sum(agreeing), "rate": sum(agreeing) / sum(positions)},
+    }
+    changes = {"agreeing": agreeing, "kl": divergence, "p_delta": p_delta, "p_delta_squared": p_squared}
     dataset = {"source": "file", "id": "text.txt", "config": None, "split": None, "revision": None, "rows": 37}
     dataset |= {"sha256": "1a" * 32, "tokens": 902, "tokens_sha256": "2b" * 32}
     settings = {"max_length": 512, "stride": 256, "max_windows": None, "bos": "auto", "bos_token_id": 1, "batch": 2}
@@ -94,19 +114,27 @@ def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
         "positions": sum(positions),
         "perplexity_delta": models["quantized"]["perplexity"] - models["base"]["perplexity"],
         "perplexity_ratio": ratio,
-        "kl_divergence": figures_kl,
-        "top1_agreement": {"agreeing": sum(agreeing), "rate": sum(agreeing) / sum(positions)},
+        "perplexity_ratio_standard_error": ratio * error,
+        **change,
         "window_results": {
             "base_nll": nll["base"],
             "quantized_nll": nll["quantized"],
-            "agreeing": agreeing,
-            "kl": divergence,
+            "nll_delta_squared": nll_squared,
+            **changes,
         },
         "logit_cosine": {"prompts": list(samples.LOGIT_PROMPTS), "values": cosines, "mean": math.fsum(cosines) / 4},
         "seconds": 12.3,
     }
-    texts = ["The sky is blue.", "1. A coat\n\n  2. ```boots```", "17 and 25 make 42."]
+    if more:
+        of_text = ("windows", "scored_tokens", "positions", "base", "quantized", "perplexity_delta", "perplexity_ratio")
+        of_text += ("perplexity_ratio_standard_error", *change, "window_results")
+        further = {"dataset": dataset | {"id": "other.txt", "rows": 47, "sha256": "4d" * 32}}
+        summary["floor"] = {"dtype": "bfloat16", **change, "window_results": changes | {"agreeing": [511, 256, 131]}}
+        summary["floor"]["top1_agreement"] = {"agreeing": 898, "rate": 898 / 901}
+        summary["further_texts"] = [further | {key: summary[key] for key in of_text}]
+    texts = ["The sky is blue.", "1. A coat\n\n  2. ```boots```", LOOP]
     answers = [*texts[:1], "- *Nothing* at all", ""]  # of the base: the same, another, none
+    repetitions = dict.fromkeys([*texts, *answers], 0.0) | {LOOP: 1 - 19 / 41}
     generations = {
         **subject,
         **machine,
@@ -114,7 +142,12 @@ def evaluation(repo: Path, ratio: float, kl: bool = True) -> None:
         "cleaning": {"rule": samples.CLEANING, "special_tokens": ["</s>"]},
         "samples": [
             {"prompt": p, "input": f"user: {p}", "tokens": 5 + i, "stopped": "end", "raw": f"{t}</s>", "cleaned": t}
-            | ({"base": {"tokens": 15 + i, "stopped": "end", "raw": f"{a}</s>", "cleaned": a}} if kl else {})
+            | {"repetition": repetitions[t]}
+            | (
+                {"base": {"tokens": 15 + i, "stopped": "end", "raw": f"{a}</s>", "cleaned": a, "repetition": 0.0}}
+                if kl
+                else {}
+            )
             for i, (p, t, a) in enumerate(zip(samples.SAMPLE_PROMPTS, texts, answers, strict=True))
         ],
         "settings": {"device": "cpu", "dtype": "float32"},
@@ -170,7 +203,7 @@ def np_norm(rng: np.random.Generator) -> Any:
 def make(case: str, path: Path) -> Path:
     """One of the kinds of repository that a card must fit."""
     if case == "uniform":
-        evaluation(layered(path, (4,)), 1.5)
+        evaluation(layered(path, (4,)), 1.5, more=True)
     elif case == "sound, no KL":
         evaluation(layered(path, (4,)), 1.01, kl=False)
     elif case == "mixed, collapsed":
@@ -347,7 +380,9 @@ def expected_of_weights(repo: Path, manifest: dict[str, Any]) -> list[str]:
         line("Unchanged weights", sum(r["n"] for r in kept)),
         line("Tied names, stored once", len(manifest.get("tied_weights", {}))),
         line("Bits per weight, whole payload", per_weight),
-        f"decoded to {', '.join(sorted({t['dtype'] for t in manifest['tensors'].values()}))} when they",
+        f"Decoded weights are {', '.join(sorted({t['dtype'] for t in manifest['tensors'].values()}))}:",
+        line("decoded", original),
+        line("packed, where the model takes each weight as it is stored", payload),
         f"The whole payload has {per_weight} bits per weight.",
         part("embeddings and output head", sum(r["original"] for r in embedding), sum(r["stored"] for r in embedding)),
         part("other quantized weights: codes", sum(r["original"] for r in other), sum(r["codes"] for r in other)),
@@ -460,6 +495,7 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
         return []
     e, s = (json.loads((repo / name).read_text("utf-8")) for name in (card.SUMMARY, card.SAMPLES))
     base, quantized, kl, top = e["base"], e["quantized"], e["kl_divergence"], e["top1_agreement"]
+    error, further = e["perplexity_ratio_standard_error"], e.get("further_texts", [])
     b, p = base["perplexity"], quantized["perplexity"]
     rows = rows_of(repo, manifest)
     files = sum(f["size"] for f in manifest["files"].values() if f["role"] == "payload")
@@ -467,7 +503,7 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
     agreement, cosine = f"{100 * top['rate']:.2f} %", f"{e['logit_cosine']['mean']:.6f}"
     data, settings = e["dataset"], e["settings"]
     found = [
-        line("Perplexity", f"{b:,.4f} → {p:,.4f}, {p / b:.3f} times the base's ({p - b:+,.4f})"),
+        line("Perplexity", f"{b:,.4f} → {p:,.4f}, {p / b:.3f} ± {error:.3f} times the base's ({p - b:+,.4f})"),
         line("Same best next token as the base", agreement),
         line("Mean last-token logit cosine", cosine),
         line(
@@ -482,7 +518,9 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
         ),
         line("Perplexity", f"{b:,.4f}", f"{p:,.4f}", "lower is better"),
         f"| Perplexity, quantized minus base | | {p - b:+,.4f} |",
-        f"| Perplexity, quantized over base | | {p / b:,.4f} |",
+        f"| Perplexity, quantized over base | | {p / b:,.4f} ± {error:,.4f} |",
+        f"| Probability of the right token, mean change | | {100 * e['p_delta']['mean']:.2f} % |",
+        f"of the change (RMS Δp) | | {100 * e['p_delta']['rms']:.2f} % |",
         f"| Same best next token | | {agreement} ({top['agreeing']:,} of {e['positions']:,} positions) |",
         f"| Mean last-token logit cosine | | {cosine} |",
         f"| Tokens scored | {e['scored_tokens']:,} | {e['scored_tokens']:,} |",
@@ -508,10 +546,28 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
         ),
     ]
     if kl:
-        found += [line("KL divergence from the base", f"{kl['mean']:.4f} nats (mean)")]
+        cells = f"{kl['mean']:.4f} nats (mean), {kl['p999']:.4f} (99.9th percentile)"
+        found += [line("KL divergence from the base", cells)]
         found += [f"| KL divergence from the base, mean (nats) | | {kl['mean']:.6f} |"]
-        labels = {"median": "median", "p99": "99th percentile", "max": "largest"}
+        labels = {"median": "median", "p99": "99th percentile", "p999": "99.9th percentile", "max": "largest"}
         found += [f"| KL divergence, {label} | | {kl[key]:.6f} |" for key, label in labels.items()]
+    for text in further:
+        data = text["dataset"]
+        place = f"`{data['id']}` (a local file), {data['rows']} rows, {data['tokens']:,} tokens"
+        found.append(line("Further text", f"{place}, SHA-256 `{data['sha256']}`, {text['windows']} windows"))
+    for text in [e, *further] if further else []:
+        of = [f"{text[model]['perplexity']:,.4f}" for model in ("base", "quantized")]
+        ratio = f"{text['perplexity_ratio']:,.4f} ± {text['perplexity_ratio_standard_error']:,.4f}"
+        found.append(line(f"`{text['dataset']['id']}`", text["windows"], *of, ratio))
+    if further or "floor" in e:
+        compared = [("quantized", text, text) for text in [e, *further]]
+        compared += [("floor", text, text["floor"]) for text in [e, *further] if "floor" in text]
+        for label, text, change in compared:
+            divergence = [f"{change['kl_divergence'][key]:.6f}" for key in ("mean", "p99", "p999")]
+            shares = [f"{100 * x:.2f} %" for x in (change["p_delta"]["rms"], change["top1_agreement"]["rate"])]
+            found.append(line(f"{label}, on `{text['dataset']['id']}`", *divergence, *shares))
+    if "floor" in e:
+        found.append("computed in bfloat16 and compared with itself in float32")
     if p / b > 1.25:
         found.append(f"Its perplexity is {p / b:.2f} times the base's ({p:,.2f} against {b:,.2f}).")
     if p / b > 2:
@@ -520,12 +576,13 @@ def expected_of_evaluation(repo: Path, manifest: dict[str, Any]) -> list[str]:
     shown = {  # as Markdown that shows it as it is
         "The sky is blue.": "> The sky is blue.",
         "1. A coat\n\n  2. ```boots```": "> 1\\. A coat\n>\n> &nbsp;&nbsp;2\\. \\`\\`\\`boots\\`\\`\\`",
-        "17 and 25 make 42.": "> 17 and 25 make 42.",
+        LOOP: f"> {LOOP}",
         "- *Nothing* at all": "> \\- \\*Nothing\\* at all",
         "": "> *(nothing)*",
     }
     for sample in s["samples"]:
-        block = f"### {sample['prompt']}\n\nQuantized, {sample['tokens']} tokens, ended by the model:\n\n"
+        block = f"### {sample['prompt']}\n\nQuantized, {sample['tokens']} tokens, ended by the model"
+        block += f"{', **repeats itself**' if sample['cleaned'] == LOOP else ''}:\n\n"
         found.append(f"{block}{shown[sample['cleaned']]}\n\n")
         answer = sample.get("base")
         if answer and answer["cleaned"] != sample["cleaned"]:
@@ -544,6 +601,8 @@ def configuration(repo: Path) -> dict[str, Any]:
     if card.SUMMARY in manifest["files"]:
         e, s = (json.loads((repo / name).read_text("utf-8")) for name in (card.SUMMARY, card.SAMPLES))
         found["evaluation"] = {key: e[key] for key in ("role", "dataset", "settings")}
+        if "further_texts" in e:
+            found["evaluation"]["further_datasets"] = [text["dataset"] for text in e["further_texts"]]
         found["samples"] = {key: s[key] for key in ("decoding", "settings")}
     return found
 
@@ -686,7 +745,9 @@ def test_the_commands_mean_what_the_manifest_says(case: tuple[str, Path]) -> Non
     assert {k: getattr(args, k) for k in e["settings"].keys() - {"bos_token_id"}} == {
         k: v for k, v in e["settings"].items() if k != "bos_token_id"
     }
-    assert (args.dataset, args.kl) == (e["dataset"]["id"], e["kl_divergence"] is not None)
+    texts = [e, *e.get("further_texts", [])]
+    assert args.dataset == [text["dataset"]["id"] for text in texts]
+    assert (args.kl, args.floor) == (e["kl_divergence"] is not None, "floor" in e)
 
 
 def test_the_hub_reads_the_front_matter(case: tuple[str, Path]) -> None:
@@ -897,3 +958,38 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     )
     assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text
+
+
+def test_the_command_of_several_texts_names_what_they_share() -> None:
+    settings: dict[str, Any] = {"max_length": 8, "stride": 4, "max_windows": None, "bos": "auto", "batch": 1}
+    settings |= {"device": "cpu", "dtype": "float32"}
+
+    def text(id: str, split: str | None, revision: str | None) -> dict[str, Any]:
+        return {"dataset": {"id": id, "config": None, "split": split, "revision": revision}}
+
+    def command(*texts: dict[str, Any]) -> argparse.Namespace:
+        summary = {**texts[0], "further_texts": [*texts[1:]], "settings": settings, "kl_divergence": None}
+        return command_line._parser().parse_args(card._evaluate_arguments("BASE", summary))
+
+    args = command(text("a/b", "train", "1" * 40), text("file.txt", None, None))
+    assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "file.txt"], "train", "1" * 40)
+    args = command(text("a/b", "train", "1" * 40), text("c/d", "train", "2" * 40))
+    assert (args.dataset, args.split, args.dataset_revision) == (["a/b", "c/d"], "train", None)
+
+
+def test_values_that_were_taken_over_are_told(tmp_path: Path) -> None:
+    """The command `import` quantizes nothing: the card names the checkpoint and its format, and no method of this program."""
+    repo = layered(tmp_path / "repo", (4,), layers=1, method="import_gptq", extra={})
+    facts = {"format": "gptq", "id": "org/model-GPTQ", "tensor_types": {"gptq": 7, "unchanged": 2}, "quantized": True}
+    edit_manifest(repo, lambda m: m["base_model"].update(extra={"imported_from": facts}))
+    text = card.write_card(repo).read_text("utf-8")
+    assert (
+        "`org/model-GPTQ`, a checkpoint of the format `gptq`, in tqformat, at 4 bit: codes and scales were put in"
+        in text
+    )
+    assert (
+        "| Made from | `org/model-GPTQ`, a checkpoint of gptq (gptq: 7, unchanged: 2), whose values these are |" in text
+    )
+    (command,) = re.findall(r"reference_quantizer import (.*)", text)
+    assert command.startswith("org/model-GPTQ OUT --base-model org/base-1") and "--bits" not in command
+    assert "Online Vector Quantization" not in text and "\n- turboquant\n" not in text

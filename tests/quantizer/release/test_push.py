@@ -340,7 +340,7 @@ def test_evaluate_says_that_the_card_is_out_of_date(carded: Path, capsys: pytest
             patch.setattr(command, "evaluation_settings", lambda _, ratio=ratio: ratio)
             args.revision = args.dataset = None
             patch.setattr(evaluate, "evaluate", lambda *given, **_: evaluation(carded, given[3]))
-            patch.setattr(evaluate, "describe", lambda _: "figures")
+            patch.setattr(evaluate, "describe", lambda *_: "figures")
             assert command.run_evaluate(args) == 0
         err = capsys.readouterr().err
         wanted = f"note: README.md is out of date now; write it again: python -m reference_quantizer card {carded}\n"

@@ -9,27 +9,15 @@ the IQ types come from the gguf package, which is imported for them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from reference_quantizer.foreign.parts import Stage, integers
 from tqformat.load_quantized import TQFormatError
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Of each block at first, of each row in the end: n stands for blocks or rows, G for cols / the columns of `scales`."""
-
-    symbols: Array  # unsigned [n, cols/p]
-    levels: Array  # float32 [entries, p]
-    scales: Array  # [n, cols/G], of `scale_dtype`; the 8-bit floats as bytes
-    scale_dtype: str = "F16"
-    outer_scales: Array | None = None  # float16 [n, blocks of a row], or float32 [1, 1]
-    offsets: Array | None = None  # [n, cols/G], float16 or, with outer ones, uint8
-    outer_offsets: Array | None = None
 
 
 # ------------------------------------------------------------------------------------------------ fields of bits
@@ -58,36 +46,31 @@ def words(data: Array, dtype: str) -> Array:
     return data.copy().view(dtype)
 
 
-def integers(low: int, high: int) -> Array:
-    """The levels low, low + 1, ..., high."""
-    return np.arange(low, high + 1, dtype=np.float32)[:, None]
-
-
 # ------------------------------------------------------------------------------------------------ 32 weights, one scale
 
 
-def q4_0(d: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)), integers(-8, 7), halves(d))
+def q4_0(d: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)), integers(-8, 7), halves(d))
 
 
-def q4_1(d: Array, m: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)), integers(0, 15), halves(d), offsets=halves(m))
+def q4_1(d: Array, m: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)), integers(0, 15), halves(d), offsets=halves(m))
 
 
-def q5_0(d: Array, high: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)) | fields(high, 1) << 4, integers(-16, 15), halves(d))
+def q5_0(d: Array, high: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)) | fields(high, 1) << 4, integers(-16, 15), halves(d))
 
 
-def q5_1(d: Array, m: Array, high: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)) | fields(high, 1) << 4, integers(0, 31), halves(d), offsets=halves(m))
+def q5_1(d: Array, m: Array, high: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)) | fields(high, 1) << 4, integers(0, 31), halves(d), offsets=halves(m))
 
 
-def q8_0(d: Array, q: Array) -> Blocks:
-    return Blocks(q ^ np.uint8(128), integers(-128, 127), halves(d))  # two's complement
+def q8_0(d: Array, q: Array) -> Stage:
+    return Stage(q ^ np.uint8(128), integers(-128, 127), halves(d))  # two's complement
 
 
-def iq4_nl(d: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)), _nonlinear(), halves(d))
+def iq4_nl(d: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)), _nonlinear(), halves(d))
 
 
 # ------------------------------------------------------------------------------------------------ 4-bit floats
@@ -96,48 +79,48 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6],
 ONE = np.ones((1, 1), dtype=np.float32)
 
 
-def mxfp4(e: Array, q: Array) -> Blocks:
-    return Blocks(flat(planes(q, 4)), E2M1, e, "F8_E8M0", ONE)
+def mxfp4(e: Array, q: Array) -> Stage:
+    return Stage(flat(planes(q, 4)), E2M1, e, "F8_E8M0", ONE)
 
 
-def nvfp4(d: Array, q: Array) -> Blocks:
+def nvfp4(d: Array, q: Array) -> Stage:
     d = np.where(d == 0x7F, 0, d & 0x7F).astype(np.uint8)  # scales without a sign; GGUF reads the NaN as 0
-    return Blocks(flat(planes(q.reshape(-1, 4, 8), 4)), E2M1, d, "F8_E4M3", ONE)
+    return Stage(flat(planes(q.reshape(-1, 4, 8), 4)), E2M1, d, "F8_E4M3", ONE)
 
 
 # ------------------------------------------------------------------------------------------------ 256 weights, two levels of scales
 
 
-def q2_k(scales: Array, q: Array, d: Array, m: Array) -> Blocks:
+def q2_k(scales: Array, q: Array, d: Array, m: Array) -> Stage:
     symbols = flat(planes(q.reshape(-1, 2, 32), 2))
-    return Blocks(symbols, integers(0, 3), scales & 15, "U8", halves(d), scales >> 4, -halves(m))
+    return Stage(symbols, integers(0, 3), scales & 15, "U8", halves(d), scales >> 4, -halves(m))
 
 
-def q3_k(high: Array, q: Array, low_scales: Array, high_scales: Array, d: Array) -> Blocks:
+def q3_k(high: Array, q: Array, low_scales: Array, high_scales: Array, d: Array) -> Stage:
     symbols = flat(planes(q.reshape(-1, 2, 32), 2)) | flat(planes(high, 1)) << 2
     scales = flat(planes(low_scales, 4)) | flat(planes(high_scales, 2)) << 4
-    return Blocks(symbols, integers(-4, 3), _less_32(scales), "I8", halves(d))
+    return Stage(symbols, integers(-4, 3), _less_32(scales), "I8", halves(d))
 
 
-def q4_k(d: Array, m: Array, scales: Array, q: Array) -> Blocks:
+def q4_k(d: Array, m: Array, scales: Array, q: Array) -> Stage:
     scales, offsets = _six_bits(scales)
     symbols = flat(planes(q.reshape(-1, 4, 32), 4))
-    return Blocks(symbols, integers(0, 15), scales, "U8", halves(d), offsets, -halves(m))
+    return Stage(symbols, integers(0, 15), scales, "U8", halves(d), offsets, -halves(m))
 
 
-def q5_k(d: Array, m: Array, scales: Array, high: Array, q: Array) -> Blocks:
+def q5_k(d: Array, m: Array, scales: Array, high: Array, q: Array) -> Stage:
     low = q4_k(d, m, scales, q)
     return replace(low, symbols=low.symbols | flat(planes(high, 1)) << 4, levels=integers(0, 31))
 
 
-def q6_k(q: Array, high: Array, scales: Array, d: Array) -> Blocks:
+def q6_k(q: Array, high: Array, scales: Array, d: Array) -> Stage:
     symbols = flat(planes(q.reshape(-1, 2, 64), 4)) | flat(planes(high.reshape(-1, 2, 32), 2)) << 4
-    return Blocks(symbols, integers(-32, 31), scales.view(np.int8), "I8", halves(d))
+    return Stage(symbols, integers(-32, 31), scales.view(np.int8), "I8", halves(d))
 
 
-def iq4_xs(d: Array, high_scales: Array, low_scales: Array, q: Array) -> Blocks:
+def iq4_xs(d: Array, high_scales: Array, low_scales: Array, q: Array) -> Stage:
     scales = fields(low_scales, 4) | fields(high_scales, 2) << 4
-    return Blocks(flat(planes(q.reshape(-1, 8, 16), 4)), _nonlinear(), _less_32(scales), "I8", halves(d))
+    return Stage(flat(planes(q.reshape(-1, 8, 16), 4)), _nonlinear(), _less_32(scales), "I8", halves(d))
 
 
 def _six_bits(data: Array) -> tuple[Array, Array]:
@@ -154,63 +137,63 @@ def _less_32(scales: Array) -> Array:
 # ------------------------------------------------------------------------------------------------ three levels
 
 
-def tq1_0(q: Array, rest: Array, d: Array) -> Blocks:
+def tq1_0(q: Array, rest: Array, d: Array) -> Stage:
     def trits(data: Array, count: int) -> Array:
         """Digits to the base 3, plane by plane; a byte is its number times 256 / 243, rounded up."""
         shifted = data[:, None, :] * (3 ** np.arange(count)).astype(np.uint8)[:, None]
         return flat(shifted.astype(np.uint16) * 3 >> 8)
 
     symbols = np.concatenate([trits(q[:, :32], 5), trits(q[:, 32:], 5), trits(rest, 4)], axis=1)
-    return Blocks(symbols, integers(-1, 1), halves(d))
+    return Stage(symbols, integers(-1, 1), halves(d))
 
 
-def tq2_0(q: Array, d: Array) -> Blocks:
+def tq2_0(q: Array, d: Array) -> Stage:
     symbols = flat(planes(q.reshape(-1, 2, 32), 2))
-    return Blocks(symbols, integers(-1, 2), halves(d))  # quantizers use three of the four levels
+    return Stage(symbols, integers(-1, 2), halves(d))  # quantizers use three of the four levels
 
 
 # ------------------------------------------------------------------------------------------------ grids: vectors of 4 or 8
 
 
-def iq2_xxs(d: Array, q: Array) -> Blocks:
+def iq2_xxs(d: Array, q: Array) -> Stage:
     data = q.reshape(-1, 8, 8)  # per 32 weights: 4 grid indices, then 4 times 7 bits of signs and 4 bits of scale
     last = words(data[:, :, 4:], "<u4")
     signs = last >> np.arange(0, 28, 7, dtype=np.uint32) & 127
     symbols = data[:, :, :4] | signs.astype(np.uint16) << 8
-    return Blocks(flat(symbols), _signed("IQ2_XXS", _even_signs(), 8), _odd(last >> 28), "U8", halves(d))
+    return Stage(flat(symbols), _signed("IQ2_XXS", _even_signs(), 8), _odd(last >> 28), "U8", halves(d))
 
 
-def iq2_xs(d: Array, q: Array, scales: Array) -> Blocks:
+def iq2_xs(d: Array, q: Array, scales: Array) -> Stage:
     levels = _signed("IQ2_XS", _even_signs(), 8)
-    return Blocks(words(q, "<u2"), levels, _odd(fields(scales, 4)), "U8", halves(d))
+    return Stage(words(q, "<u2"), levels, _odd(fields(scales, 4)), "U8", halves(d))
 
 
-def iq3_xxs(d: Array, q: Array, rest: Array) -> Blocks:
+def iq3_xxs(d: Array, q: Array, rest: Array) -> Stage:
     last = words(rest, "<u4")[..., None]
     index = last >> np.arange(0, 28, 7, dtype=np.uint32) & 127
     signs = fields(flat(_even_signs()[index]), 4)
-    return Blocks(
+    return Stage(
         q | signs.astype(np.uint16) << 8, _signed("IQ3_XXS", np.arange(16), 4), _odd(last >> 28), "U8", halves(d)
     )
 
 
-def iq3_s(d: Array, q: Array, high: Array, signs: Array, scales: Array) -> Blocks:
+def iq3_s(d: Array, q: Array, high: Array, signs: Array, scales: Array) -> Stage:
     symbols = q | fields(high, 1).astype(np.uint16) << 8 | fields(signs, 4).astype(np.uint16) << 9
-    return Blocks(symbols, _signed("IQ3_S", np.arange(16), 1), _odd(fields(scales, 4)), "U8", halves(d))
+    return Stage(symbols, _signed("IQ3_S", np.arange(16), 1), _odd(fields(scales, 4)), "U8", halves(d))
 
 
-def iq1_s(d: Array, q: Array, rest: Array) -> Blocks:
+def iq1_s(d: Array, q: Array, rest: Array) -> Stage:
     last = words(rest, "<u2")[..., None]  # per 32 weights: 4 times 3 bits of index, 3 bits of scale, the shift's sign
     index = last >> np.arange(0, 12, 3, dtype=np.uint16) & 7
     symbols = q | flat(index | last >> 15 << 3) << 8
-    return Blocks(symbols, _shifted(), _odd(last >> 12 & 7), "U8", halves(d))
+    return Stage(symbols, _shifted(), _odd(last >> 12 & 7), "U8", halves(d))
 
 
-def iq1_m(q: Array, high: Array, rest: Array) -> Blocks:
+def iq1_m(q: Array, high: Array, rest: Array) -> Stage:
     last = words(rest, "<u2")  # each: 4 times 3 bits of scale, 4 bits of d
     d = (last >> 12 << np.arange(0, 16, 4, dtype=np.uint16)).sum(axis=1, keepdims=True, dtype=np.uint16)
     scales = last[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & 7
-    return Blocks(q | fields(high, 4).astype(np.uint16) << 8, _shifted(), _odd(scales), "U8", d.view("<f2"))
+    return Stage(q | fields(high, 4).astype(np.uint16) << 8, _shifted(), _odd(scales), "U8", d.view("<f2"))
 
 
 def _odd(scales: Array) -> Array:
@@ -254,7 +237,7 @@ def _nonlinear() -> Array:
 
 # ------------------------------------------------------------------------------------------------ all of them
 
-TYPES: dict[str, tuple[int, tuple[int, ...], Callable[..., Blocks]]] = {  # weights in a block, bytes of its fields
+TYPES: dict[str, tuple[int, tuple[int, ...], Callable[..., Stage]]] = {  # weights in a block, bytes of its fields
     "Q4_0": (32, (2, 16), q4_0),
     "Q4_1": (32, (2, 2, 16), q4_1),
     "Q5_0": (32, (2, 4, 16), q5_0),
@@ -280,7 +263,7 @@ TYPES: dict[str, tuple[int, tuple[int, ...], Callable[..., Blocks]]] = {  # weig
 }
 
 
-def read_blocks(kind: str, data: Array) -> Blocks:
+def read_blocks(kind: str, data: Array) -> Stage:
     """The parts of a tensor of GGUF type `kind`, whose bytes are uint8 [rows, bytes of a row].
 
     UNSUPPORTED.LIBRARY for a type that the format cannot express, CONTAINER.SHAPE for rows that are no whole blocks.

@@ -1,0 +1,86 @@
+"""A packed model beside the decoded one: memory, the same text, divergence, tokens a second.
+
+    python benchmarks/packed.py REPO --text wikitext2_raw_test.txt [--windows 4] [--tokens 64] [--rounds 5]
+
+Speeds are medians of interleaved rounds, so that what else the machine does meets both.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tqformat
+from tqformat import packed
+
+PROMPTS = ("The capital of France is", "Once upon a time, there was", "To sort a list in Python,", "Water boils when")
+
+
+def generate(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)  # type: ignore[no-any-return]
+
+
+def first_difference(plain: Any, a: torch.Tensor, b: torch.Tensor) -> str:
+    """Where two texts part, and how far apart the decoded model holds the two tokens there, in logits."""
+    if torch.equal(a, b):
+        return "equal"
+    at = int((a[0] != b[0]).nonzero()[0])
+    with torch.no_grad():
+        logits = plain(a[:, :at]).logits[0, -1].float()
+    gap = float(logits[a[0, at]] - logits[b[0, at]])
+    return f"differ from token {at} on, where the decoded model's logits of the two are {gap:.3f} apart"
+
+
+def divergence(plain: Any, model: Any, ids: torch.Tensor, windows: int, length: int = 256) -> list[float]:
+    """Mean KL divergence, in nats per token, of each window."""
+    found = []
+    for i in range(windows):
+        window = ids[:, i * length : (i + 1) * length]
+        with torch.no_grad():
+            p, q = (m(window).logits[0].float().log_softmax(-1) for m in (plain, model))
+        found.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default=None, help="float32: without the rounding of bfloat16 in both")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    plain, model = (tqformat.load(args.repo, dtype=dtype, packed=each) for each in (False, True))
+    tokenizer = tqformat.load_tokenizer(args.repo)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+    print(f"kernels: {getattr(packed.kernels(), 'form', lambda: 'none')()}; torch threads: {torch.get_num_threads()}")
+    for prompt, each in zip(PROMPTS, ids, strict=True):
+        texts = [generate(m, each, args.tokens) for m in (plain, model)]
+        print(f"{args.tokens} tokens after {prompt!r}: {first_difference(plain, *texts)}")
+    text = Path(args.text).read_text("utf-8")[:20000]
+    found = divergence(plain, model, tokenizer(text, return_tensors="pt").input_ids, args.windows)
+    print("KL divergence by window:", " ".join(f"{kl:.2e}" for kl in found))
+    with tqformat.open_repo(args.repo) as repo:
+        stored = repo.manifest.accounting["stored_bytes"]
+    resident, base = packed.resident_bytes(model), packed.resident_bytes(plain)
+    print(f"resident bytes: packed {resident:,} ({resident / stored:.3f} of the payload's), decoded {base:,}")
+    times: dict[str, list[float]] = {"decoded": [], "packed": []}
+    for _ in range(args.rounds):
+        for name, m in (("decoded", plain), ("packed", model)):
+            begin = time.perf_counter()
+            generate(m, ids[0], args.tokens)
+            times[name].append(args.tokens / (time.perf_counter() - begin))
+    for name, each in times.items():
+        print(f"{name}: {statistics.median(each):.1f} tokens a second (from {min(each):.1f} to {max(each):.1f})")
+    ratios = [b / a for a, b in zip(times["decoded"], times["packed"], strict=True)]
+    print(f"packed over decoded: {statistics.median(ratios):.2f} (median of {args.rounds} rounds)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Builds tests/fuzz.c and the library with sanitizers, and runs it: ./fuzz.sh [SECONDS] [SEED]. Needs gcc or clang.
+set -euo pipefail
+cd "$(dirname "$0")"
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+flags="-std=c11 -O1 -g -Isrc -fsanitize=address,undefined -fno-sanitize-recover=all"
+avx2="-mavx2 -mfma -mbmi2"
+for file in src/*.c tests/fuzz.c; do
+    extra=
+    if [ "$(uname -m)" = x86_64 ]; then
+        case $file in
+        *avx2.c) extra=$avx2 ;;
+        *avx512.c) extra="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi" ;;
+        esac
+    fi
+    "${CC:-cc}" $flags $extra -c "$file" -o "$build/$(basename "$file").o"
+done
+"${CC:-cc}" $flags "$build"/*.o -lm -o "$build/fuzz"
+"$build/fuzz" "${1:-20}" "${2:-1}"

@@ -1,0 +1,112 @@
+/* What the forms share: how a stage is read by one symbol, one scale, one row. */
+#ifndef TQ_INTERNAL_H
+#define TQ_INTERNAL_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tqformat_kernels.h"
+
+#define TQ_MAX_BATCH 8 /* rows of z that one call of a form's product takes */
+
+/* A form: the same functions for one set of instructions. Arguments are checked, batch is 1 to TQ_MAX_BATCH. */
+typedef struct {
+    const char *name;
+    int (*is_fast)(const tq_stage *);
+    int (*product)(const tq_stage *, const float *z, float *y, int64_t batch, int64_t row_begin, int64_t row_end);
+    int (*decode)(const tq_stage *, float *out, int64_t row_begin, int64_t row_end);
+    int (*row)(const tq_stage *, float *out, int64_t row);
+} tq_form;
+
+extern const tq_form tq_form_portable, tq_form_avx2, tq_form_avx512, tq_form_neon;
+
+static inline int64_t tq_tile_bits(const tq_stage *s) { return s->tile_rows * s->tile_cols / s->dimension * s->bits; }
+static inline int64_t tq_tile_bytes(const tq_stage *s) { return (tq_tile_bits(s) + 7) / 8; }
+
+static inline float tq_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* binary16 to binary32, exactly and without branches; what is subnormal there is 2^-24 times an integer. */
+static inline float tq_from_half(uint16_t half) {
+    uint32_t rest = half & 0x7fffu, few, normal = (rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u);
+    float small = (float)(int32_t)rest * 0x1p-24f;
+    memcpy(&few, &small, 4);
+    return tq_from_bits((rest < 0x400 ? few : normal) | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* OCP E4M3: no infinities, 0x7f is NaN. */
+static inline float tq_from_e4m3(uint8_t byte) {
+    int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    if ((byte & 0x7f) == 0x7f) return tq_from_bits(0x7fc00000u);
+    float value =
+        exponent ? (float)(8 + mantissa) * tq_from_bits((uint32_t)(exponent + 117) << 23) : (float)mantissa * 0x1p-9f;
+    return byte & 0x80 ? -value : value;
+}
+
+static inline float tq_from_e8m0(uint8_t byte) {
+    return tq_from_bits(byte == 255 ? 0x7fc00000u : byte ? (uint32_t)byte << 23 : 0x00400000u);
+}
+
+static inline float tq_element(const void *data, int32_t dtype, int64_t i) {
+    const uint8_t *bytes = (const uint8_t *)data;
+    float value;
+    uint16_t half;
+    switch (dtype) {
+        case TQ_F16: memcpy(&half, bytes + 2 * i, 2); return tq_from_half(half);
+        case TQ_BF16: memcpy(&half, bytes + 2 * i, 2); return tq_from_bits((uint32_t)half << 16);
+        case TQ_U8: return bytes[i];
+        case TQ_I8: return (int8_t)bytes[i];
+        case TQ_F8_E4M3: return tq_from_e4m3(bytes[i]);
+        case TQ_F8_E8M0: return tq_from_e8m0(bytes[i]);
+        default: memcpy(&value, bytes + 4 * i, 4); return value;
+    }
+}
+
+/* Scale or offset of vector v of row r, of n vectors a row. */
+static inline float tq_factor(const tq_factors *f, int64_t n, int64_t r, int64_t v) {
+    float value = tq_element(f->data, f->dtype, r * n + v);
+    if (f->outer)
+        value *=
+            tq_element(f->outer, f->outer_dtype, (f->outer_rows > 1 ? r * f->outer_cols : 0) + v / (n / f->outer_cols));
+    return value;
+}
+
+/* The scales or offsets of row r, as [n] floats. */
+static inline void tq_factor_row(const tq_factors *f, int64_t n, int64_t r, float *out) {
+    if (f->dtype == TQ_F32 && !f->outer) {
+        memcpy(out, (const float *)f->data + r * n, (size_t)n * 4);
+        return;
+    }
+    if ((f->dtype == TQ_BF16 || f->dtype == TQ_F16) && !f->outer) { /* loops that compilers turn into vectors */
+        const uint8_t *p = (const uint8_t *)f->data + 2 * r * n;
+        uint16_t half;
+        if (f->dtype == TQ_F16)
+            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_half(half);
+        else
+            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_bits((uint32_t)half << 16);
+        return;
+    }
+    for (int64_t v = 0; v < n; v++) out[v] = tq_factor(f, n, r, v);
+}
+
+/* The 32 bits from byte i of a tile; bytes beyond its end count as 0. */
+static inline uint32_t tq_word(const uint8_t *tile, int64_t bytes, int64_t i) {
+    uint32_t word = 0;
+    if (i + 4 <= bytes) memcpy(&word, tile + i, 4);
+    else if (i < bytes) memcpy(&word, tile + i, (size_t)(bytes - i));
+    return word;
+}
+
+/* The symbol whose window begins at stream bit `at` of a tile [TQ-CODE-6]. */
+static inline uint32_t tq_symbol(const uint8_t *tile, int64_t tile_bits, int64_t at, int window) {
+    int64_t bytes = (tile_bits + 7) / 8, left = tile_bits - at;
+    uint32_t symbol = tq_word(tile, bytes, at >> 3) >> (at & 7);
+    if (left < window) symbol = (symbol & ((1u << left) - 1)) | tq_word(tile, bytes, 0) << left;
+    return symbol & ((1u << window) - 1);
+}
+
+#endif

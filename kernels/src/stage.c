@@ -1,0 +1,129 @@
+/* Checks, the choice of a form, and the functions of tqformat_kernels.h. */
+#include "internal.h"
+
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+static const int64_t SCALARS = (int64_t)1 << 53;
+
+#if defined(__x86_64__)
+static int can_run_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+
+/* The form for AVX-512 wants VBMI as well: Ice Lake, Zen 4 and later. What is older takes AVX2. */
+static int can_run_avx512(void) {
+    return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi");
+}
+#elif defined(__aarch64__)
+static int can_run_neon(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & (1 << 1)) != 0; /* HWCAP_ASIMD */
+#else
+    return 1; /* part of the architecture on the other systems */
+#endif
+}
+#endif
+
+static const tq_form *get_form(int32_t i) {
+    switch (i) {
+        case 0: return &tq_form_portable;
+#if defined(__x86_64__)
+        case 1: return can_run_avx2() ? &tq_form_avx2 : NULL;
+        case 2: return can_run_avx512() ? &tq_form_avx512 : NULL;
+#elif defined(__aarch64__)
+        case 1: return can_run_neon() ? &tq_form_neon : NULL;
+#endif
+        default: return NULL;
+    }
+}
+
+int32_t tq_abi(void) { return TQ_ABI; }
+
+const char *tq_form_name(int32_t i) {
+    const tq_form *form = get_form(i);
+    return form ? form->name : NULL;
+}
+
+static int size_of(int32_t dtype) { return dtype == TQ_F32 ? 4 : dtype == TQ_F16 || dtype == TQ_BF16 ? 2 : 1; }
+
+static int factors_fit(const tq_factors *f, int64_t rows, int64_t n) {
+    if (f->dtype < 0 || f->dtype >= TQ_DTYPES || f->bytes != rows * n * size_of(f->dtype)) return 0;
+    if (!f->outer) return 1;
+    return f->outer_dtype >= TQ_F32 && f->outer_dtype <= TQ_BF16 && (f->outer_rows == 1 || f->outer_rows == rows) &&
+           f->outer_cols >= 1 && f->outer_cols <= n && n % f->outer_cols == 0 &&
+           f->outer_bytes == f->outer_rows * f->outer_cols * size_of(f->outer_dtype);
+}
+
+/* [TQ-CODE-1, TQ-CODE-2, TQ-CODE-4, TQ-BOOK-3, TQ-NUM-1, TQ-NUM-8]; no product below can exceed 2^53 * 2^6. */
+int32_t tq_check(const tq_stage *s) {
+    if (!s || s->dimension < 1 || s->dimension > 64 || s->bits < 1 || s->bits > 16 || s->bits > 8 * s->dimension ||
+        s->window < s->bits || s->window > 16)
+        return TQ_SHAPE;
+    if (s->cols < 1 || s->cols > 1 << 20 || s->rows < 0 || s->rows > SCALARS / s->cols) return TQ_SHAPE;
+    if (s->tile_rows < 1 || s->tile_rows > (1 << 22) / s->cols || s->rows % s->tile_rows || s->tile_cols < 1 ||
+        s->tile_cols > s->cols || s->cols % s->tile_cols || s->tile_cols % s->dimension)
+        return TQ_SHAPE;
+    if (s->vector_length < 1 || s->vector_length > s->cols || s->cols % s->vector_length ||
+        s->vector_length % s->dimension)
+        return TQ_SHAPE;
+    if (tq_tile_bits(s) < s->window) return TQ_SHAPE;
+    int64_t tiles = s->rows / s->tile_rows * (s->cols / s->tile_cols), vectors = s->cols / s->vector_length;
+    if (s->codes_bytes != tiles * tq_tile_bytes(s)) return TQ_SHAPE;
+    int64_t book = ((int64_t)1 << s->window) * s->dimension;
+    if (s->levels_per_row != 0 && s->levels_per_row != 1) return TQ_SHAPE;
+    if (s->levels_count < 0 || s->levels_count % book || s->levels_count / book != (s->levels_per_row ? s->rows : 1))
+        return TQ_SHAPE;
+    if (!factors_fit(&s->scales, s->rows, vectors) || (s->offsets.data && !factors_fit(&s->offsets, s->rows, vectors)))
+        return TQ_SHAPE;
+    return s->rows && (!s->codes || !s->levels || !s->scales.data) ? TQ_SHAPE : TQ_OK;
+}
+
+int32_t tq_is_fast(const tq_stage *s, int32_t i) {
+    const tq_form *form = get_form(i);
+    return form && tq_check(s) == TQ_OK && form->is_fast(s);
+}
+
+static int is_range(const tq_stage *s, int64_t begin, int64_t end) {
+    return 0 <= begin && begin <= end && end <= s->rows;
+}
+
+int32_t tq_product(const tq_stage *s, const float *z, int64_t z_count, float *y, int64_t y_count, int64_t batch,
+                   int64_t begin, int64_t end, int32_t i) {
+    const tq_form *form = get_form(i);
+    int32_t error = form ? tq_check(s) : TQ_RANGE;
+    if (error) return error;
+    if (!is_range(s, begin, end) || begin % s->tile_rows || end % s->tile_rows) return TQ_RANGE;
+    if (batch < 0 || batch > SCALARS / s->cols || (s->rows && batch > SCALARS / s->rows)) return TQ_RANGE;
+    if (z_count != batch * s->cols || y_count != batch * s->rows || (batch && (!z || (s->rows && !y)))) return TQ_SHAPE;
+    if (begin == end) return TQ_OK;
+    for (int64_t b = 0; b < batch && !error; b += TQ_MAX_BATCH) {
+        int64_t n = batch - b < TQ_MAX_BATCH ? batch - b : TQ_MAX_BATCH;
+        error = form->product(s, z + b * s->cols, y + b * s->rows, n, begin, end);
+    }
+    return error;
+}
+
+int32_t tq_decode(const tq_stage *s, float *out, int64_t out_count, int64_t begin, int64_t end, int32_t i) {
+    const tq_form *form = get_form(i);
+    int32_t error = form ? tq_check(s) : TQ_RANGE;
+    if (error) return error;
+    if (!is_range(s, begin, end)) return TQ_RANGE;
+    if (out_count != (end - begin) * s->cols || (begin < end && !out)) return TQ_SHAPE;
+    return begin < end ? form->decode(s, out, begin, end) : TQ_OK;
+}
+
+int32_t tq_rows(const tq_stage *s, float *out, int64_t out_count, const int64_t *index, int64_t count, int32_t i) {
+    const tq_form *form = get_form(i);
+    int32_t error = form ? tq_check(s) : TQ_RANGE;
+    if (error) return error;
+    if (count < 0 || count > SCALARS / s->cols) return TQ_RANGE;
+    if (out_count != count * s->cols || (count && (!out || !index))) return TQ_SHAPE;
+    for (int64_t k = 0; k < count; k++)
+        if (index[k] < 0 || index[k] >= s->rows) return TQ_RANGE;
+    for (int64_t k = 0; k < count && !error; k++) error = form->row(s, out + k * s->cols, index[k]);
+    return error;
+}

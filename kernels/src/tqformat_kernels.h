@@ -1,0 +1,71 @@
+/* Products with packed weights: the C interface of tqformat-kernels.
+ *
+ * A tq_stage describes one stage of a quantized weight, as SPEC.md, sections 6 to 10, lays it out in memory: every
+ * array is contiguous, row-major and little-endian; floats and indices are aligned to their size, codes, scales and
+ * offsets need not be. Each function first checks the stage: shapes that break a rule, and lengths that do not fit the
+ * shapes, are TQ_SHAPE, and nothing is read. Symbols have `window` bits and levels 2^window entries, so that no code
+ * can point outside them. Nothing is kept between calls; calls may run at once, also on one stage.
+ */
+#ifndef TQFORMAT_KERNELS_H
+#define TQFORMAT_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define TQ_API __declspec(dllexport)
+#else
+#define TQ_API __attribute__((visibility("default")))
+#endif
+
+#define TQ_ABI 1 /* changes with any change of a struct or of a function */
+
+enum { TQ_OK = 0, TQ_SHAPE = 1, TQ_RANGE = 2, TQ_MEMORY = 3 };
+
+enum { TQ_F32, TQ_F16, TQ_BF16, TQ_U8, TQ_I8, TQ_F8_E4M3, TQ_F8_E8M0, TQ_DTYPES };
+
+/* Scales or offsets, each element times its outer one [TQ-NUM-8]; data is NULL where a stage has no offsets. */
+typedef struct {
+    const void *data;  /* [rows, cols / vector_length] */
+    const void *outer; /* [outer_rows, outer_cols], or NULL for 1 */
+    int64_t bytes, outer_bytes;
+    int64_t outer_rows, outer_cols; /* rows or 1; a divisor of cols / vector_length */
+    int32_t dtype, outer_dtype;
+} tq_factors;
+
+typedef struct {
+    const uint8_t *codes; /* [rows * cols / (tile_rows * tile_cols), tile_bytes] */
+    const float *levels;  /* [2^window, dimension], or [rows, 2^window, dimension]; finite */
+    int64_t codes_bytes, levels_count;
+    tq_factors scales, offsets;
+    int64_t rows, cols, vector_length, tile_rows, tile_cols;
+    int32_t bits, window, dimension;
+    int32_t levels_per_row; /* 1: each row has its own codebook; 0: they share one */
+} tq_stage;
+
+/* TQ_ABI of the library. */
+TQ_API int32_t tq_abi(void);
+
+/* The name of form number i (0: portable, then better ones); NULL where there is none, or the processor cannot run it.
+ */
+TQ_API const char *tq_form_name(int32_t i);
+
+/* TQ_OK if the other functions would take this stage. */
+TQ_API int32_t tq_check(const tq_stage *stage);
+
+/* 1 if tq_product takes a vector path for this stage in this form, 0 if the general one. */
+TQ_API int32_t tq_is_fast(const tq_stage *stage, int32_t form);
+
+/* y[b, r] = sum over columns c of (scale * level + offset)[r, c] * z[b, c] for r from row_begin to row_end - 1, both
+ * multiples of tile_rows. z is [batch, cols], y [batch, rows]; other rows of y are left alone. Sums are binary32. */
+TQ_API int32_t tq_product(const tq_stage *stage, const float *z, int64_t z_count, float *y, int64_t y_count,
+                          int64_t batch, int64_t row_begin, int64_t row_end, int32_t form);
+
+/* out[r - row_begin, c] = (scale * level + offset)[r, c], before T^-1; out is [row_end - row_begin, cols]. */
+TQ_API int32_t tq_decode(const tq_stage *stage, float *out, int64_t out_count, int64_t row_begin, int64_t row_end,
+                         int32_t form);
+
+/* The same for the rows index[0], index[1], ...; out is [count, cols]. An index that is no row is TQ_RANGE. */
+TQ_API int32_t tq_rows(const tq_stage *stage, float *out, int64_t out_count, const int64_t *index, int64_t count,
+                       int32_t form);
+
+#endif

@@ -1,0 +1,195 @@
+/* Random stages, right and wrong, through every form, in buffers of the exact size, so that a sanitizer sees any byte
+ * that is read or written outside them. All forms must agree with the portable one to 2^-16 of the sum of magnitudes,
+ * and 2^-126; what tq_check refuses, the other functions must refuse. Usage: fuzz SECONDS [SEED]; fuzz.sh builds it.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "tqformat_kernels.h"
+
+static uint64_t state;
+
+static uint64_t draw(void) { /* SplitMix64 */
+    uint64_t z = state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+static int64_t upto(int64_t n) { return (int64_t)(draw() % (uint64_t)(n + 1)); }
+
+static int64_t divisor(int64_t n) {
+    if (n < 1) return 1 + upto(8);
+    int64_t d = 1 + upto(n - 1);
+    while (n % d) d--;
+    return upto(3) ? d : n;
+}
+
+static int64_t odd(void) { /* numbers that break things */
+    static const int64_t some[] = {
+        0, -1, 1, 2, 17, 255, INT32_MAX, INT64_MAX, INT64_MIN, (int64_t)1 << 53, (int64_t)1 << 20, 4097};
+    return some[upto(11)];
+}
+
+static void *bytes(int64_t n) { /* exactly n of them; random, but small as floats of any width */
+    uint8_t *p = malloc((size_t)n ? (size_t)n : 1);
+    for (int64_t i = 0; i < n; i++) p[i] = (uint8_t)(draw() & 0x3b);
+    return p;
+}
+
+static float *floats(int64_t n) {
+    float *p = malloc((size_t)(n ? n : 1) * sizeof(float));
+    for (int64_t i = 0; i < n; i++) p[i] = (float)upto(2000) / 1000 - 1;
+    return p;
+}
+
+static int size_of(int32_t dtype) { return dtype == TQ_F32 ? 4 : dtype == TQ_F16 || dtype == TQ_BF16 ? 2 : 1; }
+
+static tq_factors factors(int64_t rows, int64_t n) {
+    tq_factors f = {.dtype = (int32_t)upto(TQ_DTYPES - 1)};
+    f.bytes = rows * n * size_of(f.dtype);
+    f.data = bytes(f.bytes);
+    if (f.dtype == TQ_F32) {
+        free((void *)f.data);
+        f.data = floats(rows * n);
+    }
+    if (f.dtype >= TQ_U8 || !upto(3)) {
+        f.outer_dtype = (int32_t)upto(TQ_BF16);
+        f.outer_rows = upto(1) ? rows : 1;
+        f.outer_cols = divisor(n);
+        f.outer_bytes = f.outer_rows * f.outer_cols * size_of(f.outer_dtype);
+        f.outer = f.outer_dtype == TQ_F32 ? (void *)floats(f.outer_rows * f.outer_cols) : bytes(f.outer_bytes);
+    }
+    return f;
+}
+
+static void fail(const char *what, const tq_stage *s) {
+    fprintf(stderr, "%s: rows %lld cols %lld tile %lld %lld G %lld bits %d window %d p %d per row %d\n", what,
+            (long long)s->rows, (long long)s->cols, (long long)s->tile_rows, (long long)s->tile_cols,
+            (long long)s->vector_length, s->bits, s->window, s->dimension, s->levels_per_row);
+    abort();
+}
+
+int main(int argc, char **argv) {
+    const double limit = argc > 1 ? atof(argv[1]) : 5;
+    state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    const time_t start = time(NULL);
+    long taken = 0, refused = 0, fast = 0, turns = 0;
+    for (; turns % 16 || difftime(time(NULL), start) < limit; turns++) {
+        tq_stage s = {0};
+        s.dimension = upto(2) ? 1 : (int32_t)(1 + upto(8));
+        s.bits = (int32_t)(1 + upto(s.dimension == 1 ? 7 : 15));
+        if (s.bits > 8 * s.dimension) s.bits = 8 * s.dimension;
+        s.window = upto(1) ? s.bits : s.bits + (int32_t)upto(16 - s.bits);
+        s.cols = s.dimension * (upto(1) ? 8 * (1 + upto(40)) : 1 + upto(70));
+        const int shape = (int)upto(2); /* rows, columns, anything */
+        s.tile_cols = shape == 0 ? s.cols : shape == 1 ? s.dimension : s.dimension * divisor(s.cols / s.dimension);
+        s.tile_rows = shape == 0   ? 1 + upto(1)
+                      : shape == 1 ? (upto(1) ? 8 * (1 + upto(20)) : 1 + upto(90))
+                                   : 1 + upto(6);
+        s.rows = s.tile_rows * upto(shape == 1 ? 2 : 5);
+        s.vector_length = s.dimension * divisor(s.cols / s.dimension);
+        s.levels_per_row = s.window < 9 && !upto(4);
+        const int64_t symbols = s.tile_rows * s.tile_cols / s.dimension,
+                      tiles = s.rows / s.tile_rows * (s.cols / s.tile_cols);
+        s.codes_bytes = tiles * ((symbols * s.bits + 7) / 8);
+        s.levels_count = ((int64_t)s.dimension << s.window) * (s.levels_per_row ? s.rows : 1);
+        s.scales = factors(s.rows, s.cols / s.vector_length);
+        if (!upto(2)) s.offsets = factors(s.rows, s.cols / s.vector_length);
+        uint8_t *codes = bytes(s.codes_bytes);
+        for (int64_t i = 0; i < s.codes_bytes; i++) codes[i] = (uint8_t)draw(); /* any code is safe */
+        float *levels = floats(s.levels_count);
+        s.codes = codes;
+        s.levels = levels;
+        const tq_stage right = s;
+        int64_t batch = upto(9), begin = s.tile_rows * upto(s.rows / s.tile_rows), end = s.rows, count = upto(5);
+        int64_t z_count = batch * s.cols, y_count = batch * s.rows;
+        if (!upto(2)) { /* one to three wrong numbers; the buffers stay as they are */
+            int64_t *longs[] = {&s.codes_bytes,
+                                &s.levels_count,
+                                &s.rows,
+                                &s.cols,
+                                &s.vector_length,
+                                &s.tile_rows,
+                                &s.tile_cols,
+                                &s.scales.bytes,
+                                &s.scales.outer_rows,
+                                &s.scales.outer_cols,
+                                &s.scales.outer_bytes,
+                                &s.offsets.bytes,
+                                &z_count,
+                                &y_count,
+                                &batch,
+                                &begin,
+                                &end};
+            int32_t *ints[] = {&s.bits,           &s.window,       &s.dimension,
+                               &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype};
+            for (int64_t i = upto(2); i >= 0; i--) {
+                if (upto(2)) {
+                    int64_t *it = longs[upto(16)];
+                    *it = upto(1) ? odd() : (int64_t)((uint64_t)*it + (uint64_t)upto(4) - 2);
+                } else {
+                    int32_t *it = ints[upto(5)];
+                    *it = upto(1) ? (int32_t)odd() : (int32_t)((uint32_t)*it + (uint32_t)upto(4) - 2);
+                }
+            }
+        }
+        /* A wrong stage that happens to be consistent may claim more than the buffers hold: those are skipped. */
+        const int claims = s.codes_bytes > right.codes_bytes || s.levels_count > right.levels_count ||
+                           s.scales.bytes > right.scales.bytes || s.scales.outer_bytes > right.scales.outer_bytes ||
+                           s.offsets.bytes > right.offsets.bytes || z_count > right.cols * 9 ||
+                           y_count > right.rows * 9;
+        float *z = floats(right.cols * 9), *first = NULL, *bound = NULL;
+        const int32_t check = claims ? TQ_SHAPE : tq_check(&s);
+        for (int32_t form = -1; form < 4 && !claims; form++) {
+            float *y = calloc((size_t)(right.rows * 9 + 1), sizeof(float));
+            const int32_t error = tq_product(&s, z, z_count, y, y_count, batch, begin, end, form);
+            if (check && !error) fail("taken though tq_check refuses it", &s);
+            if (form < 0 && !error) fail("no such form", &s);
+            fast += tq_is_fast(&s, form);
+            taken += !error;
+            refused += !!error;
+            if (!error && form == 0) {
+                first = y;
+                float *u = malloc((size_t)(s.rows * s.cols + 1) * sizeof(float));
+                bound = calloc((size_t)(s.rows + 1), sizeof(float));
+                if (tq_decode(&s, u, s.rows * s.cols, 0, s.rows, form)) fail("decode refuses what product takes", &s);
+                for (int64_t i = 0; i < s.rows * s.cols; i++) bound[i / s.cols] += fabsf(u[i]);
+                free(u);
+            } else {
+                for (int64_t i = 0; !error && i < y_count; i++)
+                    if (!(fabsf(y[i] - first[i]) <= 0x1p-16f * bound[i % s.rows] + 0x1p-126f)) fail("forms differ", &s);
+                free(y);
+            }
+            if (check || s.rows > 4096 || s.cols > 4096) continue;
+            const int64_t a = upto(s.rows), b = a + upto(s.rows - a);
+            float *u = malloc((size_t)((b - a) * s.cols + 1) * sizeof(float));
+            float *v = malloc((size_t)(count * s.cols + 1) * sizeof(float));
+            int64_t *index = malloc((size_t)(count + 1) * sizeof(int64_t));
+            for (int64_t k = 0; k < count; k++) index[k] = upto(9) ? upto(s.rows) : odd();
+            if (count && s.rows && upto(1)) index[0] = a < s.rows ? a : 0;
+            tq_decode(&s, u, (b - a) * s.cols, a, b, form);
+            const int32_t got = tq_rows(&s, v, count * s.cols, index, count, form);
+            if (form >= 0 && !got && count && b > a && index[0] == a && memcmp(&u[0], &v[0], 4) && v[0] == v[0] &&
+                u[0] != v[0])
+                fail("a row and a range differ", &s);
+            free(u);
+            free(v);
+            free(index);
+        }
+        free(first);
+        free(bound);
+        free(z);
+        free(codes);
+        free(levels);
+        free((void *)right.scales.data);
+        free((void *)right.scales.outer);
+        free((void *)right.offsets.data);
+        free((void *)right.offsets.outer);
+    }
+    printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused\n", turns, taken, fast, refused);
+    return taken && refused && fast ? 0 : 1;
+}

@@ -1,0 +1,297 @@
+"""Every form against the specification's sums in float64, in all settings that a stage can have.
+
+The reference unpacks bit by bit, as SPEC.md writes it. Products are held to grade 18, |y' - y| <= 2^-18 A, where
+[TQ-FUSE-2] asks binary32 for grade 14; decoded rows to one rounding, or to two where there is an offset.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import tqformat_kernels
+from tqformat_kernels import Stage
+
+FORMS = list(tqformat_kernels.forms())
+
+
+@dataclass
+class Case:
+    """A random stage: what `Stage` takes, and scale * level + offset in float64 [rows, cols]."""
+
+    rows: int
+    cols: int
+    bits: int
+    window: int | None = None
+    tile: tuple[int, int] | None = None
+    vector_length: int | None = None
+    dimension: int = 1
+    per_row: bool = False
+    scale_dtype: str = "float32"
+    offsets: bool = False
+    outer: tuple[str, str] | None = None  # rows and columns of the outer ones: "1" or "rows", "1" or "n"
+    entries: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, seed: int = 0) -> tuple[Stage, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        window, (tr, tc) = self.window or self.bits, self.tile or (1, self.cols)
+        g = self.vector_length or self.cols
+        tiles, n = self.rows * self.cols // (tr * tc), tr * tc // self.dimension
+        entries = self.entries or 2**window
+        stream = rng.integers(0, 2, (tiles, n * self.bits), dtype=np.uint8)
+        if self.entries:
+            symbols = rng.integers(0, self.entries, (tiles, n))
+            stream = ((symbols[..., None] >> np.arange(self.bits)) & 1).astype(np.uint8).reshape(tiles, -1)
+        codes = np.packbits(stream, axis=1, bitorder="little")
+        levels = rng.standard_normal((*([self.rows] if self.per_row else []), entries, self.dimension)).astype(
+            np.float32
+        )
+        at = (np.arange(n)[:, None] * self.bits + np.arange(window)) % (n * self.bits)
+        symbols = (stream[:, at].astype(np.int64) << np.arange(window)).sum(axis=2)  # [tiles, n]
+        grid = symbols.reshape(self.rows // tr, self.cols // tc, tr, tc // self.dimension).transpose(0, 2, 1, 3)
+        grid = grid.reshape(self.rows, self.cols // self.dimension)
+        u = (levels[np.arange(self.rows)[:, None], grid] if self.per_row else levels[grid]).reshape(
+            self.rows, self.cols
+        )
+        u = u.astype(np.float64)
+
+        def factors() -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+            shape = (self.rows, self.cols // g)
+            if self.scale_dtype in ("uint8", "int8"):
+                inner = rng.integers(1, 127, shape).astype(self.scale_dtype)
+            else:
+                inner = (rng.random(shape) + 0.5).astype(self.scale_dtype) * np.where(rng.random(shape) < 0.2, -1, 1)
+                inner = inner.astype(self.scale_dtype)
+            full = inner.astype(np.float64)
+            if not self.outer:
+                return inner, None, full
+            a, b = (self.rows if self.outer[0] == "rows" else 1), (shape[1] if self.outer[1] == "n" else 1)
+            outer = (rng.random((a, b)) + 0.5).astype(np.float16)
+            return inner, outer, full * np.repeat(outer, shape[1] // b, axis=1).astype(np.float64)
+
+        scales, outer_scales, full = factors()
+        u *= np.repeat(full, g, axis=1)
+        self.arguments = {
+            "shape": (self.rows, self.cols), "bits": self.bits, "window": self.window, "tile": self.tile,
+            "vector_length": self.vector_length, "outer_scales": outer_scales,
+        }  # fmt: skip
+        if self.offsets:
+            offsets, outer_offsets, full = factors()
+            u += np.repeat(full, g, axis=1)
+            self.arguments |= {"offsets": offsets, "outer_offsets": outer_offsets}
+        return Stage(codes, levels, scales, **self.arguments), u
+
+
+ROWS = [
+    Case(5, 256, bits, vector_length=g, offsets=offsets)
+    for bits in (1, 2, 3, 4, 5, 6, 7, 8)
+    for g, offsets in ((None, False), (32, True))
+]
+ROWS += [Case(3, cols, bits) for cols in (8, 24, 72, 576, 1000) for bits in (1, 3, 4, 8)]
+ROWS += [Case(3, 1, 8), Case(2, 7, 3), Case(4, 33, 5), Case(3, 576, 4, vector_length=96), Case(0, 64, 4)]
+ROWS += [Case(6, 64, 4, tile=(3, 64)), Case(4, 24, 3, tile=(2, 24), vector_length=8), Case(5, 40, 2, entries=3)]
+ROWS += [Case(3, 128, bits, vector_length=16, scale_dtype="float16") for bits in (4, 8)]
+WINDOWS = {1: (1, 9), 2: (2, 12, 16), 3: (3, 12), 4: (4, 13), 5: (5, 16), 6: (6,), 7: (7,), 8: (8, 10)}
+COLUMNS = [
+    Case(2 * tr, 70, bits, window, (tr, 1), vector_length=g)
+    for bits, windows in WINDOWS.items()
+    for window in windows
+    for tr, g in ((32, None), (96, 14), (88, None), (288, None))
+]
+COLUMNS += [Case(20, 33, 4, None, (20, 1)), Case(10, 16, 2, None, (5, 1)), Case(8, 130, 2, 12, (8, 1), offsets=True)]
+COLUMNS += [
+    Case(128, 20, 3, 16, (128, 1), vector_length=4, offsets=True, scale_dtype="float16"),
+    Case(4, 9, 8, 8, (1, 1)),
+]
+GENERAL = [
+    Case(6, 48, bits, window, tile, vector_length=12, dimension=p, per_row=per_row)
+    for p in (1, 2, 3, 4, 6)
+    for bits, window in ((2, 2), (3, 7), (8, 8), (5, 16))
+    for tile, per_row in ((None, False), ((3, 24), True), ((6, 12), False))
+]
+GENERAL += [Case(5, 64, 8, dimension=8), Case(5, 64, 16, dimension=8, offsets=True), Case(4, 30, 7, None, (2, 3))]
+GENERAL += [
+    Case(16, 16, 2, 12, (16, 16)),
+    Case(12, 5, 5, 16, (12, 1)),
+    Case(7, 24, 1, 16, (7, 24)),
+    Case(2, 128, 16, dimension=64),
+]
+SCALES = [
+    Case(6, 64, 4, tile=tile, vector_length=16, scale_dtype=dtype, outer=outer, offsets=True)
+    for dtype in ("uint8", "int8", "float16")
+    for outer in (("1", "1"), ("rows", "n"), ("rows", "1"))
+    for tile in (None, (6, 1))
+]
+CASES = ROWS + COLUMNS + GENERAL + SCALES
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> Any:
+    before = tqformat_kernels.form()
+    tqformat_kernels.set_form(request.param)
+    yield request.param
+    tqformat_kernels.set_form(before)
+
+
+def assert_grade(y: np.ndarray, u: np.ndarray, z: np.ndarray, grade: int = 18) -> None:
+    """|y' - y| <= 2^-grade A with the whole row as one block, so that A is as small as it can be [TQ-FUSE-2]."""
+    bound = np.linalg.norm(z.astype(np.float64), axis=1)[:, None] * np.linalg.norm(u, axis=1)
+    assert y.dtype == np.float32 and y.shape == bound.shape
+    worst = np.abs(y - z.astype(np.float64) @ u.T) / (2.0**-grade * bound + 2.0**-126)
+    assert worst.max(initial=0) <= 1
+
+
+def name(case: Case) -> str:
+    return "-".join(str(v) for k, v in vars(case).items() if k != "arguments" and v not in (None, False))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_products_and_rows_are_those_of_the_specification(case: Case, form: str) -> None:
+    stage, u = case.make()
+    for batch in (1, 2, 3, 4, 9):
+        z = np.random.default_rng(batch).standard_normal((batch, case.cols)).astype(np.float32)
+        assert_grade(stage.product(z, threads=1 + batch % 2), u, z)
+    index = [i * 7 % case.rows for i in range(5)] if case.rows else []
+    begin, end = case.rows // 3, case.rows
+    for decoded, exact in (
+        (stage.decode(0, end), u),
+        (stage.decode(begin, end), u[begin:]),
+        (stage.rows(index), u[index]),
+    ):
+        assert decoded.dtype == np.float32 and decoded.shape == exact.shape
+        if case.offsets or case.outer:  # products of up to three binary32 numbers and a sum of two
+            assert np.abs(decoded - exact).max(initial=0) <= 2.0**-21 * 300
+        else:
+            assert np.array_equal(decoded, exact.astype(np.float32))
+
+
+def test_the_settings_of_releases_take_a_vector_path(form: str) -> None:
+    for case in (Case(4, 576, 4), Case(4, 576, 8), Case(4, 256, 4, vector_length=32), Case(288, 8, 2, 12, (288, 1))):
+        assert case.make()[0].fast
+    assert not Case(4, 48, 8, dimension=8).make()[0].fast
+
+
+@pytest.mark.parametrize(
+    "case", [Case(9, 128, 4), Case(256, 64, 2, 12, (64, 1)), Case(9, 64, 8, dimension=8)], ids=name
+)
+def test_threads_change_nothing(case: Case, form: str) -> None:
+    stage, _ = case.make()
+    z = np.random.default_rng(1).standard_normal((3, case.cols)).astype(np.float32)
+    assert np.array_equal(stage.product(z, threads=1), stage.product(z, threads=5))
+    assert np.array_equal(stage.decode(0, case.rows, threads=1), stage.decode(0, case.rows, threads=5))
+    assert np.array_equal(stage.rows([3, 0, 3], threads=1), stage.rows([3, 0, 3], threads=3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_makes_threads_of_its_own() -> None:
+    code = """if True:
+        import os, numpy as np, tqformat_kernels
+        scales = np.ones((8, 1), np.float32)
+        stage = tqformat_kernels.Stage(np.zeros((8, 32), np.uint8), np.ones(16), scales, shape=(8, 64), bits=4)
+        z = np.ones((1, 64), np.float32)
+        stage.product(z, threads=4)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if stage.product(z, threads=4).tolist() == [[64.0] * 8] else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
+
+
+def test_torch_tensors_are_taken_and_given() -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (6, 32), dtype=torch.uint8, generator=generator)
+    levels, z = torch.randn(16, generator=generator), torch.randn(2, 64, generator=generator)
+    symbols = torch.stack([codes & 15, codes >> 4], dim=2).reshape(6, 64).long()
+    kinds = {
+        torch.float32: None, torch.bfloat16: None, torch.float16: None, torch.int8: torch.bfloat16,
+        torch.float8_e4m3fn: torch.float32, torch.float8_e8m0fnu: torch.float16,
+    }  # fmt: skip
+    for dtype, outer_dtype in kinds.items():
+        scales = (torch.rand(6, 4, generator=generator) * 8).add(1).to(dtype)
+        outer = None if outer_dtype is None else torch.rand(6, 2, generator=generator).to(outer_dtype)
+        full = scales.double() if outer is None else scales.double() * outer.double().repeat_interleave(2, dim=1)
+        stage = Stage(codes, levels, scales, shape=(6, 64), bits=4, vector_length=16, outer_scales=outer)
+        u = levels[symbols].double() * full.repeat_interleave(16, dim=1)
+        y = stage.product(z)
+        assert isinstance(y, torch.Tensor)
+        assert_grade(y.numpy(), u.numpy(), z.numpy())
+        assert isinstance(stage.rows(torch.tensor([5, 0])), torch.Tensor)
+    with pytest.raises(ValueError, match="contiguous"):
+        stage.product(z.t().contiguous().t())
+
+
+def test_every_byte_of_the_small_floats() -> None:
+    torch = pytest.importorskip("torch")
+    codes, levels, every = np.zeros((256, 1), np.uint8), np.ones(2, np.float32), torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
+        scales = every.view(dtype)[:, None]
+        stage = Stage(codes, levels, scales, shape=(256, 1), bits=1, outer_scales=torch.ones(1, 1))
+        assert np.array_equal(stage.decode(0, 256), scales.float().numpy(), equal_nan=True)
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)][:, None]
+    stage = Stage(np.zeros((finite.size, 1), np.uint8), levels, finite, shape=(finite.size, 1), bits=1)
+    assert np.array_equal(stage.decode(0, finite.size), finite.astype(np.float32))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = Case(4, 32, 4, vector_length=8)
+    case.make()
+    codes, levels, scales = np.zeros((4, 16), np.uint8), np.zeros(16, np.float32), np.ones((4, 4), np.float32)
+    good = {"shape": (4, 32), "bits": 4, "vector_length": 8}
+    z = np.zeros((1, 32), np.float32)
+    assert Stage(codes, levels, scales, **good).product(z).tolist() == [[0, 0, 0, 0]]
+    for arrays, change in (
+        ((codes[:3], levels, scales), {}),
+        ((codes[:, :15].copy(), levels, scales), {}),
+        ((codes[:, ::2], levels, scales), {}),
+        ((codes.astype(np.int8), levels, scales), {}),
+        ((codes, np.zeros(17, np.float32), scales), {}),
+        ((codes, np.zeros((4, 4, 4), np.float32), scales), {}),
+        ((codes, np.full(16, np.inf), scales), {}),
+        ((codes, levels, scales[:2]), {}),
+        ((codes, levels, scales.astype(np.uint8)), {}),
+        ((codes, levels, scales), {"bits": 3}),
+        ((codes, levels, scales), {"bits": 0}),
+        ((codes, levels, scales), {"bits": 9}),
+        ((codes, levels, scales), {"window": 17}),
+        ((codes, levels, scales), {"shape": (4, 33)}),
+        ((codes, levels, scales), {"shape": (-4, 32)}),
+        ((codes, levels, scales), {"shape": (2**53, 2**20)}),
+        ((codes, levels, scales), {"vector_length": 5}),
+        ((codes, levels, scales), {"vector_length": 0}),
+        ((codes, levels, scales), {"tile": (3, 32)}),
+        ((codes, levels, scales), {"tile": (1, 0)}),
+        ((codes, levels, scales), {"outer_scales": np.ones((3, 1), np.float32)}),
+        ((codes, levels, scales), {"outer_scales": np.ones((1, 3), np.float32)}),
+        ((codes, levels, scales), {"outer_offsets": np.ones((1, 1), np.float32)}),
+        ((codes, levels, scales), {"offsets": np.ones((4, 3), np.float32)}),
+    ):
+        with pytest.raises(ValueError):
+            Stage(*arrays, **(good | change))
+    stage = Stage(codes, levels, scales, **good)
+    for wrong in (np.zeros((1, 31), np.float32), np.zeros(32, np.float32), np.zeros((1, 32))):
+        with pytest.raises(ValueError):
+            stage.product(wrong)
+    for index in ([4], [-1], [0, 2**40]):
+        with pytest.raises(IndexError):
+            stage.rows(index)
+    with pytest.raises(ValueError):
+        stage.decode(0, 5)
+    with pytest.raises(ValueError, match="this processor can run"):
+        tqformat_kernels.set_form("mmx")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_environment_chooses_the_form(name: str) -> None:
+    code = "import tqformat_kernels; print(tqformat_kernels.form())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TQFORMAT_KERNELS_FORM": name}, capture_output=True, text=True
+    )
+    assert (done.stdout.strip(), done.returncode) == (name, 0)

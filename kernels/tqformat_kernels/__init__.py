@@ -1,0 +1,349 @@
+"""Products with tqformat weights that stay packed, on CPUs: C functions behind a small interface.
+
+`Stage` holds the arrays of one stage of a weight, and multiplies with them or decodes rows. README.md shows its use,
+src/tqformat_kernels.h is the C interface, SPEC.md (sections 6 to 10 and 22) says what is computed.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__version__ = "1.0.0"
+__all__ = ["Stage", "form", "forms", "set_form"]
+
+ABI = 1
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "uint8": 3, "int8": 4, "float8_e4m3fn": 5, "float8_e8m0fnu": 6}
+SIZES = (4, 2, 2, 1, 1, 1, 1)
+ENOUGH = 1 << 19  # weights that make a thread worth waking: about 50 microseconds of work
+
+Array = Any  # a contiguous CPU tensor of torch, or an array of numpy
+
+
+class _Factors(ctypes.Structure):  # tq_factors
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("outer", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("outer_bytes", ctypes.c_int64),
+        ("outer_rows", ctypes.c_int64),
+        ("outer_cols", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("outer_dtype", ctypes.c_int32),
+    )
+
+
+class _Stage(ctypes.Structure):  # tq_stage
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("codes_bytes", ctypes.c_int64),
+        ("levels_count", ctypes.c_int64),
+        ("scales", _Factors),
+        ("offsets", _Factors),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("vector_length", ctypes.c_int64),
+        ("tile_rows", ctypes.c_int64),
+        ("tile_cols", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("dimension", ctypes.c_int32),
+        ("levels_per_row", ctypes.c_int32),
+    )
+
+
+def _open() -> ctypes.CDLL:
+    """The compiled library, with the types of its functions."""
+    if sys.byteorder != "little":
+        raise ImportError("tqformat_kernels needs a little-endian processor")
+    library = ctypes.CDLL(str(Path(__file__).with_name("_library.so")))
+    stage, floats, i32, i64 = ctypes.POINTER(_Stage), ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    for name, result, arguments in (
+        ("tq_abi", i32, []),
+        ("tq_form_name", ctypes.c_char_p, [i32]),
+        ("tq_check", i32, [stage]),
+        ("tq_is_fast", i32, [stage, i32]),
+        ("tq_product", i32, [stage, floats, i64, floats, i64, i64, i64, i64, i32]),
+        ("tq_decode", i32, [stage, floats, i64, i64, i64, i32]),
+        ("tq_rows", i32, [stage, floats, i64, ctypes.c_void_p, i64, i32]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.tq_abi() != ABI:
+        raise ImportError(
+            f"the compiled library of tqformat_kernels has ABI {library.tq_abi()}, not {ABI}: reinstall it"
+        )
+    return library
+
+
+_library = _open()
+_form = 0
+
+
+def forms() -> dict[str, int]:
+    """The forms that this processor can run, the best last: name -> number in the C interface."""
+    names = ((i, _library.tq_form_name(i)) for i in range(8))
+    return {name.decode(): i for i, name in names if name is not None}
+
+
+def form() -> str:
+    """The name of the form in use."""
+    return {i: name for name, i in forms().items()}[_form]
+
+
+def set_form(name: str) -> None:
+    """Uses another form from now on, in the whole process. ValueError names those that this processor can run."""
+    global _form
+    if name not in forms():
+        raise ValueError(f"form {name!r}: this processor can run {', '.join(forms())}")
+    _form = forms()[name]
+
+
+set_form(os.environ.get("TQFORMAT_KERNELS_FORM") or list(forms())[-1])
+
+
+def _is_torch(array: Array) -> bool:
+    return type(array).__module__.partition(".")[0] == "torch" or hasattr(array, "data_ptr")
+
+
+def _dtype(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _pointer(array: Array, what: str, *dtypes: str) -> int:
+    """The address of a contiguous CPU array of one of these dtypes; ValueError for anything else."""
+    if _dtype(array) not in dtypes:
+        raise ValueError(f"{what}: expected {' or '.join(dtypes)}, got {_dtype(array)}")
+    if _is_torch(array):
+        if array.device.type != "cpu" or not array.is_contiguous():
+            raise ValueError(f"{what}: expected a contiguous tensor on the CPU")
+        return int(array.data_ptr())
+    if not array.flags.c_contiguous or not array.dtype.isnative:
+        raise ValueError(f"{what}: expected a contiguous array in native byte order")
+    return int(array.ctypes.data)
+
+
+def _new(shape: tuple[int, ...], like: Array) -> Array:
+    """An uninitialised float32 array of the library that `like` came from."""
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=torch.float32)
+    return np.empty(shape, dtype=np.float32)
+
+
+def _count(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= int(size)
+    return product
+
+
+def default_threads() -> int:
+    """torch's number of threads where torch is loaded, else the number of processors."""
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None else os.cpu_count() or 1
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+
+
+def _forget_pool() -> None:
+    """A forked process has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _in_parts(run: Callable[[int, int], Any], begin: int, end: int, step: int, threads: int) -> None:
+    """run(begin, end) on as many equal parts as threads, at multiples of step; raises for the first error number."""
+    global _pool, _pool_size
+    steps = -(-(end - begin) // step)
+    threads = max(1, min(threads, steps))
+    borders = [min(begin + steps * i // threads * step, end) for i in range(threads + 1)]
+    if threads == 1:
+        errors = [run(begin, end)]
+    else:
+        if _pool is None or _pool_size < threads - 1:
+            _pool, _pool_size = ThreadPoolExecutor(threads - 1, "tqformat-kernels"), threads - 1
+        others = [_pool.submit(run, *part) for part in itertools.pairwise(borders[1:])]
+        errors = [run(*borders[:2]), *(other.result() for other in others)]
+    for error in errors:
+        if error == 3:
+            raise MemoryError("tqformat_kernels: no memory for scratch space")
+        if error:
+            raise ValueError(f"tqformat_kernels: the library refused its arguments ({error})")
+
+
+class Stage:
+    """One stage of a quantized weight [rows, cols], packed [TQ-STAGE-1].
+
+    codes          uint8 [rows * cols / (tr * tc), tile_bytes]
+    levels         float [entries, p] (or [entries]), or [rows, entries, p] for a codebook per row; copied
+    scales         [rows, cols / vector_length], float32, float16 or bfloat16; with outer_scales uint8, int8, float8_e4m3fn
+                   or float8_e8m0fnu too
+    shape          (rows, cols)
+    bits, window, vector_length, tile, outer_scales, offsets, outer_offsets    as in the manifest, with its defaults
+
+    Arrays are contiguous and on the CPU. What does not fit is a ValueError. A code that names no entry reads a level of 0:
+    a reader of files refuses it earlier [TQ-BOOK-4].
+    """
+
+    def __init__(
+        self,
+        codes: Array,
+        levels: Array,
+        scales: Array,
+        *,
+        shape: Sequence[int],
+        bits: int,
+        window: int | None = None,
+        vector_length: int | None = None,
+        tile: Sequence[int] | None = None,
+        outer_scales: Array | None = None,
+        offsets: Array | None = None,
+        outer_offsets: Array | None = None,
+    ) -> None:
+        rows, cols = (int(size) for size in shape)
+        window = bits if window is None else window
+        tile_rows, tile_cols = (1, cols) if tile is None else tile
+        self.shape = rows, cols
+        if not (1 <= bits <= window <= 16 and 0 <= rows <= 2**53 and 1 <= cols <= 2**20 and tile_rows >= 1):
+            raise ValueError(
+                f"bits {bits}, window {window}, shape {tuple(shape)}, tile {tile}: outside SPEC.md's limits"
+            )
+        self._levels, dimension = _full_levels(levels, window)
+        stage = _Stage(
+            codes=_pointer(codes, "codes", "uint8"),
+            levels=self._levels.ctypes.data,
+            codes_bytes=_count(codes.shape),
+            levels_count=self._levels.size,
+            scales=_factors(scales, outer_scales, "scales"),
+            rows=rows,
+            cols=cols,
+            vector_length=cols if vector_length is None else vector_length,
+            tile_rows=tile_rows,
+            tile_cols=tile_cols,
+            bits=bits,
+            window=window,
+            dimension=dimension,
+            levels_per_row=self._levels.ndim == 3,
+        )
+        if offsets is not None:
+            stage.offsets = _factors(offsets, outer_offsets, "offsets")
+        elif outer_offsets is not None:
+            raise ValueError("outer_offsets without offsets")
+        if _library.tq_check(ctypes.byref(stage)):
+            raise ValueError(
+                f"bits {bits}, window {window}, vector_length {vector_length}, tile {tile}, shape {self.shape}: codes"
+                f" {tuple(codes.shape)}, levels {tuple(levels.shape)}, scales {tuple(scales.shape)} or what goes with them"
+                " do not fit (SPEC.md, sections 6 to 9)"
+            )
+        self._stage = stage
+        self._kept = (codes, scales, outer_scales, offsets, outer_offsets)  # the C code reads their memory
+
+    @property
+    def fast(self) -> bool:
+        """Whether products take a vector path in the form in use; if not they are right, and slow."""
+        return bool(_library.tq_is_fast(ctypes.byref(self._stage), _form))
+
+    def product(self, z: Array, threads: int | None = None) -> Array:
+        """y[b, r] = sum over c of (scale * level + offset)[r, c] * z[b, c], summed in binary32 [TQ-FUSE-1].
+
+        z is float32 [batch, cols], already transformed; y is float32 [batch, rows].
+        """
+        rows, cols = self.shape
+        if z.ndim != 2 or z.shape[1] != cols:
+            raise ValueError(f"z: expected [batch, {cols}], got {tuple(z.shape)}")
+        address, batch = _pointer(z, "z", "float32"), int(z.shape[0])
+        y = _new((batch, rows), z)
+        target, stage, number = _pointer(y, "y", "float32"), ctypes.byref(self._stage), _form
+
+        def run(begin: int, end: int) -> Any:
+            return _library.tq_product(stage, address, batch * cols, target, batch * rows, batch, begin, end, number)
+
+        _in_parts(run, 0, rows, self._stage.tile_rows, self._threads(threads, rows * batch))
+        return y
+
+    def decode(self, begin: int, end: int, threads: int | None = None) -> Array:
+        """scale * level + offset of rows begin to end - 1, before T^-1: float32 [end - begin, cols]."""
+        rows, cols = self.shape
+        if not 0 <= begin <= end <= rows:
+            raise ValueError(f"rows {begin} to {end} of {rows}")
+        out = _new((end - begin, cols), self._kept[0])
+        target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
+
+        def run(first: int, last: int) -> Any:
+            to = target + (first - begin) * cols * 4
+            return _library.tq_decode(stage, to, (last - first) * cols, first, last, number)
+
+        tile_rows = self._stage.tile_rows
+        _in_parts(run, begin, end, tile_rows if begin % tile_rows == 0 else 1, self._threads(threads, end - begin))
+        return out
+
+    def rows(self, index: Sequence[int] | Array, threads: int | None = None) -> Array:
+        """scale * level + offset of these rows, before T^-1: float32 [len(index), cols]; IndexError for one out of range."""
+        cols = self.shape[1]
+        values: Any = index.tolist() if hasattr(index, "tolist") else index
+        wanted = np.array(values, dtype=np.int64)  # a copy, checked here and in C
+        if wanted.ndim != 1:
+            raise ValueError(f"index: expected one dimension, got {wanted.ndim}")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.shape[0]):
+            raise IndexError(f"row {wanted.min()} or {wanted.max()} of {self.shape[0]}")
+        out = _new((wanted.size, cols), self._kept[0])
+        target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
+        source = wanted.ctypes.data
+
+        def run(begin: int, end: int) -> Any:
+            n = end - begin
+            return _library.tq_rows(stage, target + begin * cols * 4, n * cols, source + begin * 8, n, number)
+
+        _in_parts(run, 0, wanted.size, 1, self._threads(threads, wanted.size))
+        return out
+
+    def _threads(self, threads: int | None, rows: int) -> int:
+        return max(1, min(default_threads(), rows * self.shape[1] // ENOUGH)) if threads is None else threads
+
+
+def _full_levels(levels: Array, window: int) -> tuple[Any, int]:
+    """Levels as float32 [.., 2^window, p], filled up with zeros, and p; ValueError unless they are finite and that many."""
+    if _is_torch(levels):
+        levels = levels.detach().float().cpu().numpy()
+    book = np.asarray(levels, dtype=np.float32)
+    book = book[:, None] if book.ndim == 1 else book
+    if book.ndim not in (2, 3) or not 1 <= book.shape[-2] <= 1 << window:
+        raise ValueError(
+            f"levels: expected [entries, p] or [rows, entries, p], entries at most {1 << window}, got {book.shape}"
+        )
+    if not np.isfinite(book).all():
+        raise ValueError("levels: not all finite")
+    full = np.zeros((*book.shape[:-2], 1 << window, book.shape[-1]), dtype=np.float32)
+    full[..., : book.shape[-2], :] = book
+    return full, int(book.shape[-1])
+
+
+def _factors(data: Array, outer: Array | None, what: str) -> _Factors:
+    wide = ("float32", "float16", "bfloat16")
+    factors = _Factors(
+        data=_pointer(data, what, *(wide if outer is None else DTYPES)),
+        dtype=DTYPES[_dtype(data)],
+        bytes=_count(data.shape) * SIZES[DTYPES[_dtype(data)]],
+    )
+    if outer is not None:
+        if outer.ndim != 2:
+            raise ValueError(f"outer_{what}: expected two dimensions, got {outer.ndim}")
+        factors.outer = _pointer(outer, f"outer_{what}", *wide)
+        factors.outer_dtype = DTYPES[_dtype(outer)]
+        factors.outer_rows, factors.outer_cols = (int(size) for size in outer.shape)
+        factors.outer_bytes = _count(outer.shape) * SIZES[DTYPES[_dtype(outer)]]
+    return factors

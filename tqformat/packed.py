@@ -1,0 +1,548 @@
+"""Models whose weights stay packed: codes and scales are in memory what they are in the file.
+
+    model = tqformat.load("repo_dir", packed=True)
+
+Every quantized weight is a PackedWeight, a parameter with the shape and the dtype of the weight that holds its parts. The
+modules of the model stay those of transformers: torch.nn.functional.linear and embedding know such a weight, and every other
+operation gets its decoded value. Decoding is the loader's own code, which reads from memory here in place of files.
+
+A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
+for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
+tqformat_kernels where that is installed. For more rows, groups of the weight's rows are decoded, rounded to its dtype, and
+multiplied in the dtype of x, so that a prompt meets the weights that the decoded model has [TQ-FUSE-2].
+"""
+
+import copy
+import functools
+import math
+import shutil
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import load_quantized as lq
+from .load_quantized import MANIFEST, Repo, Stage, StageTables, TQFormatError, Transform, Weight, require
+
+FEW = 8  # rows of an activation up to which a product is computed in float32
+GROUP = 1 << 19  # elements of a weight that are decoded at once
+ADVICE = "products of packed weights take torch's path, which is slow for single tokens; pip install tqformat-kernels"
+aten = torch.ops.aten
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module tqformat_kernels; None, with one warning, where it is not installed."""
+    try:
+        import tqformat_kernels  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        warnings.warn(ADVICE, stacklevel=2)
+        return None
+    return tqformat_kernels
+
+
+# Parts of weights in memory -------------------------------------------------------------------------------------------
+
+
+class Parts(Repo):
+    """The parts of one weight, in memory: the loader decodes from them as it does from an open repository.
+
+    `tensors` maps storage names to stored tensors: the weight's own, on its device, and the transforms and codebooks, on
+    the CPU. What is computed of the latter stands in `tables`, which all weights of a model share.
+    """
+
+    tensors: dict[str, Tensor]
+    tables: dict[Any, Any]
+    stages: list[Any] | None  # those of tqformat_kernels, made at the first product
+
+    def __init__(self, repo: Repo) -> None:
+        """What the weights of `repo` share; having() gives those of one weight."""
+        ExitStack.__init__(self)
+        self.path, self.manifest, self.spans = repo.path, repo.manifest, repo.spans
+        self.tensors, self.tables, self.stages, self._lock = {}, {}, None, threading.Lock()
+        t, c = self.manifest.transforms.values(), self.manifest.codebooks.values()
+        shared = [key for x in t for key in (x.matrix, x.pairs, x.angles, x.index)] + [book.tensor for book in c]
+        self.tensors = {key: repo._read(key) for key in shared if key is not None}
+        self.workers: ThreadPoolExecutor = self._workers  # made now, so that all copies have the same
+
+    def having(self, tensors: dict[str, Tensor]) -> "Parts":
+        parts = copy.copy(self)
+        parts.tensors, parts.stages = self.tensors | tensors, None
+        return parts
+
+    def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
+        return self.tensors[key][a:b]
+
+    def own(self, w: Weight) -> dict[str, bool]:
+        """The storage names of a weight's own parts, and whether the part is cut where rows are."""
+        names = {w.column_scale: False} if w.column_scale is not None else {}
+        for s in w.stages or ():
+            book = self.manifest.codebooks[s.codebook]
+            names |= {
+                key: True
+                for key in (s.codes, s.scales, s.offsets, book.tensor if book.rows is not None else None)
+                if key
+            }
+            names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
+        return names
+
+    def kernel_stages(self, w: Weight) -> list[Any]:
+        """The stages of a weight as tqformat_kernels takes them."""
+        if self.stages is None:
+            rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
+            self.stages = [self._kernel_stage(s, rows, cols) for s in w.stages or ()]
+        return self.stages
+
+    def _kernel_stage(self, s: Stage, rows: int, cols: int) -> Any:
+        book = self.manifest.codebooks[s.codebook]
+        levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
+        options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
+        shape = {
+            "shape": (rows, cols),
+            "bits": s.bits,
+            "window": s.window,
+            "vector_length": s.vector_length,
+            "tile": s.tile,
+        }
+        return kernels().Stage(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
+
+    def _float8(self, key: str) -> Tensor:
+        exponents = self.spans[key].dtype == "F8_E8M0"  # which the loader reads as bytes
+        return self.tensors[key].view(torch.float8_e8m0fnu) if exponents else self.tensors[key]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
+    def _stage_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
+        t = self.manifest.transforms[s.transform]
+        inverse = self.once(("inverse", s.transform, device), lambda: self._inverse(t, device))
+        return self.level_tables(s, cols, device)._replace(inverse=inverse)
+
+    def level_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
+        """The same without the transform: _decode_stage gives scale * level + offset with it."""
+        book, size, (window, _, tr, tc) = (
+            self.manifest.codebooks[s.codebook],
+            self.manifest.transforms[s.transform].size,
+            s.layout(cols),
+        )
+        if book.rows is not None:
+            return StageTables(book, size, 1, None, lambda y: y)
+        k = lq.symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension)
+        key = ("levels", s.codebook, s.bits, window, k, device)
+        levels = self.once(key, lambda: lq.table(self._levels(book), s.bits, window, k).to(device))
+        return StageTables(book, size, k, levels, lambda y: y)
+
+    def forward(self, s: Stage, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """T of a stage, on blocks float32 [m, B]."""
+        t = self.manifest.transforms[s.transform]
+        return self.once(("forward", s.transform, device), lambda: forward_transform(t, self._read, device))  # type: ignore[no-any-return]
+
+
+def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
+    if t.factors is not None and t.signs is not None:
+        bits = torch.tensor(list(bytes.fromhex(t.signs)))[:, None] >> torch.arange(8) & 1
+        signs = ((1.0 - 2.0 * bits.flatten()[: t.size]) / math.sqrt(t.size)).to(device)
+        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
+
+        def hadamard(
+            v: Tensor,
+        ) -> Tensor:  # plain matrix products alone: batched ones wake threads, however small they are
+            y = (v * signs).t()
+            for h in matrices:  # each takes the first index of (f1, f2, ..., m) to the end
+                y = y.reshape(len(h), -1).t() @ h
+            return y.reshape(-1, t.size)
+
+        return hadamard
+    if t.matrix is not None:
+        q = read(t.matrix).to(device).float().t()
+        return lambda v: v @ q
+    if t.pairs is not None and t.angles is not None:
+        pairs, angles = read(t.pairs).to(device).long(), read(t.angles).to(device)
+        rounds = [(p[:, 0], p[:, 1], a.cos(), a.sin()) for p, a in zip(pairs, angles, strict=True)]
+
+        def givens(v: Tensor) -> Tensor:
+            for i, j, c, s in rounds:
+                a, b = v[:, i], v[:, j]
+                v = v.index_copy(1, i, c * a - s * b).index_copy(1, j, s * a + c * b)
+            return v
+
+        return givens
+    if t.index is not None:
+        index = read(t.index).to(device).long()
+        return lambda v: v.index_select(1, index)
+    return lambda v: v
+
+
+# The tensor that stands for a weight ----------------------------------------------------------------------------------
+
+
+class PackedWeight(Tensor):
+    """A weight [..., cols] that holds its parts: products and look-ups of rows work on these, everything else decodes.
+
+    `dtype` is that of decoded values and may differ from the repository's [TQ-NUM-7]. It cannot be changed or trained;
+    gradients pass through products to the other operand.
+    """
+
+    parts: Parts
+    entry: Weight  # of the manifest; of a slice, with its shape
+    title: str  # its name in the repository
+
+    @staticmethod
+    def __new__(
+        cls, parts: Parts, entry: Weight, title: str, dtype: torch.dtype, device: torch.device
+    ) -> "PackedWeight":
+        make = Tensor._make_wrapper_subclass
+        self: PackedWeight = make(cls, entry.shape, dtype=dtype, device=device)
+        self.parts, self.entry, self.title = parts, entry, title
+        return self
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.entry.shape[:-1])
+
+    @property
+    def height(self) -> int:
+        """The parts can be cut between multiples of so many rows: those of a tile, in all stages."""
+        return math.lcm(*(s.layout(self.entry.shape[-1])[2] for s in self.entry.stages or ()))
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of the weight's own parts."""
+        return sum(self.parts.tensors[key].nbytes for key in self.parts.own(self.entry))
+
+    def like(self, **changes: Any) -> "PackedWeight":
+        """The same weight, with other parts, entry, dtype or device."""
+        now = {
+            "parts": self.parts,
+            "entry": self.entry,
+            "title": self.title,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+        return PackedWeight(**{**now, **changes})
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The value in the weight's shape, as Repo.dequantize gives it."""
+        plan = self.parts.workers.submit(self.parts._plan, self.entry, self.device, dtype or self.dtype)
+        value, groups = plan.result()
+        for _ in self.parts.workers.map(lambda decode: decode(), groups):
+            pass
+        return value
+
+    def check(self) -> None:
+        """Decodes all rows once, which raises TQFormatError where the loader would."""
+        cols, parts, step = (
+            self.entry.shape[-1],
+            self.parts,
+            self.height * max(1, GROUP // (self.height * self.entry.shape[-1])),
+        )
+        try:
+            tables = [parts._stage_tables(s, cols, self.device) for s in self.entry.stages or ()]
+            for _ in parts.workers.map(
+                lambda a: parts._decode(self.entry, a, min(a + step, self.rows), self.device, tables),
+                range(0, max(self.rows, 1), step),
+            ):
+                pass
+        except TQFormatError as error:
+            raise error.inside(f"tensors[{self.title!r}].") from None
+
+    def cut(self, select: Callable[[Tensor], Tensor], shape: Iterable[int]) -> "PackedWeight":
+        """The groups of `height` rows that `select` takes, [groups, ...] -> [wanted, ...], as a weight of this shape."""
+        groups, tensors = self.rows // self.height, {}
+        for key, by_rows in self.parts.own(self.entry).items():
+            part = self.parts.tensors[key]
+            tensors[key] = select(part.reshape(groups, -1)).reshape(-1, *part.shape[1:]) if by_rows else part
+        return self.like(parts=self.parts.having(tensors), entry=replace(self.entry, shape=tuple(shape)))
+
+    def moved(self, device: Any, dtype: torch.dtype | None) -> Tensor:
+        """On another device, with another dtype of decoded values; an empty tensor on the meta device."""
+        device, dtype = torch.device(device or self.device), dtype or self.dtype
+        if device.type == "meta":
+            return torch.empty(self.shape, dtype=dtype, device=device)
+        if not dtype.is_floating_point:
+            return self.decode().to(device, dtype)
+        parts = self.parts
+        if device != self.device:
+            parts = parts.having({key: parts.tensors[key].to(device) for key in parts.own(self.entry)})
+        return self.like(parts=parts, dtype=dtype, device=device)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        size = f"{self.nbytes_packed} bytes"
+        return f"PackedWeight({self.title!r}, {tuple(self.shape)}, {self.dtype}, {self.device}, {size})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
+        memo[id(self)] = copied = self.like()  # nothing writes to the parts: copies share them
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        advice = "packed weights are not pickled; model.save_pretrained(dir) writes the repository"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ours: Any = {functional.linear: linear, functional.embedding: embedding}.get(func)
+        if ours is not None:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, PackedWeight) and weight.dim() == 2 and not isinstance(args[0], PackedWeight):
+                return ours(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if func == Tensor.data.__set__ and isinstance(args[1], PackedWeight):  # type: ignore[attr-defined]
+            args[0].parts, args[0].entry = args[1].parts, args[1].entry  # so Module.to changes a parameter
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self, kwargs = (args[0] if args else None), kwargs or {}
+        if isinstance(self, PackedWeight):
+            if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+                return self.like()
+            if func is aten._to_copy.default:
+                return self.moved(kwargs.get("device"), kwargs.get("dtype"))
+            if func is aten.select.int and args[1] == 0 and self.dim() > 2:  # one of fused experts
+                n, rest = divmod(self.rows // self.shape[0], self.height)
+                i = range(self.shape[0])[args[2]] * n
+                if not rest:
+                    return self.cut(lambda part: part[i : i + n], self.shape[1:])
+            if func._schema.is_mutable:
+                advice = "packed weights cannot be changed: load the model without packed=True, or put LoRA on top"
+                raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
+
+        def plain(value: Any) -> Any:
+            return value.decode() if isinstance(value, PackedWeight) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+# Products and look-ups ------------------------------------------------------------------------------------------------
+
+_local = threading.local()  # in each thread, the last rotated activations
+
+
+def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear: input [..., cols] -> [..., rows], in the dtype of the input."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        advice = "packed weights are not trained: model.requires_grad_(False), then LoRA; or load without packed=True"
+        raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{weight.title!r}]", advice)
+    require(
+        input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape
+    )
+    stages, total = range(len(weight.entry.stages or ())), None
+    for i in stages if input.numel() <= FEW * input.shape[-1] else [None]:
+        z = input.reshape(-1, input.shape[-1]) if i is None else rotated(input, weight, i)
+        multiply: Any = _Product.apply if z.requires_grad else product
+        y = multiply(z, weight, i)
+        total = y if total is None else total + y
+    assert total is not None
+    total = total if bias is None else total + bias
+    return Tensor.to(total, input.dtype).reshape(*input.shape[:-1], weight.rows)
+
+
+def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
+    """z = T(column_scale * x) of stage i, float32 [m, cols], computed once for the weights that share x and T."""
+    parts, s, cols = weight.parts, (weight.entry.stages or ())[i], weight.entry.shape[-1]
+    column_scale, recent = weight.entry.column_scale, _local.__dict__.setdefault("recent", {})
+    keep = not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())  # no version, a graph of its own
+    key = (id(parts.tables), s.transform, column_scale)
+    if keep and (found := recent.get(id(x))) and found[0]() is x and found[1] == x._version and key in found[2]:
+        return found[2][key]  # type: ignore[no-any-return]
+    v = x.reshape(-1, cols).float()
+    v = v if column_scale is None else v * parts.tensors[column_scale].float()
+    size = parts.manifest.transforms[s.transform].size
+    z = parts.forward(s, weight.device)(v.reshape(-1, size)).reshape(-1, cols)
+    if keep:
+        if not found or found[0]() is not x or found[1] != x._version:
+            place = id(x)
+            recent[place] = (weakref.ref(x, lambda _: recent.pop(place, None)), x._version, {})
+        recent[id(x)][2][key] = z
+    return z
+
+
+def product(z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
+    """(scale * level + offset) . z of stage i, or the decoded weight times z: z [m, cols] -> [m, rows], in the dtype of z."""
+    z = z.detach()
+    if i is not None and z.device.type == "cpu" and kernels() is not None:
+        return weight.parts.kernel_stages(weight.entry)[i].product(z.contiguous())  # type: ignore[no-any-return]
+    return torch.cat(list(by_groups(weight, i, z.dtype, lambda u: z @ u.t())), dim=1)
+
+
+class _Product(torch.autograd.Function):
+    """product, with the gradient to z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
+        ctx.weight, ctx.stage, ctx.dtype = weight, i, z.dtype
+        return product(z, weight, i)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        parts = iter(torch.split(dy.to(ctx.dtype), group_rows(ctx.weight), dim=1))
+        found = by_groups(ctx.weight, ctx.stage, ctx.dtype, lambda u, d: (d @ u).float(), parts)
+        return functools.reduce(Tensor.add_, found).to(ctx.dtype), None, None
+
+
+def group_rows(weight: PackedWeight) -> int:
+    """How many rows are decoded at once: GROUP elements, fewer where each thread should have some, whole tiles."""
+    height, cols = weight.height, weight.entry.shape[-1]
+    each = min(GROUP, weight.rows * cols // weight.parts.workers._max_workers)
+    return max(1, each // (height * cols)) * height
+
+
+def by_groups(
+    weight: PackedWeight, i: int | None, dtype: torch.dtype, use: Callable[..., Tensor], *more: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    """use(u, ...) for each group of rows; u [group, cols] in `dtype` is scale * level + offset of stage i, or the value."""
+    parts, device, cols, step = weight.parts, weight.device, weight.entry.shape[-1], group_rows(weight)
+    stages, own = weight.entry.stages or (), lq.torch_dtype(weight.entry.dtype)
+    make = parts.level_tables if i is not None else parts._stage_tables
+    tables = [make(s, cols, device) for s in stages]
+
+    def group(a: int, *given: Tensor) -> Tensor:
+        b = min(a + step, weight.rows)
+        with torch.no_grad():
+            if i is None:
+                return use(parts._decode(weight.entry, a, b, device, tables).to(own).to(dtype), *given)
+            u = parts._decode_stage(stages[i], tables[i], a, b, cols, device, f"stages[{i}]")
+            return use(u.to(dtype), *given)
+
+    starts = range(0, max(weight.rows, 1), step)
+    many: Any = parts.workers.map if device.type == "cpu" and len(starts) > 1 else map
+    return many(group, starts, *more)  # type: ignore[no-any-return]
+
+
+def embedding(
+    input: Tensor,
+    weight: PackedWeight,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """torch.nn.functional.embedding: the rows that `input` [...] names, [..., cols]; only their tiles are decoded."""
+    require(
+        max_norm is None, "UNSUPPORTED.LIBRARY", weight.title, "no max_norm: packed weights cannot be changed", max_norm
+    )
+    height, cols = weight.height, weight.entry.shape[-1]
+    blocks, place = torch.unique(input.flatten() // height, return_inverse=True)
+    some = weight.cut(lambda part: part.index_select(0, blocks), (len(blocks) * height, cols)).decode()
+    return some[place * height + input.flatten() % height].reshape(*input.shape, cols)
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+class PackedRepo(Repo):
+    """An open repository whose quantized weights come as PackedWeights, so that build_model makes a packed model."""
+
+    def __init__(self, path: "lq.PathLike", verify: bool = True) -> None:
+        super().__init__(path, verify)
+        self.shared, self.packed = Parts(self), set[str]()  # names that came packed
+
+    def dequantize(self, name: str, device: Any = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        source = self.manifest.tied_weights.get(name, name)
+        w = self.manifest.tensors.get(source)
+        if w is None or w.stages is None:
+            return super().dequantize(name, device, dtype)
+        shared, place = self.shared, lq.find_device(device)
+        tensors = {
+            key: (shared.tensors[key] if key in shared.tensors else self._read(key)).to(place) for key in shared.own(w)
+        }
+        weight = PackedWeight(shared.having(tensors), w, source, dtype or lq.torch_dtype(w.dtype), place)
+        weight.check()
+        self.packed.add(source)
+        return weight
+
+
+def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
+    """The packed parameters of a model by their first names."""
+    return {name: p for name, p in model.named_parameters() if isinstance(p, PackedWeight)}
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, packed weights by their parts, and of what these share (tables of levels)."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    packed = [t for t in tensors if isinstance(t, PackedWeight)]
+    seen: dict[int, int] = {
+        t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, PackedWeight)
+    }
+    for parts in [weight.parts for weight in packed]:
+        seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
+        tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
+        seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
+    return sum(seen.values())
+
+
+def load(
+    repo_or_hub_id: "lq.PathLike",
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """The ready model as tqformat.load gives it, its quantized weights packed; the arguments are the same."""
+    refused = ", ".join(sorted(lq.REFUSED & options.keys()))
+    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
+    device_map = options.pop("device_map", None)
+    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
+    device_map = {"": lq.find_device("cpu" if device is None else device)} if device_map is None else device_map
+    with PackedRepo(lq.fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
+        repo.check_roles("support", *["code"] * trust_remote_code)
+        with lq._building:
+            model = lq.build_model(repo, device_map, dtype, trust_remote_code, options)
+        finish(model, repo)
+    model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)
+    return model
+
+
+def finish(model: Any, repo: PackedRepo) -> None:
+    """Says which weights could not stay packed, and makes save_pretrained write the repository."""
+    packed = packed_weights(model)
+    for weight in packed.values():
+        weight.requires_grad_(False)
+    left = sorted(repo.packed - {weight.title for weight in packed.values()})
+    if left:
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(f"decoded or left out, as the model has no such weight by itself: {names}", stacklevel=3)
+    model.save_pretrained = types.MethodType(functools.partial(save_pretrained, source=repo.path), model)
+
+
+def save_pretrained(model: Any, save_directory: "lq.PathLike", *, source: Path, **options: Any) -> None:
+    """model.save_pretrained of a packed model: the repository that it came from, bit for bit, from `source`.
+
+    With an adapter on the model, the adapter alone, as transformers writes it.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).save_pretrained(model, save_directory, **options)  # type: ignore[no-any-return]
+    allowed = {"is_main_process", "safe_serialization", "max_shard_size"}  # which change nothing here
+    unknown = ", ".join(sorted(options.keys() - allowed))
+    require(not unknown, "SCHEMA.UNKNOWN_FIELD", unknown, "no options: the repository is copied as it is")
+    if not options.get("is_main_process", True):
+        return
+    target = Path(save_directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with Repo(source) as repo:
+        names = [name for name in repo.manifest.files if (source / name).exists()]
+        for path in [*(repo.check_file(name) for name in names), source / "README.md", source / MANIFEST]:
+            if path.exists() and path.resolve() != (target / path.name).resolve():
+                shutil.copyfile(path, target / path.name)
