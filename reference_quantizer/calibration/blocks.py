@@ -275,6 +275,10 @@ class Blocks:
             path = str(self.folder / f"spilled-{name}")
             return torch.from_file(path, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
 
+    def enter_again(self) -> None:
+        """Let the tokens enter the first block once more, behind an embedding that is another now; the base's states stay."""
+        self.hidden = self._entrance()
+
     def save(self, path: Path) -> None:
         """Keep the place and the hidden states in `path`, which appears complete or not at all."""
         new = path.with_name(f"{path.name}.new")

@@ -32,24 +32,25 @@ def measure_output_hessians(
 ) -> dict[str, Tensor]:
     """The mean of g gᵗ over the tokens `ids` [sequences, length]: weight name -> float32 [rows, rows], in files of `folder`.
 
-    For those linear layers among `names` that the tokens reach; of more than TOKENS tokens, evenly spaced sequences are taken. A
+    Gradients that reach the input embedding count by the power of their token's row, as its errors do, over the mean of the tokens.
+    For those linear layers among `names` that the tokens reach, and the input embedding, [cols, cols]; not for the output layer. Of more than TOKENS tokens, evenly spaced sequences are taken. A
     later call with the same folder finds the matrices complete and measures nothing. DATA.NON_FINITE where gradients are not finite.
     """
     count = min(len(ids), max(1, TOKENS // ids.shape[1]))
     ids = ids[(2 * torch.arange(count) + 1) * len(ids) // (2 * count)]
+    source, output = model.get_input_embeddings(), model.get_output_embeddings()
     layers = {
         f"{path}.weight": layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and f"{path}.weight" in names
+        if f"{path}.weight" in names and (layer is source or (isinstance(layer, nn.Linear) and layer is not output))
     }
+    widths = {n: m.weight.shape[1] if m is source else m.out_features for n, m in layers.items()}  # of what they give
     known = (folder / DONE).is_file()
-    found = {
-        name: _in_file(folder / f"gradients-{k}", layer, not known) for k, (name, layer) in enumerate(layers.items())
-    }
+    found = {name: _in_file(folder / f"gradients-{k}", widths[name], not known) for k, name in enumerate(layers)}
     if known:
         return {name: g for name, g in found.items() if g.any()}
     model.to(device).requires_grad_(False)
-    hooks = [model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_(True))]
+    hooks = [source.register_forward_hook(lambda _, args, out: out.requires_grad_(True))]
 
     def add(total: Tensor, gradient: Tensor) -> None:
         g = gradient.reshape(-1, len(total)).float()
@@ -58,8 +59,17 @@ def measure_output_hessians(
     def watch(out: Tensor, total: Tensor) -> None:
         out.register_hook(lambda gradient: add(total, gradient))
 
+    def watch_rows(read: Tensor, out: Tensor, total: Tensor) -> None:
+        factors = (power[read] / power[ids.to(device)].mean()).sqrt()[..., None]
+        out.register_hook(lambda gradient: add(total, gradient * factors))
+
     for name, layer in layers.items():
-        hooks.append(layer.register_forward_hook(lambda _, args, out, total=found[name]: watch(out, total)))
+        total = found[name]
+        if layer is source:
+            power = source.weight.float().square().mean(1)
+            hooks.append(layer.register_forward_hook(lambda _, args, out, total=total: watch_rows(args[0], out, total)))
+        else:
+            hooks.append(layer.register_forward_hook(lambda _, args, out, total=total: watch(out, total)))
     generator = torch.Generator(device).manual_seed(SEED)
     progress = Progress(len(ids), quiet, action="measuring gradients", unit="sequence")
     for row in ids.to(device):
@@ -83,9 +93,8 @@ def measure_output_hessians(
     return {name: g for name, g in found.items() if g.any()}
 
 
-def _in_file(path: Path, layer: nn.Linear, new: bool) -> Tensor:
-    """A matrix [rows, rows] in a file, whose pages the system keeps in memory as long as there is room; zeros if `new`."""
+def _in_file(path: Path, size: int, new: bool) -> Tensor:
+    """A matrix [size, size] in a file, whose pages the system keeps in memory as long as there is room; zeros if `new`."""
     if new:
         path.unlink(missing_ok=True)
-    size = layer.out_features
     return torch.from_file(str(path), shared=True, size=size * size, dtype=torch.float32).reshape(size, size)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
 from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.embeddings import measure_uses
 from reference_quantizer.calibration.tokens import SELF, Calibration, calibration_tokens, kept_tokens
 from reference_quantizer.checkpoint.source import Source, weights_sha256
 from reference_quantizer.checkpoint.support import KINDS
@@ -29,7 +30,7 @@ from reference_quantizer.model.machine import libraries, locked
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
-VERSION = 1  # of the arithmetic here: another one measures again
+VERSION = 2  # of the arithmetic here: another one measures again
 LENGTH = 256  # tokens of a sequence: many short sequences say more about Fisher traces than a few long ones
 TOKENS = {"fisher": 8192, "perturbation": 1024}  # the former costs two passes over its tokens, the latter one a weight
 # t^2 of the noise: that of a 3-bit Lloyd-Max quantizer. It lies among the errors that are chosen between, so that what is
@@ -106,7 +107,7 @@ def measure_gains(
     device: str = "cpu",
     quiet: bool = False,
 ) -> dict[str, float]:
-    """What error feedback leaves of the loss that rounding each linear layer of the model's blocks would cause.
+    """What error feedback leaves of the loss that rounding would cause, for the linear layers of the model's blocks, embedding and output layer.
 
     See `feedback.gain` and, with `output_feedback`, `feedback.output_gain` of tiles of `tile_rows` rows; for the inputs that `tokens` give the layers of the
     original model. Kept in `cache`, as sensitivities are.
@@ -132,12 +133,14 @@ def measure_gains(
                 outputs = measure_output_hessians(whole, source.tensors, tokens.ids, Path(folder), device, quiet)
                 del whole
             progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
-            found = {}
+            found = {
+                name: _gain(use.hessian, device)
+                for name, use in measure_uses(blocks.model, tokens.ids, outputs, device).items()
+            }
             for block in blocks:
                 for group in blocks.groups(block):
                     hessian = next(iter(blocks.moments(block, group).values())).hessian
-                    rotation = make_rotation("hadamard", rotation_size("hadamard", len(hessian)), SEED, None, device)
-                    gain = feedback.gain(feedback.rotate_hessian(hessian, rotation))
+                    gain = _gain(hessian, device)
                     for name, layer in group.layers.items():
                         found[name] = gain
                         if name in outputs:
@@ -149,6 +152,12 @@ def measure_gains(
             new.write_text("".join(json.dumps(entry) + "\n" for entry in found.items()), encoding="utf-8")
             new.replace(path)
         return {name: value for name, value in _read(path).items() if value is not None}
+
+
+def _gain(hessian: Tensor, device: str) -> float:
+    """The gain of feedback between columns, after a rotation such as the columns will have."""
+    rotation = make_rotation("hadamard", rotation_size("hadamard", len(hessian)), SEED, None, device)
+    return feedback.gain(feedback.rotate_hessian(hessian, rotation))
 
 
 def _measure(

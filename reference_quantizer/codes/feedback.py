@@ -82,11 +82,13 @@ def encode(
     tile_rows: int,
     ordered: bool = True,
     output_hessian: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Encoded:
     """Encode `weight` [rows, cols] float32 for inputs with `hessian` [cols, cols] float32.
 
     With `output_hessian` [rows, rows] float32, G of `curvature`, there is feedback between blocks of rows as well: what the
     rows encoded so far miss is made up for in those that follow, so that tr(G D H D^t) gets small (YAQA, arXiv:2505.22988).
+    Without it, `row_weights` [rows] float32 > 0 say how much each row's errors count; they guide the trellis of a tile.
 
     With window > bits, tiles are [tile_rows, 1] and `tile_rows` divides rows; with window = bits it is of no account.
     The scale of a vector is its root mean square while the codes are chosen, and is then fitted by least squares in the
@@ -118,7 +120,8 @@ def encode(
         return symbols, fitted, chosen * fitted.float().repeat_interleave(g, 1)
 
     if output_hessian is None:
-        symbols, fitted, rotated = encode_rows(y, scales, torch.ones_like(y[:, 0]))
+        importance = torch.ones_like(y[:, 0]) if row_weights is None else row_weights.sqrt()
+        symbols, fitted, rotated = encode_rows(y, scales, importance)
     else:
         outer, targets, parts = inverse_factor(shrunk(output_hessian), OUTPUT_DAMPING), y.clone(), []
         step = block_rows(rows, bits, window, tile_rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.planning.allocate import ALLOCATORS, CANDIDATES
+from reference_quantizer.planning.plan import EMBEDDING_BITS, EMBEDDING_MARGIN
 from reference_quantizer.planning.settings import PRESETS, SIGN
 from tqformat.__main__ import byte_count
 from tqformat.load_quantized import LOADER_KINDS
@@ -25,7 +26,6 @@ EXAMPLES = """examples:
 An interrupted `quantize`, `evaluate` or `release` continues when the same command is given again.
 """
 DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"  # that an evaluation takes where no option names one
-EMBEDDING_BITS = 8  # of embeddings and output layers beside calibrated codes
 TUNING_TOKENS = 262144  # of calibration text to draw from
 TUNING_STEPS = 100  # of `tune`, and of the preset best, which ends with it
 INPUTS = ("original", "quantized", "paired")
@@ -150,7 +150,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     help_ = "keep every tensor whose name holds this text"
     group.add_argument("--protect-fragment", metavar="TEXT", action="append", default=[], help=help_)
     help_ = "quantize protected tensors at this many bits instead of keeping them (without --protect options, "
-    help_ += f"targets and --uniform, embeddings and output layers get {EMBEDDING_BITS} bits)"
+    help_ += f"targets and --uniform, embeddings and output layers get {EMBEDDING_MARGIN} more than other weights, by the preset fast "
+    help_ += f"{EMBEDDING_BITS})"
     group.add_argument("--protected-bits", metavar="N", type=integer(1, 8), help=help_)
 
 

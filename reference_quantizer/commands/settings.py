@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
-from reference_quantizer.commands.options import DATASET, EMBEDDING_BITS, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.commands.options import DATASET, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
 from reference_quantizer.libraries import is_installed, missing_library, need
 from reference_quantizer.planning.allocate import Request, make_allocation
 from reference_quantizer.planning.expectations import expected_time
-from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, MAX_SYMBOL, WINDOWED_BITS, Plan, make_plan
+from reference_quantizer.planning.plan import (
+    EMBEDDING_BITS,
+    EMBEDDING_MARGIN,
+    EMBEDDINGS,
+    HEADS,
+    MAX_SYMBOL,
+    WINDOWED_BITS,
+    Plan,
+    make_plan,
+)
 from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
 from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
@@ -29,24 +38,40 @@ def find_plan(args: argparse.Namespace, source: Source) -> Plan:
             raise TQFormatError("SCHEMA.VALUE", "--output-feedback", advice)
         chosen = replace(chosen, output_feedback=False)
     if request is None:
-        return make_plan(source, chosen if args.uniform else with_wide_embeddings(chosen, source))
+        return make_plan(
+            source, chosen if args.uniform else with_wide_embeddings(chosen, source, predicts(args, source))
+        )
     job = {name: getattr(args, name) for name in ("device", "quiet") if hasattr(args, name)}  # not of `plan`
     kind, cache = find_loader_kind(args, source), getattr(args, "cache_dir", None)
     return make_plan(source, *make_allocation(source, chosen, request, kind, cache, **job))
 
 
-def with_wide_embeddings(chosen: Settings, source: Source) -> Settings:
-    """With embeddings and output layers at 8 bit where no option says what to protect.
+def with_wide_embeddings(chosen: Settings, source: Source, predicts: bool) -> Settings:
+    """With more bits for embeddings and output layers where no option says what to protect.
 
-    Feedback cannot help them, and at few bits they would undo what it gains elsewhere.
+    8 without feedback, since they would undo what is gained elsewhere. With a preset that has some, for a model that `predicts` the next
+    token, EMBEDDING_MARGIN more than the others have, with which they do next to no harm.
     """
+    bits = EMBEDDING_BITS
+    if chosen.preset != "fast" and predicts:
+        bits = min(bits, chosen.bits + EMBEDDING_MARGIN)
     if chosen.bits >= EMBEDDING_BITS or chosen.protect or chosen.protect_fragments:
         return chosen
     endings = tuple(e for e in EMBEDDINGS + HEADS if any(e in name for name in source.tensors))
     if not endings:
         return chosen
-    tell(f"note: {', '.join(endings)}: {EMBEDDING_BITS} bits, unless --protect options or --uniform say otherwise")
-    return replace(chosen, protect_fragments=endings, protected_bits=EMBEDDING_BITS)
+    tell(f"note: {', '.join(endings)}: {bits} bits, unless --protect options or --uniform say otherwise")
+    return replace(chosen, protect_fragments=endings, protected_bits=bits)
+
+
+def predicts(args: argparse.Namespace, source: Source) -> bool:
+    """Whether the model predicts the next token, as far as one can tell; an inventory says nothing of it."""
+    if source.config is None and not getattr(args, "loader_kind", None):
+        return True
+    try:
+        return find_loader_kind(args, source) in support.KINDS
+    except TQFormatError:
+        return False
 
 
 def default_preset(args: argparse.Namespace) -> str:

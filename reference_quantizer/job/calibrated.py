@@ -9,11 +9,12 @@ from torch import Tensor
 
 from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
 from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.embeddings import ends, measure_uses
 from reference_quantizer.calibration.tokens import Calibration
 from reference_quantizer.codes.encode import Encoder
-from reference_quantizer.job.encoding import EncodedWeight, Job, as_stored, encode_weight
+from reference_quantizer.job.encoding import EncodedWeight, Job, as_stored, encode_embedding, encode_weight
 from reference_quantizer.model.base import load_base
-from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, TensorPlan
+from reference_quantizer.planning.plan import EMBEDDING_BITS, TensorPlan, is_embedding
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
@@ -25,16 +26,18 @@ def calibrated_weights(
     known: set[str],
     progress: Progress,
 ) -> Iterator[EncodedWeight | None]:
-    """Block by block, the weights that the tokens of `calibration` reach, but the `known` ones; None before each block (see stream).
+    """The weights that the tokens of `calibration` reach, but the `known` ones: embeddings, then block by block; None before each block (see stream).
 
+    Embeddings and output layers of fewer than EMBEDDING_BITS come first, for the uses that they have in the base model, so that the blocks
+    make up for some of what the former miss.
     With `settings.inputs` other than "original", a layer's inputs are what the encoded blocks before it give, and within a block
     the layers encoded so far. SCHEMA.VALUE where no layer of the blocks is to be quantized.
     """
     source, plan, device, folder = job.source, job.plan, job.device, job.folder
     settings = plan.settings
-    items = {
-        t.info.name: t for t in plan.tensors if t.bits is not None and not t.info.name.endswith(EMBEDDINGS + HEADS)
-    }
+    chosen_items = {t.info.name: t for t in plan.tensors if t.bits is not None}
+    items = {name: item for name, item in chosen_items.items() if not is_embedding(name)}
+    embeddings = {n: item for n, item in chosen_items.items() if is_embedding(n) and (item.bits or 0) < EMBEDDING_BITS}
     blocks = Blocks(
         load_in_blocks(source, job.loader_kind, folder),
         calibration.ids,
@@ -43,13 +46,26 @@ def calibrated_weights(
         folder=folder if job.spill else None,
     )
     state = folder / "hidden.npz"
-    if state.is_file():
-        blocks.restore(state)
     gradients: dict[str, Tensor] = {}
     if settings.output_feedback:
         whole = load_base(source, job.loader_kind)
-        gradients = measure_output_hessians(whole, items, calibration.ids, folder, device, progress.quiet)
+        gradients = measure_output_hessians(
+            whole, [*items, *embeddings], calibration.ids, folder, device, progress.quiet
+        )
         del whole
+    if state.is_file():  # which is not written before the embeddings are done
+        blocks.restore(state)
+    elif embeddings:
+        uses = measure_uses(blocks.model, calibration.ids, gradients, device)
+        for name, module in ends(blocks.model).items():
+            if (item := embeddings.get(name)) is None or name not in uses:
+                continue
+            found = encode_embedding(item, make_encoders(item), module.weight.data, uses[name], settings, device)
+            if name not in known:
+                yield found
+                progress.advance(item.info.scalars)
+        if settings.inputs != "original":
+            blocks.enter_again()
     seen = items.keys() & known
     for block in blocks:
         yield None  # the state says that the blocks before it are done, and must not be kept before they are

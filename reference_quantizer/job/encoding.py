@@ -1,13 +1,14 @@
 """One weight becomes codes and scales: as a whole, for inputs that were measured, or in chunks of rows."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reference_quantizer.calibration.embeddings import Use
 from reference_quantizer.calibration.tokens import Calibration
 from reference_quantizer.checkpoint.source import Info, Reader, Source
 from reference_quantizer.codes import feedback
@@ -20,6 +21,8 @@ from reference_quantizer.planning.settings import Settings
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import torch_dtype
 from tqformat.writer import DTYPE_NAMES, pack
+
+PART_SCALARS = 2**24  # of an embedding that are encoded at once: 64 MiB for each float32 work array
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ def encode_weight(
     moments: Moments,
     settings: Settings,
     output_hessian: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[list[Encoded], feedback.Encoded]:
-    """Codes for `weight` [rows, cols], whose inputs have `moments`: of the stages before the last, and of the last."""
+    """Codes for `weight` [rows, cols], whose inputs have `moments`: of the stages before the last, and of the last.
+
+    `output_hessian` and `row_weights` are those of feedback.encode.
+    """
     bits = item.stages[-1].bits
     window = (settings.window or 0) if item.tile_rows else bits
     if output_hessian is not None:
@@ -108,6 +115,7 @@ def encode_weight(
         encoders,
         *(bits, window, item.tile_rows, settings.ordered),
         output_hessian,
+        row_weights,
     )
 
 
@@ -136,6 +144,37 @@ def as_stored(
         stage |= {"codes": pack(symbols, width, window), "scales": codes.scales.cpu()}
         stages.append(stage | {"vector_length": None if g == info.cols else g})
     return EncodedWeight(info, stages, extra=extra | _facts(item))
+
+
+def encode_embedding(
+    item: TensorPlan, encoders: list[Encoder], weight: Tensor, use: Use, settings: Settings, device: str
+) -> EncodedWeight:
+    """Codes for an embedding or output layer `weight` [rows, cols] of this `use`; `weight` becomes what they decode to.
+
+    A part of the rows at a time: there may be more of them than memory has room for the work on.
+    """
+    tile, dtype = item.tile_rows or 1, torch_dtype(item.info.dtype)
+    step = max(1, PART_SCALARS // item.info.cols // tile) * tile
+    hessian, parts = use.hessian.to(device), []
+    sums = torch.zeros(
+        2, 2, dtype=torch.float64
+    )  # of the error and of the weight; squared, and in the norm of the Hessian
+    for a in range(0, len(weight), step):
+        rows = weight[a : a + step].to(device, torch.float32, copy=True)
+        part = replace(item, info=replace(item.info, shape=tuple(rows.shape)))
+        weights = use.weights[a : a + step].to(device)
+        earlier, found = encode_weight(part, encoders, rows, Moments(hessian), settings, row_weights=weights)
+        parts.append(as_stored(part, encoders, rows, earlier, found, calibrated=True))
+        for k, d in enumerate((found.decoded - rows, rows)):
+            sums[k] += torch.stack([d.square().sum(), ((d @ hessian) * d).sum()]).cpu()
+        weight[a : a + step] = found.decoded.to(dtype).to(weight)
+    errors = [_rounded(float(error / norm) if norm else 0.0) for error, norm in sums.T]
+    stages = [
+        stage | {key: torch.cat([part.stages[k][key] for part in parts if part.stages]) for key in ("codes", "scales")}
+        for k, stage in enumerate(parts[0].stages or [])
+    ]
+    extra = parts[0].extra | dict(zip(("relative_error", "output_error"), errors, strict=True))
+    return EncodedWeight(item.info, stages, extra=extra)
 
 
 # ------------------------------------------------------------------------------------------------ chunks of rows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reference_quantizer.checkpoint.source import Info, Reader, Source
-from reference_quantizer.planning.plan import SHORT_TILE_ROWS, Allocation, Plan, make_plan
+from reference_quantizer.planning.plan import EMBEDDING_BITS, SHORT_TILE_ROWS, Allocation, Plan, is_embedding, make_plan
 from reference_quantizer.planning.settings import Settings
 from tqformat.load_quantized import TQFormatError, torch_dtype
 
@@ -190,7 +190,8 @@ def make_allocation(
         gains = measure_gains(
             source, loader_kind, measured.calibration, settings.output_feedback, SHORT_TILE_ROWS, *where
         )
-        errors *= np.array([gains.get(name, 1.0) for name in names])[:, None]
+        helped = np.array([[not (is_embedding(n) and b >= EMBEDDING_BITS) for b in candidates] for n in names])
+        errors *= np.where(helped, np.array([gains.get(name, 1.0) for name in names])[:, None], 1.0)
     costs = np.array([sensitivities[name] * errors[k] for k, name in enumerate(names)])  # [weights, candidates]
     uniform_bytes = [int(plan.accounting()["stored_bytes"]) for plan in plans]
     uniform = max(k for k in range(len(candidates)) if uniform_bytes[k] <= budget)

@@ -2,10 +2,10 @@
 
 import math
 
-from reference_quantizer.planning.plan import Plan
+from reference_quantizer.planning.plan import EMBEDDING_BITS, EMBEDDING_MARGIN, Plan, is_embedding
 
 MODEL = "SmolLM2-135M"
-RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on that model, embedding at 8 bits; see docs/quality.md
+RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on that model, embeddings wide, see with_wide_embeddings; docs/quality.md
     ("fast", 2): 17740.0,
     ("fast", 3): 7.240,
     ("fast", 4): 1.484,
@@ -30,10 +30,12 @@ def expectations(plan: Plan) -> list[str]:
         return [
             f"expect: a KL divergence of about {predicted:.3g} nats from the base model, as predicted from sensitivities"
         ]
+    wide = min((t.bits or 16 for t in plan.tensors if is_embedding(t.info.name)), default=EMBEDDING_BITS)
+    plain = plain and wide >= min(EMBEDDING_BITS, bits + EMBEDDING_MARGIN)
     if plain and (ratio := RATIOS.get((preset, bits))):
         lines.append(
             f"expect: about {ratio:,.{2 if ratio < 100 else 0}f} times the base model's perplexity, which is what {MODEL} has at {bits} bits by this "
-            "preset, with 8 bits for embeddings; `evaluate` tells what yours has"
+            f"preset, with {wide} bits for embeddings; `evaluate` tells what yours has"
         )
     if preset == "fast" and bits <= BROKEN_BITS:
         better = RATIOS.get(("balanced", bits))

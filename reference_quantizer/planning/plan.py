@@ -22,6 +22,8 @@ WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
 SHORT_TILE_ROWS = 128  # the same where there is feedback from tile to tile
 MAX_SYMBOL = 16  # bits [TQ-CODE-1]
+EMBEDDING_BITS = 8  # from which on embeddings and output layers need no feedback; what they have where there is none
+EMBEDDING_MARGIN = 2  # bits that they have more than other weights where there is feedback for them
 LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
 
 
@@ -265,17 +267,22 @@ def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
 
 
 def choose_tile_rows(info: Info, bits: int, window: int | None, output_feedback: bool = False) -> int:
-    """How many rows of a column one trellis covers; 0 where codes are scalar: embeddings, many bits, odd shapes.
+    """How many rows of a column one trellis covers; 0 where codes are scalar: many bits, odd shapes.
 
     With output feedback, which goes from tile to tile, they are short.
     """
-    if window is None or not bits < window or bits > WINDOWED_BITS or info.name.endswith(EMBEDDINGS + HEADS):
+    if window is None or not bits < window or bits > WINDOWED_BITS:
         return 0
     most = SHORT_TILE_ROWS if output_feedback else TILE_ROWS
     fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= most and d * info.cols <= 2**22]
     whole = [d for d in fitting if d * bits % 8 == 0] or fitting  # without unused bits
     even = [d for d in whole if info.rows // d % 2 == 0]  # tiles are encoded side by side
     return next(iter(even if even and not output_feedback else whole), 0)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the name is that of an embedding or an output layer."""
+    return name.endswith(EMBEDDINGS + HEADS)
 
 
 def choose_vector_length(cols: int, wanted: int | None) -> int:

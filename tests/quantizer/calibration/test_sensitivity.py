@@ -144,13 +144,16 @@ def test_the_gains_of_feedback(source: Source, tmp_path: Path, monkeypatch: pyte
     tokens = measure_sensitivities(source, KIND, [], "fisher", ("self",), 512, tmp_path, quiet=True).calibration
     gains = measure_gains(source, KIND, tokens, False, 128, tmp_path, quiet=True)
     layers = [name for name in matrices(source) if ".layers." in name]
-    assert set(gains) == set(layers) and all(0 < gain < 0.99 for gain in gains.values())
+    assert gains.pop("model.embed_tokens.weight") == pytest.approx(1)  # no direction of it is known without gradients
+    assert set(gains) == {*layers, "lm_head.weight"} and all(0 < gain < 0.99 for gain in gains.values())
     q, k, down = (next(name for name in layers if part in name) for part in ("q_proj", "k_proj", "down_proj"))
     assert gains[q] == gains[k] != gains[down]
     both = measure_gains(source, KIND, tokens, True, 128, tmp_path, quiet=True)
-    assert both.keys() == gains.keys() and all(both[name] < 0.99 * gains[name] for name in gains)
+    assert both.pop("model.embed_tokens.weight") < 0.99 and both.keys() == gains.keys()
+    assert all(both[name] < 0.99 * gains[name] for name in layers) and both["lm_head.weight"] == gains["lm_head.weight"]
     monkeypatch.setattr(sensitivity, "load_base", None)  # cannot be called
-    assert measure_gains(source, KIND, tokens, False, 128, tmp_path, quiet=True) == gains
+    again = measure_gains(source, KIND, tokens, False, 128, tmp_path, quiet=True)
+    assert again == gains | {"model.embed_tokens.weight": again["model.embed_tokens.weight"]}
 
 
 def test_what_the_model_does_not_have_is_left_out(source: Source, tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ def test_a_calibrated_repository_conforms(tmp_path: Path, options: list[str]) ->
     assert main(job(tmp_path, tmp_path / "out", *options)) == 0
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     errors = {n: t["extra"].get("output_error") for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
-    assert all((error is not None) == (".layers." in name) for name, error in errors.items())
+    assert len(errors) == 16 and None not in errors.values()  # embedding and output layer, too
     assert manifest["quantization"]["calibration"]["tokens"] > 0
     trellis = "best" in options
     assert manifest["quantization"]["method"] == ("feedback_trellis" if trellis else "feedback")
@@ -461,7 +461,10 @@ def test_what_is_stored_is_what_was_encoded(tmp_path: Path, monkeypatch: pytest.
             assert torch.allclose(found, decoded, rtol=2**-7, atol=1e-6)
 
 
-def test_an_interrupted_job_continues_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", [2, 12])  # in the output layer, after the embedding; in the second block
+def test_an_interrupted_job_continues_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
     options = ["--preset", "best", "--window", "6"]
     assert main(job(tmp_path, tmp_path / "whole", *options)) == 0
     plain, calls = feedback.encode, 0
@@ -469,16 +472,17 @@ def test_an_interrupted_job_continues_with_the_same_bytes(tmp_path: Path, monkey
     def stop(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 10:  # in the second block
+        if calls == when:
             raise KeyboardInterrupt
         return plain(*args)
 
     monkeypatch.setattr(feedback, "encode", stop)
     assert main(job(tmp_path, tmp_path / "out", *options)) == 130
-    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "hidden.npz").is_file()
-    calls = 10
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "hidden.npz").is_file() == (when > 2)
+    calls = 100
     assert main(job(tmp_path, tmp_path / "out", *options)) == 0
-    assert calls - 10 < 14, "the first block was not encoded again"
+    assert calls - 100 == (16 if when == 2 else 7), "what was complete was not encoded again"
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
@@ -500,27 +504,29 @@ def test_which_inputs_the_layers_are_fitted_to(tmp_path: Path, inputs: str, monk
         return plain(weight, moments)
 
     monkeypatch.setattr(feedback, "wanted", note)
-    options = ["--calibration-inputs", inputs]
+    wide = ["--protect-fragment", "embed_tokens", "--protect-fragment", "lm_head", "--protected-bits", "8"]
+    options = [*wide, "--calibration-inputs", inputs]
     assert main(job(tmp_path, tmp_path / inputs, *options)) == 0
     manifest = json.loads((tmp_path / inputs / MANIFEST).read_text())
     assert manifest["quantization"]["extra"]["inputs"] == inputs
     assert shifts == [inputs == "paired"] * 14
     first = manifest["tensors"]["model.layers.0.self_attn.q_proj.weight"]["extra"]  # nothing is lost in front of it
     last = manifest["tensors"]["model.layers.1.mlp.down_proj.weight"]["extra"]
-    assert main(job(tmp_path, tmp_path / "other", "--calibration-inputs", "original")) == 0
+    assert main(job(tmp_path, tmp_path / "other", *wide, "--calibration-inputs", "original")) == 0
     other = json.loads((tmp_path / "other" / MANIFEST).read_text())["tensors"]
     assert other["model.layers.0.self_attn.q_proj.weight"]["extra"] == first
     assert (other["model.layers.1.mlp.down_proj.weight"]["extra"] == last) == (inputs == "original")
 
 
-def test_embeddings_and_heads_have_eight_bits_unless_told_otherwise(tmp_path: Path) -> None:
+def test_embeddings_and_heads_have_more_bits_unless_told_otherwise(tmp_path: Path) -> None:
     assert main(job(tmp_path, tmp_path / "out")) == 0
     assert main(job(tmp_path, tmp_path / "own", "--protect-fragment", "norm")) == 0
     found = []
-    for name in ("out", "own"):
+    assert main([*job(tmp_path, tmp_path / "fast", "--preset", "fast")[:5], "--preset", "fast", "--quiet"]) == 0
+    for name in ("out", "own", "fast"):
         tensors = json.loads((tmp_path / name / MANIFEST).read_text())["tensors"]
         found.append([tensors[n]["effective_bits"] for n in ("model.embed_tokens.weight", "lm_head.weight")])
-    assert found == [[8, 8], [2, 2]]
+    assert found == [[4, 4], [2, 2], [8, 8]]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,24 @@ def test_protection_and_exclusion_override(checkpoint: Path, tmp_path: Path) -> 
     assert max(allocation.bits.values()) <= 8
 
 
+def test_embeddings_compete_with_what_feedback_gains_them(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, found = open_source(str(checkpoint)), []
+    for gain in (1.0, 0.2, 0.001):
+        monkeypatch.setattr(sensitivity, "measure_gains", lambda *_, gain=gain: {"lm_head.weight": gain})
+        chosen = Settings(preset="balanced"), request(target_bits=4.5), "text-generation", tmp_path
+        found.append(make_allocation(source, *chosen, quiet=True)[1].bits["lm_head.weight"])
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    monkeypatch.setattr(sensitivity, "measure_gains", lambda *_: {"lm_head.weight": 0.5})
+    wide = request(target_bits=40.0)
+    costs = [
+        make_allocation(source, Settings(preset=preset), wide, "text-generation", tmp_path, quiet=True)[1]
+        for preset in ("fast", "balanced")  # at 8 bits there is no feedback for an output layer
+    ]
+    assert costs[0].record["extra"]["objective"] == pytest.approx(costs[1].record["extra"]["objective"])
+
+
 def test_targets_that_cannot_be_met_or_leave_room(checkpoint: Path, tmp_path: Path) -> None:
     source = open_source(str(checkpoint))
     for wrong in (request(target_bits=1.0), request(target_bits=None, target_bytes=10)):
