@@ -61,6 +61,7 @@ def calibrated_weights(
             if (item := embeddings.get(name)) is None or name not in uses:
                 continue
             found = encode_embedding(item, make_encoders(item), module.weight.data, uses[name], settings, device)
+            embeddings.pop(name)  # what is left in the end no token reached
             if name not in known:
                 yield found
                 progress.advance(item.info.scalars)
@@ -96,8 +97,9 @@ def calibrated_weights(
     if not seen:
         advice = "none of the weights is a linear layer of the model's blocks, so nothing can be calibrated"
         raise TQFormatError("SCHEMA.VALUE", blocks.name, f"{advice}; use --preset fast")
-    if rest := sorted(items.keys() - seen):
+    if rest := sorted((items.keys() - seen) | (embeddings.keys() - known)):
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         print(
-            f"note: encoded without feedback, the blocks' linear layers do not include {rest[0]}{more}", file=sys.stderr
+            f"note: encoded without feedback, no embedding, output layer or linear layer of the blocks: {rest[0]}{more}",
+            file=sys.stderr,
         )
