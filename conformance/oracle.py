@@ -114,7 +114,8 @@ def unpack(codes: NDArray[np.uint8], n: int, bits: int, window: int) -> Integers
     # [TQ-CODE-6] symbol t = sum over j < window of streambit[(t * bits + j) mod (n * bits)] * 2^j: the `window` bits from bit
     # t * bits on, if the stream begins again behind its end
     ring = np.concatenate([stream, stream[:, np.arange(32) % (n * bits)]], axis=1)
-    words = np.lib.stride_tricks.sliding_window_view(np.packbits(ring, axis=1, bitorder="little"), 4, axis=1)
+    octets = np.ascontiguousarray(np.packbits(ring, axis=1, bitorder="little"))
+    words = np.lib.stride_tricks.sliding_window_view(octets, 4, axis=1)
     symbols: Integers = np.empty((len(codes), n), np.int64)
     for t in range(min(8, n)):  # the symbols t, t + 8, t + 16 ... begin in the same bit of a byte, `bits` bytes apart
         first, shift = divmod(t * bits, 8)

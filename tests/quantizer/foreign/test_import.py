@@ -27,7 +27,7 @@ def imported(path: Path, name: str = "a.weight") -> torch.Tensor:
     judgement = judge(Subject(folder, Options()))
     folder.close()
     assert judgement.passed == "L3", judgement.violations
-    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["quantization_config"] == {"quant_method": "tqformat"}
     with open_repo(out) as repo:
         facts = repo.manifest.base_model["extra"]["imported_from"]
         assert facts["quantization_config"]["quant_method"] == facts["format"]
