@@ -71,7 +71,7 @@ def predicts(args: argparse.Namespace, source: Source) -> bool:
     try:
         return find_loader_kind(args, source) in support.KINDS
     except TQFormatError:
-        return False
+        return not (source.config or {}).get("architectures")  # a GGUF file's, which is told later
 
 
 def default_preset(args: argparse.Namespace) -> str:
