@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import save_quantized, words
 
+from conformance import checks_decode
 from conformance.check import judge
 from conformance.folder import Folder
 from conformance.subject import Options, Subject
@@ -24,7 +25,8 @@ def imported(path: Path, name: str = "a.weight") -> torch.Tensor:
     out = path.with_name(f"{path.name}-out")
     assert main(["import", str(path), str(out), "--quiet"]) == 0
     folder = Folder(out, False)
-    judgement = judge(Subject(folder, Options()))
+    known = checks_decode.known_loaders(Path(checks_decode.__file__).with_name("known_loaders.json").read_text())
+    judgement = judge(Subject(folder, Options(known_loaders=known)))
     folder.close()
     assert judgement.passed == "L3", judgement.violations
     assert json.loads((out / "config.json").read_text())["quantization_config"] == {"quant_method": "tqformat"}
