@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import tqformat
 from reference_quantizer.calibration.tokens import calibration_tokens
 from reference_quantizer.checkpoint.source import weights_sha256
-from reference_quantizer.evaluation.evaluate import Base, Runner, Settings, payload_digests, to_text
+from reference_quantizer.evaluation.evaluate import Base, Runner, Settings, file_digests, to_text
 from reference_quantizer.evaluation.metrics import Result, summarize
 from reference_quantizer.evaluation.windows import batches, sliding_windows
 from reference_quantizer.model.base import (
@@ -536,7 +536,9 @@ def run_comparison(
         }
         kept = read_earlier(out.with_suffix(".json"), run)
         report: dict[str, Any] = {"run": run, "candidates": kept, "not_made": {}}
-        waiting: list[tuple[str, str, Any]] = [(r.name, "tqformat", payload_digests(read_manifest(r))) for r in repos]
+        waiting: list[tuple[str, str, Any]] = [
+            (r.name, "tqformat", file_digests(read_manifest(r), "payload")) for r in repos
+        ]
         waiting += [(name, "peer", versions(peer.packages)) for name, peer in peers.items()]
         places = {r.name: r for r in repos}
         done = [(c["name"], c["kind"], c["made_from"]) for c in kept]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_quantizer.model.machine import has_bfloat16
+from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
 BATCH = 4  # sequences that the model reads at once
@@ -36,7 +37,9 @@ def ends(model: Any) -> dict[str, nn.Module]:
     return {f"{paths[m]}.weight": m for m in modules if m in paths and hasattr(m, "weight")}
 
 
-def measure_uses(model: Any, ids: Tensor, gradients: dict[str, Tensor], device: str = "cpu") -> dict[str, Use]:
+def measure_uses(
+    model: Any, ids: Tensor, gradients: dict[str, Tensor], device: str = "cpu", quiet: bool = False
+) -> dict[str, Use]:
     """The use of each of the model's `ends` that has two dimensions: weight name -> it, on the device.
 
     For the tokens `ids` [sequences, length], which the model reads once, if it has an output layer. `gradients` has G of the embedding's
@@ -47,7 +50,8 @@ def measure_uses(model: Any, ids: Tensor, gradients: dict[str, Tensor], device: 
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     uses: dict[str, Use] = {}
     if output is not None and output in found.values():
-        uses |= {name: _output_use(model, output, ids, device) for name, module in found.items() if module is output}
+        use = _output_use(model, output, ids, device, quiet)
+        uses |= {name: use for name, module in found.items() if module is output}
     for name, module in found.items():
         if module is not source:
             continue
@@ -77,12 +81,13 @@ class _Reached(Exception):
     pass
 
 
-def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str) -> Use:
+def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str, quiet: bool) -> Use:
     """The use of the output layer `output` by the tokens `ids`, as if it had no other."""
     weight: Any = output.weight
     rows, cols = weight.shape
     square, share = torch.zeros(cols, cols, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
     states: list[Tensor] = []
+    progress = Progress(len(ids), quiet, action="measuring the use of embeddings", unit="sequence")
 
     def reach(_: nn.Module, args: tuple[Any, ...]) -> None:
         states.append(args[0])
@@ -106,6 +111,8 @@ def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str) -> Use:
             share += p.sum(0, dtype=torch.float64)
             square.addmm_((x * (1 - p.square().sum(1, keepdim=True)).clamp_min(0)).T, x)
         output.to(place)
+        progress.advance(len(part))
+    progress.close()
     if not torch.isfinite(square.diagonal()).all():
         raise TQFormatError("DATA.NON_FINITE", "hidden states", "what reaches the output layer is NaN or infinite")
     return Use(square / ids.numel(), (share / share.sum()).float())

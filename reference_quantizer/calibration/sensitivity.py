@@ -132,11 +132,9 @@ def measure_gains(
                 whole = load_base(source, loader_kind)
                 outputs = measure_output_hessians(whole, source.tensors, tokens.ids, Path(folder), device, quiet)
                 del whole
+            uses = measure_uses(blocks.model, tokens.ids, outputs, device, quiet)
+            found = {name: _gain(use.hessian, device) for name, use in uses.items()}
             progress = Progress(len(blocks.blocks), quiet, action="measuring what feedback gains", unit="block")
-            found = {
-                name: _gain(use.hessian, device)
-                for name, use in measure_uses(blocks.model, tokens.ids, outputs, device).items()
-            }
             for block in blocks:
                 for group in blocks.groups(block):
                     hessian = next(iter(blocks.moments(block, group).values())).hessian

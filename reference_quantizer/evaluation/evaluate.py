@@ -6,7 +6,9 @@ stay there, under a name made from the content of everything they depend on. So 
 alone makes of the base, whose divergence from the base in float32 no release can be told from, run in bfloat16.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -147,14 +149,14 @@ def evaluate(
     source = find_base(base, base_revision, cache, quiet)
     check_same_model(source, manifest)
     bos = find_bos(tokenizer) if settings.bos == "auto" else None
-    payload = payload_digests(manifest)
+    payload, support = (file_digests(manifest, role) for role in ("payload", "support"))
 
     cache.mkdir(parents=True, exist_ok=True)
     texts = []
     for corpus, (tokens, windows) in zip(corpora, cut, strict=True):
         measured = asdict(replace(settings, kl=True, floor=False))
         kept = open_base(source, cache, [manifest.loader_kind, tokens_sha256(tokens), measured, bos])
-        job = json.dumps([kept.key, payload, settings.kl])
+        job = json.dumps([kept.key, payload, support, settings.kl])
         partial = cache / f"evaluation-{hashlib.sha256(job.encode()).hexdigest()[:32]}.partial"
         texts.append(Text(corpus, tokens, windows, kept, partial))
     with ExitStack() as stack:
@@ -186,7 +188,7 @@ def evaluate(
             floors = measure_floor(source, manifest.loader_kind, texts, bos, settings, base_model, quiet)
 
     subject = {"base_model": manifest.base_model["id"], "payload": payload}
-    machine = {"hardware": hardware(settings.device), "libraries": libraries()}
+    machine = {"hardware": hardware(settings.device), "libraries": libraries() | {"evaluation": code_version()}}
     entries = [
         {"dataset": text.to_dict(), **summarize(text.windows, found)}
         for text, found in zip(texts, results, strict=True)
@@ -198,6 +200,7 @@ def evaluate(
         "schema_version": SCHEMA_VERSION,
         "role": ROLE,
         **subject,
+        "support": support,
         "base_weights_sha256": texts[0].kept.weights_sha256,
         "settings": settings.to_dict() | {"bos_token_id": bos},
         **entries[0],
@@ -262,9 +265,17 @@ def cut_text(corpus: Corpus, tokenizer: Any, settings: Settings) -> tuple[np.nda
     return np.array(ids, dtype="<i4"), windows
 
 
-def payload_digests(manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of each payload file: which weights an evaluation is about."""
-    return {name: file.sha256 for name, file in manifest.files.items() if file.role == "payload"}
+def file_digests(manifest: Manifest, role: str) -> dict[str, str]:
+    """SHA-256 of each file of the role: payload tells which weights an evaluation is about, support how they are run."""
+    return {name: file.sha256 for name, file in manifest.files.items() if file.role == role}
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the source that decides the figures: this room's, and how models and texts are loaded."""
+    rooms = Path(__file__).parent, Path(inspect.getfile(load_base)).parent
+    paths = [path for room in rooms for path in sorted(room.glob("*.py"))] + [Path(inspect.getfile(load))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def is_current(
@@ -276,7 +287,9 @@ def is_current(
     split: str = "test",
     dataset_revision: str | None = None,
 ) -> bool:
-    """Whether both files in `repo` are whole and are those of this base, these weights, these texts and these settings."""
+    """Whether both files in `repo` are whole and are those of this base, this repository, these texts and these settings,
+    made by this version of the evaluation.
+    """
     manifest, settings = read_manifest(repo), settings.complete()
     for name in (SUMMARY, SAMPLES):
         file = manifest.files.get(name)
@@ -286,7 +299,9 @@ def is_current(
     found = {key: value for key, value in summary["settings"].items() if key != "bos_token_id"}
     texts = texts_of(summary)
     return (
-        summary["payload"] == generations["payload"] == payload_digests(manifest)
+        summary["payload"] == generations["payload"] == file_digests(manifest, "payload")
+        and summary.get("support") == file_digests(manifest, "support")
+        and summary["libraries"].get("evaluation") == code_version()
         and summary["base_weights_sha256"] == base_weights_sha256
         and found == settings.to_dict()
         and (summary["kl_divergence"] is not None) == settings.kl
@@ -389,10 +404,10 @@ def read_partial(path: Path) -> list[Result]:
 def open_base(source: Source, cache: Path, job: list[Any]) -> Base:
     """The base's results for `job`, with their arrays if an earlier run kept them.
 
-    The name is made from content: of the weight files, the configuration, the tokens, the settings, and torch's version.
+    The name is made from content: of the weight files, the configuration, the tokens, the settings, and the code.
     """
     weights = weights_sha256(source)
-    content = json.dumps([SCHEMA_VERSION, weights, job, samples.LOGIT_PROMPTS, libraries()], sort_keys=True)
+    content = json.dumps([SCHEMA_VERSION, weights, job, code_version(), libraries()], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     path = cache / f"base-{key}.npz"
     try:

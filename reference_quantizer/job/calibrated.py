@@ -56,7 +56,7 @@ def calibrated_weights(
     if state.is_file():  # which is not written before the embeddings are done
         blocks.restore(state)
     elif embeddings:
-        uses = measure_uses(blocks.model, calibration.ids, gradients, device)
+        uses = measure_uses(blocks.model, calibration.ids, gradients, device, progress.quiet)
         for name, module in ends(blocks.model).items():
             if (item := embeddings.get(name)) is None or name not in uses:
                 continue

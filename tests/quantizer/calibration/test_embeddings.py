@@ -92,6 +92,13 @@ def test_rows_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(floored.min()) == pytest.approx(0.5 / 96) and float(floored.sum()) == pytest.approx(1, rel=1e-5)
 
 
+def test_measuring_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    measure_uses(make_model(True), IDS[:5], {})
+    assert "measuring the use of embeddings: 5 of 5 sequences, 100 %" in capsys.readouterr().err
+    measure_uses(make_model(True), IDS[:5], {}, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_embedding_may_scale_its_rows() -> None:
     module = torch.nn.Embedding(8, 4)
     module.register_forward_hook(lambda _, args, out: 3 * out)

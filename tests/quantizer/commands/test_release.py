@@ -22,6 +22,7 @@ from helpers import make_checkpoint, make_text, timeless
 from reference_quantizer.__main__ import _parser, main
 from reference_quantizer.checkpoint import support
 from reference_quantizer.commands import release
+from reference_quantizer.evaluation import evaluate
 from reference_quantizer.release import base, card, report
 from reference_quantizer.release.push import check_release
 from tqformat import add_files, open_repo
@@ -192,6 +193,26 @@ def test_evaluation_files_of_other_weights_are_stale(lab: Lab, capsys: pytest.Ca
     code, stages, _ = run(lab, capsys)
     assert code == 0 and "evaluate" in stages
     assert run(lab, capsys)[:2] == (0, set())
+
+
+def test_an_evaluation_by_other_code_or_of_another_configuration_is_stale(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "code_version", lambda: "0" * 16)  # another checkout's
+    assert run(lab, capsys)[:2] == (0, {"evaluate", "card"})
+    assert run(lab, capsys)[:2] == (0, set())
+    monkeypatch.undo()
+    assert re.fullmatch("[0-9a-f]{16}", evaluate.code_version())
+
+    before, config = read(lab.out / "eval_summary.json"), read(lab.out / "config.json")
+    assert {"config.json", "tokenizer.json"} <= before["support"].keys()
+    content = json.dumps(config | {"rms_norm_eps": 1.0}).encode()
+    add_files(lab.out, {"config.json": ("support", content)})
+    assert not release.is_evaluated(_parser().parse_args(lab.command()))
+    assert run(lab, capsys)[1] >= {"evaluate"}
+    after = read(lab.out / "eval_summary.json")
+    assert after["support"]["config.json"] == hashlib.sha256(content).hexdigest()
+    assert after["quantized"] != before["quantized"]  # no window of the run before was taken
 
 
 def test_every_option_that_decides_what_is_written_is_part_of_the_job(lab: Lab) -> None:
