@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from tqformat.writer import RepoWriter, publish
 
 SAVE_SECONDS = 120.0
 HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
+CHECK = 10  # steps from one look at these to the next; the parameters that were best there are kept
+PATIENCE = 5  # looks in a row that find nothing better, after which the tuning ends
 LEAST_SIZE = 0.01  # of what is trained: smaller gains make the steps of this one
 LOGITS = 2**25  # that are in memory at once: 128 MiB for each float32 work array
 JOB = ".job"  # in the repository that is about to be tuned: hidden, so that it is no part of it [TQ-REPO-5]
@@ -276,8 +278,9 @@ def tune(
         optimizer = make_optimizer(parts, small)
         kept = state.restore(optimizer)
         targets = Targets(halves, ids, state.path / "targets", kept.get("done"))
-        before, after = _train(targets, held_out, model, optimizer, settings, state, kept, quiet)
-        record = asdict(settings) | {"tokens": settings.steps * settings.batch * ids.shape[1]}
+        before, best = _train(targets, held_out, model, optimizer, settings, state, kept, quiet)
+        after = best.divergence
+        record = asdict(settings) | {"tokens": best.step * settings.batch * ids.shape[1], "best_step": best.step}
         record |= {"held_out_sequences": held_out, "held_out_kl": [float(f"{x:.6g}") for x in (before, after)]}
         if after < before:
             write_tuned(repo, repo_dir, out, parts, small, record, calibration, overwrite, **head)
@@ -333,6 +336,14 @@ def _tell_frozen(repo: Repo, parts: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
+class Best(NamedTuple):
+    """The parameters with the least divergence on held-out text so far."""
+
+    step: int  # 0: as they were
+    divergence: float
+    parameters: list[Tensor]
+
+
 @dataclass(frozen=True)
 class State:
     """The directory in which an interrupted run left its parameters, and of which job they are."""
@@ -340,17 +351,17 @@ class State:
     path: Path
     job: str
 
-    def save(self, step: int, optimizer: torch.optim.Optimizer, targets: Targets, before: float) -> None:
+    def save(self, step: int, optimizer: torch.optim.Optimizer, targets: Targets, before: float, best: Best) -> None:
         """Keep the parameters after `step` steps; the file appears complete or not at all."""
         targets.file.flush()
         new = self.path / "state.new"
-        values = {"job": self.job, "step": step, "before": before, "done": targets.done}
+        values = {"job": self.job, "step": step, "before": before, "done": targets.done, "best": best._asdict()}
         parameters = [p.detach().cpu() for p in _parameters(optimizer)]
         torch.save(values | {"parameters": parameters, "optimizer": optimizer.state_dict()}, new)
         new.replace(self.path / "state")
 
     def restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Inverse of save: `step`, `before` and `done`; without a state of this job empty, and so is then the directory."""
+        """Inverse of save: `step`, `before`, `done` and `best`; without a state of this job empty, and so is then the directory."""
         file = self.path / "state"
         kept = torch.load(file, weights_only=True) if file.is_file() else {}
         if kept.get("job") != self.job:
@@ -362,6 +373,10 @@ class State:
                 parameter.copy_(value)
         optimizer.load_state_dict(kept["optimizer"])
         return dict(kept)
+
+
+def _copies(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for p in _parameters(optimizer)]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -407,17 +422,20 @@ def _train(
     state: State,
     kept: dict[str, Any],
     quiet: bool,
-) -> tuple[float, float]:
-    """Train on all sequences but the first `held_out`, with a warm-up and a cosine decay; the divergence on those, before and after."""
+) -> tuple[float, Best]:
+    """Train on all sequences but the first `held_out`, with a warm-up and a cosine decay; the divergence on those before, and the
+    best that was seen, which the model then has.
+    """
     progress = Progress(settings.steps, quiet, action="tuning", unit="step")
     first, before = kept.get("step", 0), kept.get("before") or mean_divergence(targets, held_out, model)
+    best = Best(**kept["best"]) if "best" in kept else Best(0, before, _copies(optimizer))
     progress.advance(first)
     order = _epochs(len(targets.ids) - held_out, torch.Generator().manual_seed(settings.seed))
     order = itertools.islice(order, first * settings.batch, None)
     warm, saved = max(1, settings.steps // 20), time.monotonic()
     rate = settings.learning_rate * math.sqrt(before)  # about as large as the errors that are to be made up for
-    for step in range(first, settings.steps):
-        share = min(1.0, (step + 1) / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / settings.steps)) / 2)
+    for step in range(first + 1, settings.steps + 1):
+        share = min(1.0, step / warm) * (0.02 + 0.98 * (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate * share
         for _ in range(settings.batch):
@@ -425,11 +443,19 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.advance(1)
-        if time.monotonic() - saved > SAVE_SECONDS or step + 1 == settings.steps:
-            state.save(step + 1, optimizer, targets, before)
+        if step % CHECK == 0 or step == settings.steps:
+            if (now := mean_divergence(targets, held_out, model)) < best.divergence:
+                best = Best(step, now, _copies(optimizer))
+            elif step - best.step >= PATIENCE * CHECK:
+                break
+        if time.monotonic() - saved > SAVE_SECONDS or step == settings.steps:
+            state.save(step, optimizer, targets, before, best)
             saved = time.monotonic()
     progress.close()
-    return before, mean_divergence(targets, held_out, model)
+    with torch.no_grad():
+        for parameter, value in zip(_parameters(optimizer), best.parameters, strict=True):
+            parameter.copy_(value)
+    return before, best
 
 
 def _epochs(count: int, generator: torch.Generator) -> Iterator[int]:

@@ -139,7 +139,7 @@ def test_an_interrupted_run_continues_with_the_same_bytes(
     del seen[:]
     seen.extend(range(100))
     assert run(lab, tmp_path / "out") == 0
-    assert len(seen) == 100 + 10 + 2, "neither the first divergence nor seven steps were computed again"
+    assert len(seen) == 100 + 10 + 2 + 2, "neither the first divergence nor seven steps were computed again"
     assert not (tmp_path / ".out.tuning").exists()
     same_files(tmp_path / "whole", tmp_path / "out")
 
@@ -149,8 +149,33 @@ def test_a_state_of_another_job_is_not_used(lab: Path, tmp_path: Path, monkeypat
     seen = stop_at(monkeypatch, 2 + 15)
     assert run(lab, tmp_path / "out") == 130
     assert run(lab, tmp_path / "out", "--seed", "1") == 0
-    assert len(seen) == 17 + 2 + 24 + 2
+    assert len(seen) == 17 + 2 + 24 + 2 + 2
     same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_the_best_parameters_are_kept_and_hopeless_steps_left_out(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes after them, interrupted or not: as if the tuning had ended at its best."""
+    monkeypatch.setattr(tune, "CHECK", 2)
+    monkeypatch.setattr(tune, "PATIENCE", 2)
+    seen = stop_at(monkeypatch, 9)  # in the fifth step
+    told = iter([1.0, 0.5, 0.6, 0.7])  # before, after 2 and 4 steps, and of the run that goes on after 6
+    monkeypatch.setattr(tune, "mean_divergence", lambda *_: next(told))
+    assert run(lab, tmp_path / "out") == 130 and run(lab, tmp_path / "out") == 0
+    assert len(seen) == 9 + 4
+    record = json.loads((tmp_path / "out" / MANIFEST).read_text())["quantization"]["extra"]["tuning"]
+    assert (record["best_step"], record["tokens"], record["held_out_kl"]) == (2, 2 * 2 * 512, [1.0, 0.5])
+
+    parameters: list[list[torch.Tensor]] = []
+    plain = tune.write_tuned
+    monkeypatch.setattr(tune, "write_tuned", lambda *a, **k: (parameters.append([*a[4].values()]), plain(*a, **k)))
+    told = iter([1.0, 0.5, 0.6, 0.7])
+    assert run(lab, tmp_path / "again") == 0
+    told = iter([1.0, 0.5, 0.4, 0.7, 0.7])
+    assert run(lab, tmp_path / "other") == 0
+    same_files(tmp_path / "out", tmp_path / "again")
+    assert not all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
 
 
 def test_a_tuned_repository_can_be_tuned_again(lab: Path, tmp_path: Path) -> None:
