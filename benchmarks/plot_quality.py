@@ -24,6 +24,7 @@ INK, FAINT = "#1f2933", "#d5dbe1"
 STYLES = {  # family -> legend, color, marker, is it filled?, line
     "tuned": ("tqformat best", "#7c2d12", "*", True, "-"),
     "best": ("tqformat best, untuned", "#c2410c", "D", True, "-"),
+    "file": ("tqformat best, untuned, whole file", "#be185d", "X", True, "-"),
     "balanced": ("tqformat balanced", "#1d4ed8", "s", True, "--"),
     "fast": ("tqformat fast", "#4b5563", "P", True, ":"),
     "gguf": ("GGUF file of llama-quantize", "#0e7490", "o", False, "-."),
@@ -31,7 +32,7 @@ STYLES = {  # family -> legend, color, marker, is it filled?, line
     "hqq": ("HQQ", "#6d28d9", "h", False, "-."),
 }
 PLACES = {"tuned": ((-6, -9), "right"), "fast": ((-6, -9), "right"), "gguf": ((-4, -14), "left")}  # of labels
-OURS = ("tuned", "best", "balanced", "fast")
+OURS = ("tuned", "best", "file", "balanced", "fast")
 MEASURES = {  # column -> title, its value without loss, ticks
     "perplexity_ratio": ("perplexity, times the base's", 1, (1.02, 1.05, 1.1, 1.2, 1.5, 2, 5, 10, 100, 1000, 10000)),
     "kl_mean": ("mean KL divergence from the base, nats", 0, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)),
