@@ -944,12 +944,17 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     assert "--preset best --window 12 --tune-steps 7 " in text and "arXiv:2504.02692" in text
     assert "Not repeated in these commands" not in text
     assert "gradients" not in text and "--no-output-feedback" not in text  # it is not known
-    extra |= {"inputs": "original", "activation_order": False, "tuning": tuning | {"learning_rate": 0.1}}
+    extra |= {
+        "inputs": "original",
+        "activation_order": False,
+        "tuning": tuning | {"learning_rate": 0.1, "best_step": 5},
+    }
     extra |= {"output_feedback": True}
     text = without_related(
         card.write_card(layered(tmp_path / "b", (4,), method="feedback_trellis", extra=extra)).read_text("utf-8")
     )
     assert "--calibration-inputs original --no-activation-order --tune-steps 7 " in text
+    assert "trained for 5 steps" in text  # after which nothing got better
     assert "makes up for" not in text and "2504.02692" not in text
     assert "moments of the gradients" in text and "2505.22988" in text and "output-feedback" not in text
     extra |= {"output_feedback": False}
