@@ -8,8 +8,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c11", "-O3", "-g0", "-fvisibility=hidden"]
-AVX2 = ["-mavx2", "-mfma", "-mbmi2"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One file for each form, so that no instruction of a form stands in code that runs before the processor is asked.
 FORMS = {"form_portable.c": [], "form_avx2.c": AVX2, "form_avx512.c": AVX512, "form_neon.c": []}
