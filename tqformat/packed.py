@@ -105,7 +105,10 @@ class Parts(Repo):
 
     def _kernel_stage(self, s: Stage, rows: int, cols: int) -> Any:
         book = self.manifest.codebooks[s.codebook]
-        levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
+        levels = self.tensors[book.tensor or ""] if book.rows is not None else None
+        if levels is None:
+            key = ("kernel levels", s.codebook, s.bits, s.window)
+            levels = self.once(key, lambda: kernels().Levels(self._levels(book), s.bits, s.window))
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
         shape = {
             "shape": (rows, cols),
@@ -488,6 +491,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
         seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
         seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
+        seen |= {id(stage.levels): stage.levels.nbytes for stage in parts.stages or ()}
     return sum(seen.values())
 
 

@@ -25,7 +25,8 @@ static inline vi vi_set(uint32_t a) { return _mm512_set1_epi32((int)a); }
 static inline vi vi_shr(vi a, vi b) { return _mm512_srlv_epi32(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 static inline vi v_words(const uint8_t *p, int stride) {
-    const __m512i bytes = _mm512_loadu_si512(p), lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i bytes = _mm512_loadu_si512(p),
+                  lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     if (stride == 4) return bytes;
     const __m512i first = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride * 0x01010101)); /* a constant */
     return _mm512_permutexvar_epi8(_mm512_add_epi8(first, _mm512_set1_epi32(0x03020100)), bytes);

@@ -8,9 +8,9 @@
  *   vtable, vtable_load(p), v_lookup8(t, i), v_lookup16(t, i)    16 floats; the low 3 or 4 bits of a lane choose one
  *   v_lookup(levels, p, at, bits, mask)    lane i: the level of the symbol at bit `at` + i * bits from p; 8 bytes per 8
  *   v_computed(symbols)          the levels of a computed codebook, from masked symbols
- *   HAS_PAIRS, v_pairs(pairs, p, bits, mask, level)    (optional) the levels of 16 symbols from p on, as vectors, from a
- *                                table of pairs in binary16
- *   HAS_BYTES, v_bytes...        (optional) 5 to 8 bits by tables of bytes; see rows_dot_bytes
+ *   HAS_PAIRS, v_pairs(pairs, p, bits, mask, level)    (optional) the levels of 16 symbols from p on, as vectors, from
+ * a table of pairs in binary16 HAS_BYTES, v_bytes...        (optional) 5 to 8 bits by tables of bytes; see
+ * rows_dot_bytes
  *
  * Three ways lead to a product. `rows`: codes that run along a row, scalar, plain; lanes are groups of neighbouring
  * columns, and z is brought into their order once. `columns`: codes that run down a column, scalar, plain or trellis;
@@ -32,9 +32,9 @@
 #define UNROLL _Pragma("GCC unroll 8") /* so that arrays of sums become registers */
 #endif
 #define AHEAD 8192 /* bytes from what is read to what is fetched from memory meanwhile */
-#define CHUNK 16 /* columns whose tiles `columns` brings into the first-level cache at a time */
-#define PAD 64   /* bytes that a vector load may pass the last symbol by */
-#define PAIRS 16 /* symbols that v_pairs takes: they begin and end at bytes */
+#define CHUNK 16   /* columns whose tiles `columns` brings into the first-level cache at a time */
+#define PAD 64     /* bytes that a vector load may pass the last symbol by */
+#define PAIRS 16   /* symbols that v_pairs takes: they begin and end at bytes */
 
 typedef enum {
     IN_8, /* registers that hold 8 levels, 16, or 256 as bytes */
@@ -182,9 +182,9 @@ static int rows_fit(const tq_stage *s) {
     return s->vector_length == s->cols || s->vector_length % same == 0;
 }
 
-/* sums[j][b] += the products of `blocks` blocks of R rows, `row_step` bytes apart, with NB rows of z in the order of the
- * lanes, `step` apart. R * NB sums hide the latency of the additions, and each load of z serves R rows. lanes are the
- * scales of each row's lanes, `blocks` vectors a row, or NULL where one scale serves the whole row. */
+/* sums[j][b] += the products of `blocks` blocks of R rows, `row_step` bytes apart, with NB rows of z in the order of
+ * the lanes, `step` apart. R * NB sums hide the latency of the additions, and each load of z serves R rows. lanes are
+ * the scales of each row's lanes, `blocks` vectors a row, or NULL where one scale serves the whole row. */
 INLINE void rows_dot(lookup how, int R, int NB, const uint8_t *p, int64_t row_step, int64_t blocks, int bits,
                      vtable table, const float *z, int64_t step, const float *lanes, vf sums[4][4]) {
     const int stride = word_stride(bits), per = 8 * stride / bits;
@@ -256,8 +256,7 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
                   step = blocks * block_cols;
     const int64_t vectors = s->cols / s->vector_length, row_bytes = (s->cols * bits + 7) / 8;
     const int64_t read = (step * bits + 7) / 8 + PAD; /* bytes that loads may reach to from the start of a row */
-    float *scratch =
-        malloc((size_t)(batch * (step + vectors) + (4 * blocks + 1) * VL + 2 * vectors) * sizeof(float));
+    float *scratch = malloc((size_t)(batch * (step + vectors) + (4 * blocks + 1) * VL + 2 * vectors) * sizeof(float));
     uint8_t *last = malloc((size_t)(4 * read));
     if (!scratch || !last) {
         free(scratch);
@@ -315,19 +314,19 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
                 for (int i = 0; i < 4; i++)
                     for (int k = 0; k < 4; k++) sum[i][k] = v_zero();
 #define DOT(HOW, R, NB) rows_dot(HOW, R, NB, pj, row_step, blocks, bits, table, zb, step, lanes_j, sum)
-#define DOTS(R, NB)                                                                 \
-    if (how == IN_8) {                                                              \
-        DOT(IN_8, R, NB);                                                           \
-    } else if (how == IN_16) {                                                      \
-        DOT(IN_16, R, NB);                                                          \
-    } else if (R == 4 / NB && NB < 4) {                                             \
-        (void)0;                                                                    \
-    } else if (how == IN_MEMORY && bits == 8) {                                     \
+#define DOTS(R, NB)                                                                  \
+    if (how == IN_8) {                                                               \
+        DOT(IN_8, R, NB);                                                            \
+    } else if (how == IN_16) {                                                       \
+        DOT(IN_16, R, NB);                                                           \
+    } else if (R == 4 / NB && NB < 4) {                                              \
+        (void)0;                                                                     \
+    } else if (how == IN_MEMORY && bits == 8) {                                      \
         rows_dot_memory(NB, pj, blocks, 8, s->levels, zb, step, lanes_j, sum[0]);    \
-    } else if (how == IN_MEMORY) {                                                  \
+    } else if (how == IN_MEMORY) {                                                   \
         rows_dot_memory(NB, pj, blocks, bits, s->levels, zb, step, lanes_j, sum[0]); \
-    } else {                                                                        \
-        DOT_BYTES(NB);                                                              \
+    } else {                                                                         \
+        DOT_BYTES(NB);                                                               \
     }
 #ifdef HAS_BYTES
 #define DOT_BYTES(NB) rows_dot_bytes(NB, pj, blocks, bits, &bytes, zb, step, lanes_j, sum[0])
@@ -433,7 +432,8 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
 #endif
         UNROLL
         for (int k = 0; k < K; k++) {
-            if (how == COMPUTED && K == 8 && k == 4 && bits > 1) word = vi_shr(v_words(p + (middle >> 3), stride), middle_shift);
+            if (how == COMPUTED && K == 8 && k == 4 && bits > 1)
+                word = vi_shr(v_words(p + (middle >> 3), stride), middle_shift);
             vf level = how == COMPUTED    ? v_computed(vi_and(word, masks))
                        : how == IN_PAIRS  ? pairs[k]
                        : how == IN_MEMORY ? v_lookup(levels, p, rest + k * VL * bits, bits, mask)
@@ -457,7 +457,8 @@ INLINE void columns_add_all(lookup how, int K, int NB, int bits, const tq_stage 
         int64_t k0 = 0;
         for (; k0 + K <= l.per; k0 += K) columns_add(how, K, NB, bits, s, l, p, tile_step, n, g, k0, table, z, sums);
         if (how >= IN_PAIRS)
-            for (; k0 < l.per; k0 += least) columns_add(how, least, NB, bits, s, l, p, tile_step, n, g, k0, table, z, sums);
+            for (; k0 < l.per; k0 += least)
+                columns_add(how, least, NB, bits, s, l, p, tile_step, n, g, k0, table, z, sums);
     }
 }
 
@@ -509,26 +510,26 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
                     const float *x = z + b * s->cols + c;
                     float *to = part + b * l.size;
 #define ADD(HOW, K, NB, BITS) columns_add_all(HOW, K, NB, BITS, s, l, p, step, n, table, x, to)
-#define ADD_TWO(HOW, K, NB)           \
-    if (s->bits == 2) {               \
-        ADD(HOW, K, NB, 2);           \
-    } else {                          \
-        ADD(HOW, K, NB, s->bits);     \
+#define ADD_TWO(HOW, K, NB)       \
+    if (s->bits == 2) {           \
+        ADD(HOW, K, NB, 2);       \
+    } else {                      \
+        ADD(HOW, K, NB, s->bits); \
     }
-#define ADDS(K, NB)                    \
-    if (how == IN_8) {                 \
-        ADD(IN_8, K, NB, s->bits);     \
-    } else if (how == IN_16) {         \
-        ADD(IN_16, K, NB, 4);          \
-    } else if (how == COMPUTED) {      \
-        ADD_TWO(COMPUTED, K, NB);      \
-    } else if (how == IN_PAIRS) {      \
-        ADD_TWO(IN_PAIRS, K, NB);      \
-    } else if (s->bits == 3) {         \
-        ADD(IN_MEMORY, K, NB, 3);      \
-    } else {                           \
-        ADD_TWO(IN_MEMORY, K, NB);     \
-    }                                  \
+#define ADDS(K, NB)                \
+    if (how == IN_8) {             \
+        ADD(IN_8, K, NB, s->bits); \
+    } else if (how == IN_16) {     \
+        ADD(IN_16, K, NB, 4);      \
+    } else if (how == COMPUTED) {  \
+        ADD_TWO(COMPUTED, K, NB);  \
+    } else if (how == IN_PAIRS) {  \
+        ADD_TWO(IN_PAIRS, K, NB);  \
+    } else if (s->bits == 3) {     \
+        ADD(IN_MEMORY, K, NB, 3);  \
+    } else {                       \
+        ADD_TWO(IN_MEMORY, K, NB); \
+    }                              \
     b += NB
                     if (left >= 4) {
                         ADDS(2, 4);

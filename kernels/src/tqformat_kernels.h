@@ -33,8 +33,8 @@ typedef struct {
 } tq_factors;
 
 typedef struct {
-    const uint8_t *codes; /* [rows * cols / (tile_rows * tile_cols), tile_bytes] */
-    const float *levels;  /* [2^window, dimension], or [rows, 2^window, dimension]; finite */
+    const uint8_t *codes;  /* [rows * cols / (tile_rows * tile_cols), tile_bytes] */
+    const float *levels;   /* [2^window, dimension], or [rows, 2^window, dimension]; finite */
     const uint16_t *pairs; /* [2^(window + bits), 2] or NULL: the levels of neighbours in a trellis, in binary16 */
     int64_t codes_bytes, levels_count, pairs_count;
     tq_factors scales, offsets;

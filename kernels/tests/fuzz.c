@@ -158,10 +158,9 @@ int main(int argc, char **argv) {
         }
         /* A wrong stage that happens to be consistent may claim more than the buffers hold: those are skipped. */
         const int claims = s.codes_bytes > right.codes_bytes || s.levels_count > right.levels_count ||
-                           (s.pairs && s.pairs_count > right.pairs_count) ||
-                           s.scales.bytes > right.scales.bytes || s.scales.outer_bytes > right.scales.outer_bytes ||
-                           s.offsets.bytes > right.offsets.bytes || z_count > right.cols * 9 ||
-                           y_count > right.rows * 9;
+                           (s.pairs && s.pairs_count > right.pairs_count) || s.scales.bytes > right.scales.bytes ||
+                           s.scales.outer_bytes > right.scales.outer_bytes || s.offsets.bytes > right.offsets.bytes ||
+                           z_count > right.cols * 9 || y_count > right.rows * 9;
         float *z = floats(right.cols * 9), *first = NULL, *bound = NULL;
         const int32_t check = claims ? TQ_SHAPE : tq_check(&s);
         for (int32_t form = -1; form < 4 && !claims; form++) {
