@@ -1,6 +1,8 @@
 """Builds the C library: one shared object with no Python in it, so that a wheel serves every Python of a platform."""
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from setuptools import Extension, setup
@@ -17,10 +19,12 @@ FORMS = {"form_portable.c": [], "form_avx2.c": AVX2, "form_avx512.c": AVX512, "f
 
 class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        objects: list[str] = []
-        for source in ext.sources:
+        def compile_one(source: str) -> list[str]:
             flags = FORMS.get(source.rpartition("/")[2], []) if X86 else []
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=FLAGS + flags)
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=FLAGS + flags)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 
     def get_ext_filename(self, fullname: str) -> str:
