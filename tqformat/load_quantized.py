@@ -697,11 +697,13 @@ class Repo(ExitStack):
             self.__exit__(type(error), error, None)
             raise
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            self.settle()
+            if error is None or isinstance(error, TQFormatError):
+                self.settle()
         finally:
-            super().__exit__(*error)
+            self._verify = False  # stops what is still being hashed
+            super().__exit__(kind, error, trace)
 
     def settle(self) -> None:
         """Waits for the payload's digests; raises TQFormatError BIND.DIGEST if one is wrong."""
