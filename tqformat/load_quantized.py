@@ -11,6 +11,7 @@ It opens no connection, runs no code from a repository and unpickles nothing. In
 """
 
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -681,21 +682,26 @@ class Repo(ExitStack):
         super().__init__()  # closes the files
         self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
         self._advice = f"; if you changed it yourself: python -m tqformat update {path}"
-        self.manifest = m = read_manifest(self.path)
-        known = {MANIFEST, "README.md", "__pycache__", *m.files}
-        extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
-        require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
         self.spans: dict[str, Span] = {}
         self._tables: dict[Any, Any] = {}
         self._digests: list[Future[None]] = []
         self._hashing = self.enter_context(ThreadPoolExecutor(HASHING))
+        collects = gc.isenabled()
+        gc.disable()  # it would look at all objects again and again while those of a great manifest are made
         try:
+            self.manifest = m = read_manifest(self.path)
+            known = {MANIFEST, "README.md", "__pycache__", *m.files}
+            extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
+            require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
             self._open_payload(m)
             if settled:
                 self.settle()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+        finally:
+            if collects:
+                gc.enable()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
