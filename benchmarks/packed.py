@@ -8,8 +8,10 @@ of the path for single tokens: each window is read token by token, with a cache,
 """
 
 import argparse
+import functools
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +63,39 @@ def log_probabilities(model: Any, window: torch.Tensor, single: bool) -> torch.T
         return torch.stack(steps)
 
 
+def load_exact(repo: str) -> Any:
+    """The decoded model in float32, its weights not rounded to the dtype of the repository first [TQ-NUM-3]."""
+    model = tqformat.load(repo, dtype=torch.float32, packed=True)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, packed.PackedWeight):
+                value = weight.like(entry=replace(weight.entry, dtype="F32")).decode()
+                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    return model
+
+
 def print_divergences(repo: str, ids: torch.Tensor, windows: int, length: int) -> None:
-    """Mean KL(a || b) by window, in nats per token, and their mean, for pairs of ways to run the model."""
+    """Mean KL(a || b) by window, in nats per token, and their mean, for pairs of ways to run the model.
+
+    "exact": decoded, in float32, weights not rounded to the repository's dtype; "many": all tokens of a window at once.
+    """
     seen: dict[tuple[str, str, str], list[torch.Tensor]] = {}
     parts = [ids[:, i * length : (i + 1) * length] for i in range(windows)]
     for dtype in ("float32", "bfloat16"):
-        for kind in ("decoded", "packed"):
-            model = tqformat.load(repo, dtype=getattr(torch, dtype), packed=kind == "packed")
+        for kind in ("exact", "decoded", "packed") if dtype == "float32" else ("decoded", "packed"):
+            load = functools.partial(tqformat.load, dtype=getattr(torch, dtype), packed=kind == "packed")
+            model = load_exact(repo) if kind == "exact" else load(repo)
             for steps in ("single", "many") if kind == "decoded" else ("single",):
                 seen[dtype, kind, steps] = [log_probabilities(model, part, steps == "single") for part in parts]
     print(f"KL divergence of {windows} windows of {parts[0].shape[1]} tokens (a || b): mean, and window by window")
     for a, b in (
+        (("float32", "exact", "single"), ("float32", "packed", "single")),
+        (("float32", "exact", "single"), ("float32", "decoded", "single")),
         (("float32", "decoded", "single"), ("float32", "packed", "single")),
-        (("float32", "decoded", "single"), ("float32", "decoded", "many")),
         (("bfloat16", "decoded", "single"), ("bfloat16", "packed", "single")),
         (("bfloat16", "decoded", "single"), ("bfloat16", "decoded", "many")),
         (("float32", "decoded", "single"), ("bfloat16", "decoded", "single")),
-        (("float32", "decoded", "single"), ("bfloat16", "packed", "single")),
+        (("float32", "exact", "single"), ("bfloat16", "packed", "single")),
     ):
         found = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(seen[a], seen[b], strict=True)]
         print(f"{' '.join(a):>24} || {' '.join(b):24} {statistics.mean(found):.2e} :", *(f"{kl:.2e}" for kl in found))

@@ -56,9 +56,9 @@ def rotation(size: int) -> Layer:
 
 
 def computed(window: int) -> torch.Tensor:
-    """Level s is the sum of the four bytes of s * 0x83DCD12D mod 2^32, less 510: kernels need no table."""
+    """Level s is (the sum of the four bytes of s * 0x83DCD12D mod 2^32, less 510) / 128: kernels need no table."""
     hashed = torch.arange(2**window) * 0x83DCD12D
-    return sum(hashed >> shift & 255 for shift in (0, 8, 16, 24)).sub(510).float()  # type: ignore[union-attr]
+    return sum(hashed >> shift & 255 for shift in (0, 8, 16, 24)).sub(510).div(128)  # type: ignore[union-attr]
 
 
 def packed(name: str, size: int) -> Layer:

@@ -40,6 +40,7 @@ static inline vi v_words(const uint8_t *p, int stride) {
     both = _mm256_inserti128_si256(both, _mm_loadu_si128((const __m128i *)(p + 4 * stride)), 1);
     return _mm256_shuffle_epi8(both, stride == 3 ? three : two);
 }
+#define HAS_COMPUTED
 static inline vf v_computed(vi symbols) {
     const __m256i hash = _mm256_mullo_epi32(symbols, _mm256_set1_epi32((int)TQ_MULTIPLIER));
     const __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(hash, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));

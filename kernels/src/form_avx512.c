@@ -31,6 +31,7 @@ static inline vi v_words(const uint8_t *p, int stride) {
     const __m512i first = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride * 0x01010101)); /* a constant */
     return _mm512_permutexvar_epi8(_mm512_add_epi8(first, _mm512_set1_epi32(0x03020100)), bytes);
 }
+#define HAS_COMPUTED
 static inline vf v_computed(vi symbols) {
     const __m512i hash = _mm512_mullo_epi32(symbols, _mm512_set1_epi32((int)TQ_MULTIPLIER));
     const __m512i ones = _mm512_set1_epi8(1);

@@ -30,6 +30,7 @@ static inline vi v_words(const uint8_t *p, int stride) {
                                           {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
     return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(spread[stride - 2])));
 }
+#define HAS_COMPUTED
 static inline vf v_computed(vi symbols) {
     const uint8x16_t hash = vreinterpretq_u8_u32(vmulq_u32(symbols, vdupq_n_u32(TQ_MULTIPLIER)));
     const int32x4_t sum = vreinterpretq_s32_u32(vpaddlq_u16(vpaddlq_u8(hash)));

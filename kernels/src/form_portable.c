@@ -62,11 +62,6 @@ static inline vi v_words(const uint8_t *p, int stride) {
                      (uint32_t)p[stride * i + 3] << 24;
     return r;
 }
-static inline vf v_computed(vi symbols) {
-    vf r;
-    EACH r.lane[i] = tq_computed(symbols.lane[i]);
-    return r;
-}
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     vf r;
     uint64_t w;

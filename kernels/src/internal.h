@@ -10,14 +10,9 @@
 
 #define TQ_MAX_BATCH 8 /* rows of z that one call of a form's product takes */
 
-/* The computed level of a symbol: the sum of the four bytes of symbol * TQ_MULTIPLIER mod 2^32, less TQ_MIDDLE. */
+/* Computed levels are a unit times the sum of the four bytes of symbol * TQ_MULTIPLIER mod 2^32, less TQ_MIDDLE. */
 #define TQ_MULTIPLIER 0x83DCD12Du
 #define TQ_MIDDLE 510
-
-static inline float tq_computed(uint32_t symbol) {
-    const uint32_t hash = symbol * TQ_MULTIPLIER;
-    return (float)((int32_t)((hash & 255) + (hash >> 8 & 255) + (hash >> 16 & 255) + (hash >> 24)) - TQ_MIDDLE);
-}
 
 /* A form: the same functions for one set of instructions. Arguments are checked, batch is 1 to TQ_MAX_BATCH. */
 typedef struct {

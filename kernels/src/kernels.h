@@ -7,7 +7,7 @@
  *   vi_and, v_words(p, stride)   lane i: the 4 bytes from p + stride * i, stride being 2, 3 or 4
  *   vtable, vtable_load(p), v_lookup8(t, i), v_lookup16(t, i)    16 floats; the low 3 or 4 bits of a lane choose one
  *   v_lookup(levels, p, at, bits, mask)    lane i: the level of the symbol at bit `at` + i * bits from p; 8 bytes per 8
- *   v_computed(symbols)          the levels of a computed codebook, from masked symbols
+ *   HAS_COMPUTED, v_computed(s)  (optional) the levels of a computed codebook in its unit, from masked symbols
  *   HAS_PAIRS, v_pairs(pairs, p, bits, mask, level)    (optional) the levels of 16 symbols from p on, as vectors, from
  * a table of pairs in binary16 HAS_BYTES, v_bytes...        (optional) 5 to 8 bits by tables of bytes; see
  * rows_dot_bytes
@@ -380,7 +380,9 @@ typedef struct {
 INLINE int computed_stride(int bits) { return bits < 3 ? 2 : bits; }
 
 static lookup choose_columns(const tq_stage *s) {
-    if (s->window > s->bits && s->bits <= 4 && s->computed) return COMPUTED;
+#ifdef HAS_COMPUTED
+    if (s->window > s->bits && s->bits <= 4 && s->computed > 0) return COMPUTED;
+#endif
 #ifdef HAS_PAIRS
     if (s->window > s->bits && s->pairs && s->bits <= 4 && 15 * s->bits + s->window <= 64) return IN_PAIRS;
 #endif
@@ -401,6 +403,10 @@ static layout choose_layout(const tq_stage *s, lookup how) {
 }
 
 INLINE int64_t place(lookup how, layout l, int64_t i) { return how >= IN_PAIRS ? i : i % l.per * l.lanes + i / l.per; }
+
+#ifndef HAS_COMPUTED
+#define v_computed(symbols) ((void)(symbols), v_zero()) /* never called */
+#endif
 
 /* sums[b][k0 to k0 + K - 1][g to g + VL - 1] += level * z over n columns, for NB rows of z. */
 INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, layout l, const uint8_t *p,
@@ -488,6 +494,7 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
     uint8_t *tiles = (uint8_t *)(sums + batch * vectors);
     if (s->offsets.data) vector_sums(s, z, batch, sums);
     const vtable table = load_table(s, how);
+    const float unit = how == COMPUTED ? s->computed : 1;
     for (int64_t r = begin; r < end; r += height) {
         memset(total, 0, (size_t)(batch * l.size) * sizeof(float));
         for (int64_t v = 0; v < vectors; v++) {
@@ -541,7 +548,7 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
                 }
             }
             for (int64_t i = 0; i < height; i++) {
-                const float scale = tq_factor(&s->scales, vectors, r + i, v);
+                const float scale = tq_factor(&s->scales, vectors, r + i, v) * unit;
                 const float offset = s->offsets.data ? tq_factor(&s->offsets, vectors, r + i, v) : 0;
                 for (int64_t b = 0, at = place(how, l, i); b < batch; b++, at += l.size) {
                     total[at] += scale * part[at];

@@ -89,8 +89,8 @@ int32_t tq_check(const tq_stage *s) {
     if (s->levels_per_row != 0 && s->levels_per_row != 1) return TQ_SHAPE;
     if (s->levels_count < 0 || s->levels_count % book || s->levels_count / book != (s->levels_per_row ? s->rows : 1))
         return TQ_SHAPE;
-    if ((s->computed != 0 && s->computed != 1) ||
-        ((s->computed || s->pairs) && (s->dimension > 1 || s->levels_per_row)))
+    if (!(s->computed >= 0 && s->computed <= 1) ||
+        ((s->computed > 0 || s->pairs) && (s->dimension > 1 || s->levels_per_row)))
         return TQ_SHAPE;
     if (s->pairs && s->pairs_count != (int64_t)2 << (s->window + s->bits)) return TQ_SHAPE;
     if (!factors_fit(&s->scales, s->rows, vectors) || (s->offsets.data && !factors_fit(&s->offsets, s->rows, vectors)))

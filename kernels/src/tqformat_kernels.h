@@ -41,7 +41,7 @@ typedef struct {
     int64_t rows, cols, vector_length, tile_rows, tile_cols;
     int32_t bits, window, dimension;
     int32_t levels_per_row; /* 1: each row has its own codebook; 0: they share one */
-    int32_t computed; /* 1: level s is the sum of the bytes of s * 0x83DCD12D mod 2^32, less 510, and may be computed */
+    float computed; /* not 0: level s is this times (the sum of the bytes of s * 0x83DCD12D mod 2^32, less 510) */
     int32_t unused;
 } tq_stage;
 

@@ -105,10 +105,11 @@ int main(int argc, char **argv) {
         s.codes = codes;
         s.levels = levels;
         if (s.dimension == 1 && !s.levels_per_row && s.window > s.bits && s.window + s.bits <= 18) {
-            s.computed = !upto(2);
+            s.computed = upto(2) ? 0 : 1 / 128.0f;
             for (int64_t i = 0; i < s.levels_count; i++) {
                 const uint32_t h = (uint32_t)i * 0x83DCD12Du;
-                if (s.computed) levels[i] = (float)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24)) - 510;
+                if (s.computed > 0)
+                    levels[i] = ((float)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24)) - 510) / 128;
                 else levels[i] = (float)(upto(3) - 1) / 2; /* -0.5, 0, 0.5 or 1 */
             }
             if (upto(1)) {
@@ -144,14 +145,13 @@ int main(int argc, char **argv) {
                                 &begin,
                                 &end};
             int32_t *ints[] = {&s.bits,           &s.window,       &s.dimension,
-                               &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype,
-                               &s.computed};
+                               &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype};
             for (int64_t i = upto(2); i >= 0; i--) {
                 if (upto(2)) {
                     int64_t *it = longs[upto(17)];
                     *it = upto(1) ? odd() : (int64_t)((uint64_t)*it + (uint64_t)upto(4) - 2);
                 } else {
-                    int32_t *it = ints[upto(6)];
+                    int32_t *it = ints[upto(5)];
                     *it = upto(1) ? (int32_t)odd() : (int32_t)((uint32_t)*it + (uint32_t)upto(4) - 2);
                 }
             }

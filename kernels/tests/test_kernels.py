@@ -54,7 +54,8 @@ class Case:
         if self.levels == "halves":
             levels = levels.astype(np.float16).astype(np.float32)
         if self.levels == "computed":
-            levels[:] = [[sum((s * 0x83DCD12D % 2**32).to_bytes(4, "little")) - 510] for s in range(entries)]
+            hashed = [s * 0x83DCD12D % 2**32 for s in range(entries)]
+            levels[:] = [[(sum(h.to_bytes(4, "little")) - 510) / 128] for h in hashed]
         at = (np.arange(n)[:, None] * self.bits + np.arange(window)) % (n * self.bits)
         symbols = (stream[:, at].astype(np.int64) << np.arange(window)).sum(axis=2)  # [tiles, n]
         grid = symbols.reshape(self.rows // tr, self.cols // tc, tr, tc // self.dimension).transpose(0, 2, 1, 3)

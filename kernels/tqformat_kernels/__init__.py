@@ -7,6 +7,7 @@ src/tqformat_kernels.h is the C interface, SPEC.md (sections 6 to 10 and 22) say
 import ctypes
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ class _Stage(ctypes.Structure):  # tq_stage
         ("window", ctypes.c_int32),
         ("dimension", ctypes.c_int32),
         ("levels_per_row", ctypes.c_int32),
-        ("computed", ctypes.c_int32),
+        ("computed", ctypes.c_float),
         ("unused", ctypes.c_int32),
     )
 
@@ -222,8 +223,8 @@ class Levels:
     bits, window   of the stages
 
     They are kept as float32, filled up with zeros to 2^window entries, so that no symbol points outside. For a trellis of
-    binary16 levels with window + bits up to 14 there is a table of neighbours, too; levels that can be computed (that of
-    symbol s is the sum of the four bytes of s * 0x83DCD12D mod 2^32, less 510) need none.
+    binary16 levels with window + bits up to 14 there is a table of neighbours, too; levels that can be computed need
+    none: that of symbol s is the sum of the four bytes of s * 0x83DCD12D mod 2^32, less 510, times a power of two.
     """
 
     def __init__(self, levels: Array, bits: int, window: int | None = None) -> None:
@@ -233,9 +234,9 @@ class Levels:
         self.bits, self.window = bits, window
         self._full, self.dimension = _full_levels(levels, window)
         one = self._full[:, 0] if self._full.ndim == 2 and self.dimension == 1 and window > bits else None
-        self._computed = one is not None and np.array_equal(one, _computed_levels(window))
+        self._unit = 0.0 if one is None else _unit(one, window)
         self._pairs: Any = None
-        if one is not None and not self._computed and window + bits <= 14:
+        if one is not None and not self._unit and window + bits <= 14:
             half = one.astype(np.float16) if np.abs(one).max() <= 65504 else one
             if np.array_equal(half, one):
                 pair = np.arange(1 << window + bits)
@@ -247,10 +248,14 @@ class Levels:
         return int(self._full.nbytes) + (0 if self._pairs is None else int(self._pairs.nbytes))
 
 
-def _computed_levels(window: int) -> Any:
-    """float32 [2^window]."""
+def _unit(levels: Any, window: int) -> float:
+    """The power of two, at most 1, that these levels [2^window] are computed with; 0 for others."""
+    unit = float(levels[0]) / -MIDDLE
+    if not 0 < unit <= 1 or math.frexp(unit)[0] != 0.5:
+        return 0.0
     hashed = (np.arange(1 << window, dtype=np.uint64) * MULTIPLIER).astype("<u4")
-    return hashed.view(np.uint8).reshape(-1, 4).sum(axis=1, dtype=np.int64).astype(np.float32) - MIDDLE
+    computed = (hashed.view(np.uint8).reshape(-1, 4).sum(axis=1, dtype=np.int64) - MIDDLE) * unit
+    return unit if np.array_equal(levels, computed) else 0.0
 
 
 class Stage:
@@ -299,7 +304,7 @@ class Stage:
             levels=full.ctypes.data,
             pairs=None if pairs is None else pairs.ctypes.data,
             pairs_count=0 if pairs is None else pairs.size,
-            computed=self.levels._computed,
+            computed=self.levels._unit,
             codes_bytes=_count(codes.shape),
             levels_count=full.size,
             scales=_factors(scales, outer_scales, "scales"),
