@@ -17,7 +17,6 @@ static inline vf v_set(float a) { return vdupq_n_f32(a); }
 static inline vf v_zero(void) { return vdupq_n_f32(0); }
 static inline vf v_load(const float *p) { return vld1q_f32(p); }
 static inline void v_store(float *p, vf a) { vst1q_f32(p, a); }
-static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline float v_sum(vf a) { return vaddvq_f32(a); }

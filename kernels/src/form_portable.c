@@ -30,10 +30,6 @@ static inline vf v_load(const float *p) {
     return r;
 }
 static inline void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
-static inline vf v_add(vf a, vf b) {
-    EACH a.lane[i] += b.lane[i];
-    return a;
-}
 static inline vf v_mul(vf a, vf b) {
     EACH a.lane[i] *= b.lane[i];
     return a;

@@ -14,6 +14,15 @@
 #define TQ_MULTIPLIER 0x83DCD12Du
 #define TQ_MIDDLE 510
 
+/* Scratch space that begins with a cache line, since loads that cross one are slow; free() gives it back. */
+static inline void *tq_alloc(size_t size) {
+#if defined(_WIN32)
+    return malloc(size);
+#else
+    return aligned_alloc(64, (size + 63) / 64 * 64);
+#endif
+}
+
 /* A form: the same functions for one set of instructions. Arguments are checked, batch is 1 to TQ_MAX_BATCH. */
 typedef struct {
     const char *name;

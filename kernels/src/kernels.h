@@ -32,7 +32,8 @@
 #define UNROLL _Pragma("GCC unroll 8") /* so that arrays of sums become registers */
 #endif
 #define AHEAD 8192 /* bytes from what is read to what is fetched from memory meanwhile */
-#define CHUNK 16   /* columns whose tiles `columns` brings into the first-level cache at a time */
+#define CHUNK 16   /* columns that `columns` works on at a time; where it copies their tiles first, four times as many \
+                    */
 #define PAD 64     /* bytes that a vector load may pass the last symbol by */
 #define PAIRS 16   /* symbols that v_pairs takes: they begin and end at bytes */
 
@@ -126,7 +127,7 @@ static void general_row(const tq_stage *s, int64_t r, float *scale, float *offse
 }
 
 static int general_product(const tq_stage *s, const float *z, float *y, int64_t batch, int64_t begin, int64_t end) {
-    float *scratch = malloc((size_t)(3 * s->cols) * sizeof(float));
+    float *scratch = tq_alloc((size_t)(3 * s->cols) * sizeof(float));
     if (!scratch) return TQ_MEMORY;
     float *row = scratch + 2 * s->cols;
     for (int64_t r = begin; r < end; r++) {
@@ -138,7 +139,7 @@ static int general_product(const tq_stage *s, const float *z, float *y, int64_t 
 }
 
 static int general_rows(const tq_stage *s, float *out, int64_t begin, int64_t end) {
-    float *scratch = malloc((size_t)(2 * s->cols) * sizeof(float));
+    float *scratch = tq_alloc((size_t)(2 * s->cols) * sizeof(float));
     if (!scratch) return TQ_MEMORY;
     for (int64_t r = begin; r < end; r++) general_row(s, r, scratch, scratch + s->cols, out + (r - begin) * s->cols);
     free(scratch);
@@ -256,8 +257,8 @@ static int rows_product(const tq_stage *s, const float *z, float *y, int64_t bat
                   step = blocks * block_cols;
     const int64_t vectors = s->cols / s->vector_length, row_bytes = (s->cols * bits + 7) / 8;
     const int64_t read = (step * bits + 7) / 8 + PAD; /* bytes that loads may reach to from the start of a row */
-    float *scratch = malloc((size_t)(batch * (step + vectors) + (4 * blocks + 1) * VL + 2 * vectors) * sizeof(float));
-    uint8_t *last = malloc((size_t)(4 * read));
+    float *scratch = tq_alloc((size_t)(batch * (step + vectors) + (4 * blocks + 1) * VL + 2 * vectors) * sizeof(float));
+    uint8_t *last = tq_alloc((size_t)(4 * read));
     if (!scratch || !last) {
         free(scratch);
         free(last);
@@ -415,8 +416,13 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
     const uint32_t mask = (1u << s->window) - 1;
     /* of a computed word: where its second half begins, and whether this call begins in it */
     const int middle = 8 * stride / 2, second = how == COMPUTED && 2 * k0 >= l.per;
-    const vi first = vi_set((uint32_t)(k0 * bits - (second ? middle & ~7 : 0))), shift = vi_set((uint32_t)bits);
-    const vi middle_shift = vi_set((uint32_t)(middle & 7)), masks = vi_set(mask);
+    const int both = how == COMPUTED && K == 8 && bits > 1; /* 8 symbols are both halves */
+    const int64_t shift0 = k0 * bits - (second ? middle & ~7 : 0);
+    const vi first = vi_set((uint32_t)shift0), shift = vi_set((uint32_t)bits), masks = vi_set(mask);
+    vi shifts[8]; /* of a computed word's symbols: shifts that do not wait for each other */
+    UNROLL
+    for (int k = 0; k < K; k++)
+        shifts[k] = vi_set((uint32_t)(both && k >= 4 ? (middle & 7) + (k - 4) * bits : shift0 + k * bits));
     const float *levels = s->levels;
     const int64_t z_step = s->cols;
     vf sum[4][8];
@@ -429,7 +435,9 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
         vf x[4];
         UNROLL
         for (int b = 0; b < NB; b++) x[b] = v_set(z[b * z_step + c]);
-        vi word = how >= IN_PAIRS ? first : vi_shr(v_words(p, stride), first);
+        vi word = how >= IN_PAIRS ? first : v_words(p, stride);
+        const vi second_half = both ? v_words(p + (middle >> 3), stride) : word;
+        if (how < COMPUTED) word = vi_shr(word, first);
         vf pairs[8];
 #ifdef HAS_PAIRS
         UNROLL
@@ -438,13 +446,11 @@ INLINE void columns_add(lookup how, int K, int NB, int bits, const tq_stage *s, 
 #endif
         UNROLL
         for (int k = 0; k < K; k++) {
-            if (how == COMPUTED && K == 8 && k == 4 && bits > 1)
-                word = vi_shr(v_words(p + (middle >> 3), stride), middle_shift);
-            vf level = how == COMPUTED    ? v_computed(vi_and(word, masks))
+            vf level = how == COMPUTED    ? v_computed(vi_and(vi_shr(k < 4 ? word : second_half, shifts[k]), masks))
                        : how == IN_PAIRS  ? pairs[k]
                        : how == IN_MEMORY ? v_lookup(levels, p, rest + k * VL * bits, bits, mask)
                                           : look_up(how, table, word);
-            word = vi_shr(word, shift);
+            if (how < COMPUTED) word = vi_shr(word, shift);
             UNROLL
             for (int b = 0; b < NB; b++) sum[b][k] = v_fma(level, x[b], sum[b][k]);
         }
@@ -472,7 +478,7 @@ INLINE void columns_add_all(lookup how, int K, int NB, int bits, const tq_stage 
 static void copy_tiles(const uint8_t *from, int64_t tile_bytes, int n, uint8_t *to, int64_t tile_step) {
     for (int c = 0; c < n; c++, from += tile_bytes, to += tile_step) {
         int64_t i = 0;
-        for (; i + 32 <= tile_bytes; i += 32) memcpy(to + i, from + i, 32); /* instructions, not a call */
+        for (; i + 4 * VL <= tile_bytes; i += 4 * VL) memcpy(to + i, from + i, 4 * VL); /* instructions, not a call */
         for (; i < tile_bytes; i++) to[i] = from[i];
         for (i = 0; i < tile_bytes; i += 64) prefetch(from + i, AHEAD);
         if (tile_bytes >= 4) memcpy(to + tile_bytes, from, 4);
@@ -486,12 +492,13 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
     const layout l = choose_layout(s, how);
     const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);
     const int64_t vectors = s->cols / s->vector_length, height = s->tile_rows;
-    const int64_t most = min64(CHUNK, s->vector_length);
-    /* sums of the vector at hand, sums of all, sums of z by vectors, tiles */
-    float *part = calloc((size_t)(batch * (2 * l.size + vectors)) * sizeof(float) + (size_t)(most * tile_step), 1);
-    if (!part) return TQ_MEMORY;
-    float *total = part + batch * l.size, *sums = total + batch * l.size;
-    uint8_t *tiles = (uint8_t *)(sums + batch * vectors);
+    const int64_t most = min64(s->window > s->bits ? 4 * CHUNK : CHUNK, s->vector_length);
+    /* tiles, sums of the vector at hand, sums of all, sums of z by vectors */
+    const size_t size = (size_t)(most * tile_step) + (size_t)(batch * (2 * l.size + vectors)) * sizeof(float);
+    uint8_t *tiles = tq_alloc(size);
+    if (!tiles) return TQ_MEMORY;
+    memset(tiles, 0, size);
+    float *part = (float *)(tiles + most * tile_step), *total = part + batch * l.size, *sums = total + batch * l.size;
     if (s->offsets.data) vector_sums(s, z, batch, sums);
     const vtable table = load_table(s, how);
     const float unit = how == COMPUTED ? s->computed : 1;
@@ -559,7 +566,7 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
         for (int64_t b = 0; b < batch; b++)
             for (int64_t i = 0; i < height; i++) y[b * s->rows + r + i] = total[b * l.size + place(how, l, i)];
     }
-    free(part);
+    free(tiles);
     return TQ_OK;
 }
 
@@ -586,10 +593,11 @@ static int columns_decode(const tq_stage *s, float *out, int64_t begin, int64_t 
     const layout l = choose_layout(s, how);
     const int64_t tile_bytes = tq_tile_bytes(s), tile_step = round_up((l.size * s->bits + 7) / 8 + PAD, 64);
     const int64_t vectors = s->cols / s->vector_length, height = s->tile_rows;
-    float *levels = calloc((size_t)(N * l.size + 2 * height) * sizeof(float) + (size_t)(N * tile_step), 1);
-    if (!levels) return TQ_MEMORY;
-    float *scale = levels + N * l.size, *offset = scale + height;
-    uint8_t *tiles = (uint8_t *)(offset + height);
+    const size_t size = (size_t)(N * tile_step) + (size_t)(N * l.size + 2 * height) * sizeof(float);
+    uint8_t *tiles = tq_alloc(size);
+    if (!tiles) return TQ_MEMORY;
+    memset(tiles, 0, size);
+    float *levels = (float *)(tiles + N * tile_step), *scale = levels + N * l.size, *offset = scale + height;
     const vtable table = load_table(s, how);
     for (int64_t tile = begin / height * height; tile < end; tile += height) {
         const int64_t r0 = tile < begin ? begin : tile, r1 = min64(tile + height, end);
@@ -617,7 +625,7 @@ static int columns_decode(const tq_stage *s, float *out, int64_t begin, int64_t 
             }
         }
     }
-    free(levels);
+    free(tiles);
     return TQ_OK;
 }
 
