@@ -41,12 +41,14 @@ class Allocation:
 @dataclass(frozen=True)
 class Book:
     """A codebook to be made, of `bits` a weight: Lloyd-Max levels for vectors of `vector_length`; with window > bits those
-    of a trellis; with dimension > 1 entries of so many weights; or the two levels of an unbiased sign.
+    of a trellis, trained for these bits or computed, whatever the bits; with dimension > 1 entries of so many weights; or
+    the two levels of an unbiased sign.
     """
 
     bits: int
     vector_length: int = 0
     window: int = 0
+    computed: bool = False
     dimension: int = 1
     sign: bool = False
 
@@ -227,7 +229,9 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     for k, word in enumerate(settings.stages if settings.stages and not protected else (bits,)):
         transform = kind if size == 1 else f"{settings.rotation}-{size}" + (f"-stage{k}" if k else "")
         plan.transforms[transform] = (kind, size, (settings.seed + k) % 2**53)
-        codebook, book = choose_book(word, g, p, settings.window if tile_rows else None)
+        codebook, book = choose_book(
+            word, g, p, settings.window if tile_rows else None, settings.codebook == "computed"
+        )
         plan.codebooks[codebook] = book
         stages.append(Stage(book.bits, codebook, transform))
     scale_dtype = "F32" if settings.scale_dtype == "F32" else "F16"  # BF16 is as long
@@ -237,10 +241,14 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     return TensorPlan(info, stored, bits, g, tuple(stages), **facts)
 
 
-def choose_book(bits: int | str, vector_length: int, dimension: int, window: int | None) -> tuple[str, Book]:
-    """The codebook of a stage, and its id; `bits` may be SIGN, and `window` is that of a trellis."""
+def choose_book(
+    bits: int | str, vector_length: int, dimension: int, window: int | None, computed: bool = False
+) -> tuple[str, Book]:
+    """The codebook of a stage, and its id; `bits` may be SIGN, `window` and `computed` are those of a trellis."""
     if isinstance(bits, str):
         return SIGN, Book(1, sign=True)
+    if window is not None and computed:
+        return f"byte-sum-w{window}", Book(bits, window=window, computed=True)
     if window is not None:
         return f"trellis-b{bits}-w{window}", Book(bits, window=window)
     if dimension > 1:
