@@ -21,6 +21,8 @@ EMBEDDINGS = (
 WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window spans less than two weights
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
 SHORT_TILE_ROWS = 128  # the same where there is feedback from tile to tile
+KERNEL_ROWS = 128  # kernels divide a tile among so many lanes
+MANY_TILES = 16  # from which on one that is left over hardly matters
 MAX_SYMBOL = 16  # bits [TQ-CODE-1]
 EMBEDDING_BITS = 8  # from which on embeddings and output layers need no feedback; what they have where there is none
 EMBEDDING_MARGIN = 2  # bits that they have more than other weights where there is feedback for them
@@ -277,15 +279,17 @@ def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
 def choose_tile_rows(info: Info, bits: int, window: int | None, output_feedback: bool = False) -> int:
     """How many rows of a column one trellis covers; 0 where codes are scalar: many bits, odd shapes.
 
-    With output feedback, which goes from tile to tile, they are short.
+    A multiple of KERNEL_ROWS where one divides the rows [TQ-CODE-7], else what leaves no bits unused. With output feedback,
+    which goes from tile to tile, tiles are short.
     """
     if window is None or not bits < window or bits > WINDOWED_BITS:
         return 0
     most = SHORT_TILE_ROWS if output_feedback else TILE_ROWS
     fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= most and d * info.cols <= 2**22]
     whole = [d for d in fitting if d * bits % 8 == 0] or fitting  # without unused bits
-    even = [d for d in whole if info.rows // d % 2 == 0]  # tiles are encoded side by side
-    return next(iter(even if even and not output_feedback else whole), 0)
+    suited = [d for d in whole if d % KERNEL_ROWS == 0] or whole
+    even = [d for d in suited if info.rows // d % 2 == 0 or info.rows // d > MANY_TILES]  # encoded side by side
+    return next(iter(even if even and not output_feedback else suited), 0)
 
 
 def is_embedding(name: str) -> bool:
