@@ -8,8 +8,9 @@ operation gets its decoded value. Decoding is the loader's own code, which reads
 
 A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
 for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
-tqformat_kernels where that is installed. For more rows, groups of the weight's rows are decoded, rounded to its dtype, and
-multiplied in the dtype of x, so that a prompt meets the weights that the decoded model has [TQ-FUSE-2].
+tqformat_kernels where that is installed, and on a GPU by products_triton. For more rows, groups of the weight's rows are
+decoded, rounded to its dtype, and multiplied in the dtype of x, so that a prompt meets the weights that the decoded model
+has [TQ-FUSE-2].
 """
 
 import copy
@@ -51,6 +52,28 @@ def kernels() -> Any:
     return tqformat_kernels
 
 
+@functools.cache
+def triton_products() -> Any:
+    """The module products_triton; None, with one warning, where there is no Triton."""
+    try:
+        from . import products_triton
+    except ImportError:
+        warnings.warn(
+            "products of packed weights take torch's path, which is slow on a GPU without Triton", stacklevel=2
+        )
+        return None
+    return products_triton
+
+
+def stage_maker(device: torch.device) -> Callable[..., Any] | None:
+    """What makes a stage with a fast product of its parts on `device`; None where nothing does."""
+    if device.type == "cpu":
+        return kernels() and kernels().Stage  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return triton_products() and triton_products().stage  # type: ignore[no-any-return]
+    return None
+
+
 # Parts of weights in memory -------------------------------------------------------------------------------------------
 
 
@@ -63,7 +86,7 @@ class Parts(Repo):
 
     tensors: dict[str, Tensor]
     tables: dict[Any, Any]
-    stages: list[Any] | None  # those of tqformat_kernels, made at the first product
+    stages: list[Any] | None  # those of tqformat_kernels or products_triton, made at the first product
 
     def __init__(self, repo: Repo) -> None:
         """What the weights of `repo` share; having() gives those of one weight."""
@@ -96,14 +119,14 @@ class Parts(Repo):
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
 
-    def kernel_stages(self, w: Weight) -> list[Any]:
-        """The stages of a weight as tqformat_kernels takes them."""
+    def kernel_stages(self, w: Weight, make: Callable[..., Any]) -> list[Any]:
+        """The stages of a weight as `make` makes them; None for one that it has no kernel for."""
         if self.stages is None:
             rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
-            self.stages = [self._kernel_stage(s, rows, cols) for s in w.stages or ()]
+            self.stages = [self._kernel_stage(s, rows, cols, make) for s in w.stages or ()]
         return self.stages
 
-    def _kernel_stage(self, s: Stage, rows: int, cols: int) -> Any:
+    def _kernel_stage(self, s: Stage, rows: int, cols: int, make: Callable[..., Any]) -> Any:
         book = self.manifest.codebooks[s.codebook]
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
@@ -114,7 +137,7 @@ class Parts(Repo):
             "vector_length": s.vector_length,
             "tile": s.tile,
         }
-        return kernels().Stage(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
+        return make(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
 
     def _float8(self, key: str) -> Tensor:
         exponents = self.spans[key].dtype == "F8_E8M0"  # which the loader reads as bytes
@@ -357,8 +380,10 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
 def product(z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
     """(scale * level + offset) . z of stage i, or the decoded weight times z: z [m, cols] -> [m, rows], in the dtype of z."""
     z = z.detach()
-    if i is not None and z.device.type == "cpu" and kernels() is not None:
-        return weight.parts.kernel_stages(weight.entry)[i].product(z.contiguous())  # type: ignore[no-any-return]
+    if i is not None and (make := stage_maker(z.device)):
+        stage = weight.parts.kernel_stages(weight.entry, make)[i]
+        if stage is not None:
+            return stage.product(z.contiguous())  # type: ignore[no-any-return]
     return torch.cat(list(by_groups(weight, i, z.dtype, lambda u: z @ u.t())), dim=1)
 
 

@@ -8,7 +8,15 @@ from reference_quantizer.planning.plan import choose_tile_rows
 
 @pytest.mark.parametrize(
     "rows, alone, short",
-    [(576, 288, 96), (640, 128, 128), (768, 128, 128), (1536, 256, 128), (5120, 256, 128), (11008, 256, 128), (7, 0, 0)],
+    [
+        (576, 288, 96),
+        (640, 128, 128),
+        (768, 128, 128),
+        (1536, 256, 128),
+        (5120, 256, 128),
+        (11008, 256, 128),
+        (7, 0, 0),
+    ],
 )
 def test_heights_are_multiples_of_128_where_rows_allow(rows: int, alone: int, short: int) -> None:
     info = Info("w", (rows, 64), "BF16")
