@@ -9,7 +9,9 @@ or computed where the table is that of [TQ-BOOK-8]. Sums are binary32 throughout
 """
 
 import math
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -211,15 +213,25 @@ def stage(
         return None
     full = torch.zeros(1 << window)  # so that no symbol points outside
     full[: len(book)] = book.flatten()
-    half = full.half()
-    full = half if torch.equal(half.float(), full) else full
     words = codes.contiguous() if codes.storage_offset() % 4 == 0 else codes.clone()
     groups = cols // (vector_length or cols)
     scales = scales.reshape(rows, groups).contiguous()
     offsets = offsets.reshape(rows, groups).contiguous() if offsets is not None else None
-    computed = torch.equal(full.float(), byte_sum(1 << window))
-    arrays = words.view(torch.int32), full.to(codes.device), scales, offsets
-    return Stage(*arrays, (rows, cols), bits, window, tile_rows, computed)
+    arrays = words.view(torch.int32), _table(full, codes.device), scales, offsets
+    return Stage(*arrays, (rows, cols), bits, window, tile_rows, torch.equal(full, byte_sum(1 << window)))
+
+
+_tables: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+
+def _table(levels: Tensor, device: torch.device) -> Tensor:
+    """Levels float32 on `device`, as float16 where that holds them; one tensor for all stages that have the same."""
+    key = levels.numpy().tobytes(), device
+    found = _tables.get(key)
+    if found is None:
+        half = levels.half()
+        found = _tables[key] = (half if torch.equal(half.float(), levels) else levels).to(device)
+    return found
 
 
 def byte_sum(entries: int) -> Tensor:

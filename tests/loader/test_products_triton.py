@@ -1,5 +1,7 @@
 """Triton's products against sums in float64: on a GPU, or without one in Triton's interpreter; skipped where there is no Triton."""
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +158,14 @@ def test_packed_weights_take_them(on_triton: list[bool], settings_repo: Path) ->
 def exact(weight: PackedWeight) -> Tensor:
     """The weight before it is rounded to its dtype, float32."""
     return weight.like(entry=replace(weight.entry, dtype="F32"), dtype=torch.float32).decode()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="for a GPU the benchmark itself is at hand")
+def test_the_benchmark_runs() -> None:
+    options = ["--toy", "--only", "2 bit", "trellis 2 bit, window 16, computed", "--batch", "1"]
+    run = run_python("benchmarks/gpu_products.py", *options, env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    assert run.returncode == 0 and "times mean nothing" in run.stdout, run.stderr
+    assert run.stdout.count("| 2^-") == 2
 
 
 COMPILE = """
