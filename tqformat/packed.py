@@ -128,7 +128,9 @@ class Parts(Repo):
         return self.stages
 
     def _kernel_stage(self, s: Stage, rows: int, cols: int, make: Callable[..., Any]) -> Any:
-        book = self.manifest.codebooks[s.codebook]
+        book, factors = self.manifest.codebooks[s.codebook], (s.scales, s.offsets)
+        if not hasattr(torch, "float8_e8m0fnu") and any(k and self.spans[k].dtype == "F8_E8M0" for k in factors):
+            return None  # torch before 2.7
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
         shape = {

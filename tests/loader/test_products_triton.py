@@ -163,7 +163,9 @@ def exact(weight: PackedWeight) -> Tensor:
 @pytest.mark.skipif(DEVICE != "cpu", reason="for a GPU the benchmark itself is at hand")
 def test_the_benchmark_runs() -> None:
     options = ["--toy", "--only", "2 bit", "trellis 2 bit, window 16, computed", "--batch", "1"]
-    run = run_python("benchmarks/gpu_products.py", *options, env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    run = run_python(
+        "benchmarks/gpu_products.py", *options, env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    )
     assert run.returncode == 0 and "times mean nothing" in run.stdout, run.stderr
     assert run.stdout.count("| 2^-") == 2
 
@@ -179,9 +181,14 @@ settings = {"COMPUTED": False, "FINE": True, "E": 8, "Q": 16, "M": 4}
 for kernel, more in ((p._down, {"BITS": 2, "WINDOW": 12, "C": 8}), (p._down, {"BITS": 2, "WINDOW": 16, "C": 8, "COMPUTED": True}),
                      (p._along, {"BITS": 4, "WINDOW": 4, "R": 8, "FINE": False})):
     constants = settings | more
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()})
-    for capability in (80, 90):
+    places = {name: i for i, name in enumerate(kernel.arg_names)}
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        signature = {i: pointers.get(name, "i32") for name, i in places.items() if name not in constants}
+        source = ASTSource(kernel, signature, {places[name]: value for name, value in constants.items()})
+    else:
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in places}
+        source = ASTSource(kernel, signature, {(places[name],): value for name, value in constants.items()})
+    for capability in (80, 90) if "R" in more else (90,):
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
         print(kernel.__name__, capability, len(binary))
 """
@@ -192,4 +199,4 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     run = run_python("-W", "ignore", "-c", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"})
     assert run.returncode == 0, run.stderr
     sizes = [int(line.split()[-1]) for line in run.stdout.splitlines()]
-    assert len(sizes) == 6 and min(sizes) > 1000
+    assert len(sizes) == 4 and min(sizes) > 1000
