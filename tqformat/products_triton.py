@@ -3,9 +3,10 @@
 The counterpart of tqformat_kernels for CPUs: `stage` takes the parts of a stage and gives what multiplies with them, or None
 for settings that have no kernel here. Triton comes with torch for CUDA.
 
-Both kernels read a stream E symbols at a time, from two neighbouring words of 32 bits: lanes are symbols, sums stay in
-registers over a loop, and what is left to add (a few parts of the columns) is added by torch. Levels are read from a table,
-or computed where the table is that of [TQ-BOOK-8]. Sums are binary32 throughout [TQ-FUSE-2].
+Both kernels read a stream E symbols at a time, from two neighbouring words of 32 bits; sums stay in registers over a loop,
+and what is left to add (a few parts of the columns) is added by torch. Levels are read from a table, or computed where the
+table is that of [TQ-BOOK-8], as QTIP computes them (arXiv:2406.11235, section 3.1.1). Sums are binary32 throughout
+[TQ-FUSE-2].
 """
 
 import math
@@ -18,29 +19,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 1024  # of the weight that a program has in its registers at a time
+ELEMENTS = 2048  # of the weight that a program of _down has in its registers at a time; _along has twice as many
 PROGRAMS = 1024  # from which on columns are not divided among more of them
 BATCH = 4  # activations that share one unpacking
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _levels(symbol, levels, COMPUTED: tl.constexpr):
+def _levels(symbol, levels, COMPUTED: tl.constexpr, DP4A: tl.constexpr):
     """The levels of symbols uint32, float32."""
     if COMPUTED:
         product = symbol * 0x83DCD12D
-        pairs = (product & 0x00FF00FF) + ((product >> 8) & 0x00FF00FF)
-        return ((pairs & 0xFFFF) + (pairs >> 16)).to(tl.int32).to(tl.float32) * 0.0078125 - 3.984375
+        if DP4A:  # the sum of the bytes in the fraction of 2^23, one instruction
+            code: tl.constexpr = "dp4a.u32.u32 $0, $1, 0x01010101, 0x4B000000;"
+            total = tl.inline_asm_elementwise(code, "=r,r", [product], dtype=tl.uint32, is_pure=True, pack=1)
+        else:
+            pairs = (product & 0x00FF00FF) + ((product >> 8) & 0x00FF00FF)
+            total = ((pairs * 0x00010001) >> 16) | 0x4B000000
+        return total.to(tl.float32, bitcast=True) * 0.0078125 - 65539.984375  # (2^23 + 510) / 128; both steps are exact
     return tl.load(levels + symbol.to(tl.int32)).to(tl.float32)
 
 
 @triton.jit
-def _pairs(stream, bit, words, inside):
-    """The 64 bits of a stream of `words` words that begin in the word of stream bit `bit`, shifted so that this comes first."""
-    word = bit // 32
-    low = tl.load(stream + word, inside, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(stream + (word + 1) % words, inside, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    return (low | (high << 32)) >> (bit % 32).to(tl.uint64)
+def _bits(stream, low, high, shift, inside, BITS: tl.constexpr, WINDOW: tl.constexpr, E: tl.constexpr):
+    """The bits of E symbols, from words `low` and `high` of a stream, beginning at bit `shift` of the first; uint32 or uint64."""
+    first = tl.load(stream + low, inside, 0).to(tl.uint32, bitcast=True)
+    if WINDOW == BITS and 32 % (E * BITS) == 0:  # all in one word
+        return first >> shift
+    both = first.to(tl.uint64) | (tl.load(stream + high, inside, 0).to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+    both = both >> shift.to(tl.uint64)
+    return both.to(tl.uint32) if (E - 1) * BITS + WINDOW <= 32 else both
 
 
 @triton.jit
@@ -59,6 +67,7 @@ def _down(
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     COMPUTED: tl.constexpr,
+    DP4A: tl.constexpr,
     FINE: tl.constexpr,
     E: tl.constexpr,
     Q: tl.constexpr,
@@ -67,26 +76,31 @@ def _down(
 ):
     """Tiles [tile_rows, 1]: rows of a part of a tile, times `span` columns, C at a time.
 
-    Axes of what is in registers: [M activations, Q groups of E rows, E, C columns].
+    Axes of what is in registers: [M activations, Q groups of E rows, C columns, E]; joined halves stay in one thread.
     """
     first, begin, part = tl.program_id(0) * Q * E, tl.program_id(1) * span, tl.program_id(1)
     m, q, e = tl.program_id(2) * M + tl.arange(0, M), tl.arange(0, Q), tl.arange(0, E)
     words, bit = tile_rows * BITS // 32, (first % tile_rows + q * E) * BITS
+    low, shift = bit // 32, bit % 32
+    high = (low + 1) % words
     row = first + q[:, None] * E + e[None, :]  # [Q, E]
-    total = tl.zeros([M, Q, E, C], tl.float32)
+    total = tl.zeros([M, Q, C, E], tl.float32)
     for a in range(begin, tl.minimum(begin + span, cols), C):
         c = a + tl.arange(0, C)
         inside = c < cols
         stream = codes + ((first // tile_rows).to(tl.int64) * cols + c) * words
-        pair = _pairs(stream[None, :], bit[:, None], words, inside[None, :])  # [Q, C]
-        symbol = (pair[:, None, :] >> (e * BITS)[None, :, None].to(tl.uint64)).to(tl.uint32) & ((1 << WINDOW) - 1)
-        value = _levels(symbol, levels, COMPUTED)
+        bits = _bits(stream[None, :], low[:, None], high[:, None], shift[:, None], inside[None, :], BITS, WINDOW, E)
+        if E == 8:
+            bits = tl.join(bits, bits >> 4 * BITS)
+        bits = tl.join(bits, bits >> 2 * BITS)
+        bits = tl.reshape(tl.join(bits, bits >> BITS), [Q, C, E])
+        value = _levels(bits.to(tl.uint32) & ((1 << WINDOW) - 1), levels, COMPUTED, DP4A)
         if FINE:  # a vector is shorter than a row
-            at = row.to(tl.int64)[:, :, None] * (cols // G) + (c // G)[None, None, :]
-            value *= tl.load(scales + at, inside[None, None, :], 0).to(tl.float32)
+            at = row.to(tl.int64)[:, None, :] * (cols // G) + (c // G)[None, :, None]
+            value *= tl.load(scales + at, inside[None, :, None], 0).to(tl.float32)
         x = tl.load(z + m[:, None] * cols + c[None, :], (m < batch)[:, None] & inside[None, :], 0)
-        total += value[None, :, :, :] * x[:, None, None, :]
-    y = tl.sum(total, 3)
+        total += value[None, :, :, :] * x[:, None, :, None]
+    y = tl.sum(total, 2)
     if not FINE:
         y *= tl.load(scales + row).to(tl.float32)[None, :, :]
     at = (part.to(tl.int64) * batch + m)[:, None, None] * rows + row[None, :, :]
@@ -108,30 +122,34 @@ def _along(
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     COMPUTED: tl.constexpr,
+    DP4A: tl.constexpr,
     FINE: tl.constexpr,
     E: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Tiles [1, cols]: R rows, times `span` columns, Q groups of E at a time. Axes: [M activations, R rows, Q, E]."""
+    """Tiles [1, cols]: R rows, times `span` columns, Q groups of E at a time. Axes: [M activations, R rows, Q groups]."""
     row, begin, part = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * span, tl.program_id(1)
-    m, q, e = tl.program_id(2) * M + tl.arange(0, M), tl.arange(0, Q), tl.arange(0, E)
+    m, q = tl.program_id(2) * M + tl.arange(0, M), tl.arange(0, Q)
     words, real = cols * BITS // 32, row < rows
     stream = codes + row.to(tl.int64) * words
-    total = tl.zeros([M, R, Q, E], tl.float32)
+    total = tl.zeros([M, R, Q], tl.float32)
     for a in range(begin, tl.minimum(begin + span, cols), Q * E):
-        inside = real[:, None] & (a + q * E < cols)[None, :]
-        pair = _pairs(stream[:, None], ((a + q * E) * BITS)[None, :], words, inside)  # [R, Q]
-        symbol = (pair[:, :, None] >> (e * BITS)[None, None, :].to(tl.uint64)).to(tl.uint32) & ((1 << WINDOW) - 1)
-        value = _levels(symbol, levels, COMPUTED)
-        c = a + q[:, None] * E + e[None, :]  # [Q, E]
-        if FINE:
-            at = row.to(tl.int64)[:, None, None] * (cols // G) + (c // G)[None, :, :]
-            value *= tl.load(scales + at, real[:, None, None] & (c < cols)[None, :, :], 0).to(tl.float32)
-        x = tl.load(z + m[:, None, None] * cols + c[None, :, :], (m < batch)[:, None, None] & (c < cols)[None, :, :], 0)
-        total += value[None, :, :, :] * x[:, None, :, :]
-    y = tl.sum(tl.sum(total, 3), 2)
+        bit, inside = (a + q * E) * BITS, real[:, None] & (a + q * E < cols)[None, :]
+        low = bit // 32
+        high = tl.where(low + 1 < words, low + 1, 0)
+        shift = (bit % 32)[None, :]
+        bits = _bits(stream[:, None], low[None, :], high[None, :], shift, inside, BITS, WINDOW, E)  # [R, Q]
+        for e in tl.static_range(E):
+            c = a + q * E + e
+            value = _levels((bits >> e * BITS).to(tl.uint32) & ((1 << WINDOW) - 1), levels, COMPUTED, DP4A)
+            if FINE:
+                at = row.to(tl.int64)[:, None] * (cols // G) + (c // G)[None, :]
+                value *= tl.load(scales + at, real[:, None] & (c < cols)[None, :], 0).to(tl.float32)
+            x = tl.load(z + m[:, None] * cols + c[None, :], (m < batch)[:, None] & (c < cols)[None, :], 0)
+            total += value[None, :, :] * x[:, None, :]
+    y = tl.sum(total, 2)
     if not FINE:
         y *= tl.load(scales + row, real, 0).to(tl.float32)[None, :]
     at = (part.to(tl.int64) * batch + m)[:, None] * rows + row[None, :]
@@ -160,14 +178,15 @@ class Stage:
         down, z = self.tile_rows > 1, z.contiguous()
         e, m = _group(self.bits, self.window), min(BATCH, triton.next_power_of_2(batch))
         width = math.gcd(self.tile_rows, 256) if down else min(256, triton.next_power_of_2(max(cols, e)))
-        lanes = ELEMENTS // width  # columns, or rows, that a program has at a time
+        lanes = ELEMENTS * (1 if down else 2) // width  # columns, or rows, that a program has at a time
         height, step = (width, lanes) if down else (lanes, width)  # rows of a program, columns at a time
         grid = -(-rows // height), -(-batch // m)
         steps = -(-cols // step)
         span = step * -(-steps // min(steps, max(1, PROGRAMS // math.prod(grid))))
         parts = z.new_empty(-(-cols // span), batch, rows)
         sizes = rows, cols, batch, *([self.tile_rows] if down else []), span, cols // groups
-        settings = self.bits, self.window, self.computed, groups > 1, e, width // e, lanes, m
+        dp4a = z.is_cuda and torch.version.cuda is not None
+        settings = self.bits, self.window, self.computed, dp4a, groups > 1, e, width // e, lanes, m
         with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
             kernel = (_down if down else _along)[(grid[0], len(parts), grid[1])]
             kernel(self.codes, self.levels, self.scales, z, parts, *sizes, *settings)

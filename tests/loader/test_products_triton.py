@@ -177,7 +177,7 @@ import triton
 from tqformat import products_triton as p
 
 pointers = {"codes": "*i32", "levels": "*fp16", "scales": "*fp16", "z": "*fp32", "parts": "*fp32"}
-settings = {"COMPUTED": False, "FINE": True, "E": 8, "Q": 16, "M": 4}
+settings = {"COMPUTED": False, "DP4A": True, "FINE": True, "E": 8, "Q": 16, "M": 4}
 for kernel, more in ((p._down, {"BITS": 2, "WINDOW": 12, "C": 8}), (p._down, {"BITS": 2, "WINDOW": 16, "C": 8, "COMPUTED": True}),
                      (p._along, {"BITS": 4, "WINDOW": 4, "R": 8, "FINE": False})):
     constants = settings | more
