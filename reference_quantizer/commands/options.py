@@ -114,7 +114,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     help_ = f"bits that a trellis code reads; more is better and slower (default: {PRESETS['best'][1]}; preset best)"
     method.add_argument("--window", metavar="N", type=integer(4, 16), help=help_)
     help_ = "levels of a trellis code: trained for normally distributed weights, or computed from the bits that are read, so that a "
-    help_ += "kernel needs no table, with 4 %% more error at 2 bits and 7 %% at 3 (default: %(default)s; preset best)"
+    help_ += "kernel needs no table, with 5 %% more error at 2 bits and 7 %% at 3 (default: %(default)s; preset best)"
     method.add_argument("--codebook", choices=CODEBOOKS, default=CODEBOOKS[0], help=help_)
     size = method.add_mutually_exclusive_group()
     # the default is text, which argparse converts: it tells a given --bits 4 from none only if the two are not one object
