@@ -77,9 +77,12 @@ def run_once(candidate: Candidate) -> dict[str, float]:
 
 def child(*args: str) -> dict[str, float]:
     """What load_measures.py prints in a fresh interpreter."""
-    done = subprocess.run(
-        [sys.executable, MEASURES, *args], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    return child_of(MEASURES, *args)
+
+
+def child_of(program: Path | str, *args: str) -> dict[str, float]:
+    command = [sys.executable, str(program), *args]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -272,6 +272,8 @@ class Stage:
     a reader of files refuses it earlier [TQ-BOOK-4].
     """
 
+    Levels = Levels
+
     def __init__(
         self,
         codes: Array,
