@@ -8,8 +8,9 @@ operation gets its decoded value. Decoding is the loader's own code, which reads
 
 A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
 for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
-tqformat_kernels where that is installed. For more rows, groups of the weight's rows are decoded, rounded to its dtype, and
-multiplied in the dtype of x, so that a prompt meets the weights that the decoded model has [TQ-FUSE-2].
+tqformat_kernels where that is installed, and on a GPU by products_triton. For more rows, groups of the weight's rows are
+decoded, rounded to its dtype, and multiplied in the dtype of x, so that a prompt meets the weights that the decoded model
+has [TQ-FUSE-2].
 """
 
 import copy
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import load_quantized as lq
-from .load_quantized import MANIFEST, Repo, Stage, StageTables, TQFormatError, Transform, Weight, require
+from .load_quantized import MANIFEST, Repo, Stage, TQFormatError, Transform, Weight, require
 
 FEW = 8  # rows of an activation up to which a product is computed in float32
 GROUP = 1 << 19  # elements of a weight that are decoded at once
@@ -51,6 +52,28 @@ def kernels() -> Any:
     return tqformat_kernels
 
 
+@functools.cache
+def triton_products() -> Any:
+    """The module products_triton; None, with one warning, where there is no Triton."""
+    try:
+        from . import products_triton
+    except ImportError:
+        warnings.warn(
+            "products of packed weights take torch's path, which is slow on a GPU without Triton", stacklevel=2
+        )
+        return None
+    return products_triton
+
+
+def stage_maker(device: torch.device) -> Callable[..., Any] | None:
+    """What makes a stage with a fast product of its parts on `device`; None where nothing does."""
+    if device.type == "cpu":
+        return kernels() and kernels().Stage  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return triton_products() and triton_products().stage  # type: ignore[no-any-return]
+    return None
+
+
 # Parts of weights in memory -------------------------------------------------------------------------------------------
 
 
@@ -63,13 +86,14 @@ class Parts(Repo):
 
     tensors: dict[str, Tensor]
     tables: dict[Any, Any]
-    stages: list[Any] | None  # those of tqformat_kernels, made at the first product
+    stages: list[Any] | None  # those of tqformat_kernels or products_triton, made at the first product
+    selected: dict[Any, "PackedWeight"]  # of merged weights, those that were asked for
 
     def __init__(self, repo: Repo) -> None:
         """What the weights of `repo` share; having() gives those of one weight."""
         ExitStack.__init__(self)
         self.path, self.manifest, self.spans = repo.path, repo.manifest, repo.spans
-        self.tensors, self.tables, self.stages, self._lock = {}, {}, None, threading.Lock()
+        self.tensors, self.tables, self.stages, self.selected, self._lock = {}, {}, None, {}, threading.Lock()
         t, c = self.manifest.transforms.values(), self.manifest.codebooks.values()
         shared = [key for x in t for key in (x.matrix, x.pairs, x.angles, x.index)] + [book.tensor for book in c]
         self.tensors = {key: repo._read(key) for key in shared if key is not None}
@@ -77,7 +101,7 @@ class Parts(Repo):
 
     def having(self, tensors: dict[str, Tensor]) -> "Parts":
         parts = copy.copy(self)
-        parts.tensors, parts.stages = self.tensors | tensors, None
+        parts.tensors, parts.stages, parts.selected = self.tensors | tensors, None, {}
         return parts
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
@@ -96,16 +120,21 @@ class Parts(Repo):
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
 
-    def kernel_stages(self, w: Weight) -> list[Any]:
-        """The stages of a weight as tqformat_kernels takes them."""
+    def kernel_stages(self, w: Weight, make: Callable[..., Any]) -> list[Any]:
+        """The stages of a weight as `make` makes them; None for one that it has no kernel for."""
         if self.stages is None:
             rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
-            self.stages = [self._kernel_stage(s, rows, cols) for s in w.stages or ()]
+            self.stages = [self._kernel_stage(s, rows, cols, make) for s in w.stages or ()]
         return self.stages
 
-    def _kernel_stage(self, s: Stage, rows: int, cols: int) -> Any:
-        book = self.manifest.codebooks[s.codebook]
+    def _kernel_stage(self, s: Stage, rows: int, cols: int, make: Callable[..., Any]) -> Any:
+        book, factors = self.manifest.codebooks[s.codebook], (s.scales, s.offsets)
+        if not hasattr(torch, "float8_e8m0fnu") and any(k and self.spans[k].dtype == "F8_E8M0" for k in factors):
+            return None  # torch before 2.7
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
+        if book.rows is None and hasattr(make, "Levels"):  # which stages of tqformat_kernels share
+            key = ("kernel levels", s.codebook, s.bits, s.window)
+            levels = self.once(key, lambda: make.Levels(levels, s.bits, s.window))
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
         shape = {
             "shape": (rows, cols),
@@ -114,7 +143,7 @@ class Parts(Repo):
             "vector_length": s.vector_length,
             "tile": s.tile,
         }
-        return kernels().Stage(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
+        return make(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
 
     def _float8(self, key: str) -> Tensor:
         exponents = self.spans[key].dtype == "F8_E8M0"  # which the loader reads as bytes
@@ -125,24 +154,8 @@ class Parts(Repo):
             self.tables[key] = make()
         return self.tables[key]
 
-    def _stage_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
-        t = self.manifest.transforms[s.transform]
-        inverse = self.once(("inverse", s.transform, device), lambda: self._inverse(t, device))
-        return self.level_tables(s, cols, device)._replace(inverse=inverse)
-
-    def level_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
-        """The same without the transform: _decode_stage gives scale * level + offset with it."""
-        book, size, (window, _, tr, tc) = (
-            self.manifest.codebooks[s.codebook],
-            self.manifest.transforms[s.transform].size,
-            s.layout(cols),
-        )
-        if book.rows is not None:
-            return StageTables(book, size, 1, None, lambda y: y)
-        k = lq.symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension)
-        key = ("levels", s.codebook, s.bits, window, k, device)
-        levels = self.once(key, lambda: lq.table(self._levels(book), s.bits, window, k).to(device))
-        return StageTables(book, size, k, levels, lambda y: y)
+    def _kept(self, make: Callable[[], Any], great: bool, *key: Any) -> Any:
+        return self.once(key, make)
 
     def forward(self, s: Stage, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T of a stage, on blocks float32 [m, B]."""
@@ -197,16 +210,23 @@ class PackedWeight(Tensor):
     """
 
     parts: Parts
-    entry: Weight  # of the manifest; of a slice, with its shape
-    title: str  # its name in the repository
+    entry: Weight  # of the manifest; of a slice or of merged weights, with its shape
+    title: str  # its name in the repository, or that of the first of merged weights
+    sources: tuple[str, ...]  # those of all of them
 
     @staticmethod
     def __new__(
-        cls, parts: Parts, entry: Weight, title: str, dtype: torch.dtype, device: torch.device
+        cls,
+        parts: Parts,
+        entry: Weight,
+        title: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        sources: tuple[str, ...] = (),
     ) -> "PackedWeight":
         make = Tensor._make_wrapper_subclass
         self: PackedWeight = make(cls, entry.shape, dtype=dtype, device=device)
-        self.parts, self.entry, self.title = parts, entry, title
+        self.parts, self.entry, self.title, self.sources = parts, entry, title, sources or (title,)
         return self
 
     @property
@@ -231,29 +251,24 @@ class PackedWeight(Tensor):
             "title": self.title,
             "dtype": self.dtype,
             "device": self.device,
+            "sources": self.sources,
         }
         return PackedWeight(**{**now, **changes})
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """The value in the weight's shape, as Repo.dequantize gives it."""
         plan = self.parts.workers.submit(self.parts._plan, self.entry, self.device, dtype or self.dtype)
-        value, groups = plan.result()
-        for _ in self.parts.workers.map(lambda decode: decode(), groups):
-            pass
+        value, fill, groups = plan.result()
+        list(self.parts.workers.map(fill, groups))
         return value
 
     def check(self) -> None:
         """Decodes all rows once, which raises TQFormatError where the loader would."""
-        cols, parts, step = (
-            self.entry.shape[-1],
-            self.parts,
-            self.height * max(1, GROUP // (self.height * self.entry.shape[-1])),
-        )
+        step = self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
         try:
-            tables = [parts._stage_tables(s, cols, self.device) for s in self.entry.stages or ()]
-            for _ in parts.workers.map(
-                lambda a: parts._decode(self.entry, a, min(a + step, self.rows), self.device, tables),
-                range(0, max(self.rows, 1), step),
+            decode = self.parts._decoder(self.entry, self.device)
+            for _ in self.parts.workers.map(
+                lambda a: decode(a, min(a + step, self.rows)), range(0, max(self.rows, 1), step)
             ):
                 pass
         except TQFormatError as error:
@@ -311,6 +326,10 @@ class PackedWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self, kwargs = (args[0] if args else None), kwargs or {}
+        if func in (aten.cat.default, aten.stack.default):
+            merged = merge(*args, **kwargs, new=func is aten.stack.default)
+            if merged is not None:
+                return merged
         if isinstance(self, PackedWeight):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default):
                 return self.like()
@@ -319,8 +338,11 @@ class PackedWeight(Tensor):
             if func is aten.select.int and args[1] == 0 and self.dim() > 2:  # one of fused experts
                 n, rest = divmod(self.rows // self.shape[0], self.height)
                 i = range(self.shape[0])[args[2]] * n
+                key, kept = (i, self.shape, self.dtype), self.parts.selected
                 if not rest:
-                    return self.cut(lambda part: part[i : i + n], self.shape[1:])
+                    if key not in kept:  # its parts have what kernels prepare for them
+                        kept[key] = self.cut(lambda part: part[i : i + n], self.shape[1:])
+                    return kept[key].like()
             if func._schema.is_mutable:
                 advice = "packed weights cannot be changed: load the model without packed=True, or put LoRA on top"
                 raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
@@ -330,6 +352,48 @@ class PackedWeight(Tensor):
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def merge(weights: list[Tensor], dim: int = 0, *, new: bool) -> PackedWeight | None:
+    """torch.cat of packed weights, or with `new` torch.stack, along `dim`, packed; None where they are not coded alike.
+
+    transformers merges the experts of a layer so. `dim` is one of those before the last, and what a weight brings to each
+    index of those before `dim` must be whole tiles.
+    """
+    packed = [w for w in weights if isinstance(w, PackedWeight)]
+    if len(packed) < len(weights) or not 0 <= dim < packed[0].dim() - (not new):
+        return None
+    first, outer, tensors = packed[0], math.prod(packed[0].shape[:dim]), {}
+
+    def fits(w: PackedWeight) -> bool:
+        beside, wanted = ((x.shape if new else (*x.shape[:dim], *x.shape[dim + 1 :])) for x in (w, first))
+        return beside == wanted and _coding(w) == _coding(first) and w.rows > 0 and w.rows % (outer * w.height) == 0
+
+    if not all(map(fits, packed)):
+        return None
+    for keys in zip(*(w.parts.own(w.entry).items() for w in packed), strict=True):
+        parts = [w.parts.tensors[key] for w, (key, _) in zip(packed, keys, strict=True)]
+        (key, by_rows), dtype, shape = keys[0], parts[0].dtype, parts[0].shape[1:]
+        if by_rows:
+            plain = [part.view(torch.uint8) if part.itemsize == 1 else part for part in parts]  # torch joins no float8
+            tensors[key] = torch.cat([part.reshape(outer, -1) for part in plain], 1).reshape(-1, *shape).view(dtype)
+        elif not all(torch.equal(part, parts[0]) for part in parts):
+            return None
+    size = len(packed) if new else sum(w.shape[dim] for w in packed)
+    entry = replace(first.entry, shape=(*first.shape[:dim], size, *first.shape[dim + (not new) :]))
+    sources = tuple(dict.fromkeys(name for w in packed for name in w.sources))
+    return first.like(parts=first.parts.having(tensors), entry=entry, sources=sources)
+
+
+def _coding(w: PackedWeight) -> Any:
+    """What must be the same of weights that are merged: everything but shapes and the names of parts."""
+    stages, cols = w.entry.stages or (), w.entry.shape[-1]
+    if any(w.parts.manifest.codebooks[s.codebook].rows is not None for s in stages):
+        return object()
+    settings = [(s.bits, s.codebook, s.transform, s.layout(cols)) for s in stages]
+    spans = [(by_rows, w.parts.spans[key]) for key, by_rows in w.parts.own(w.entry).items()]
+    parts = [(by_rows, span.dtype, span.shape[1:]) for by_rows, span in spans]
+    return id(w.parts.tables), settings, parts, w.dtype, w.device, w.entry.dtype
 
 
 # Products and look-ups ------------------------------------------------------------------------------------------------
@@ -379,8 +443,10 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
 def product(z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
     """(scale * level + offset) . z of stage i, or the decoded weight times z: z [m, cols] -> [m, rows], in the dtype of z."""
     z = z.detach()
-    if i is not None and z.device.type == "cpu" and kernels() is not None:
-        return weight.parts.kernel_stages(weight.entry)[i].product(z.contiguous())  # type: ignore[no-any-return]
+    if i is not None and (make := stage_maker(z.device)):
+        stage = weight.parts.kernel_stages(weight.entry, make)[i]
+        if stage is not None:
+            return stage.product(z.contiguous())  # type: ignore[no-any-return]
     return torch.cat(list(by_groups(weight, i, z.dtype, lambda u: z @ u.t())), dim=1)
 
 
@@ -410,21 +476,19 @@ def by_groups(
     weight: PackedWeight, i: int | None, dtype: torch.dtype, use: Callable[..., Tensor], *more: Iterator[Tensor]
 ) -> Iterator[Tensor]:
     """use(u, ...) for each group of rows; u [group, cols] in `dtype` is scale * level + offset of stage i, or the value."""
-    parts, device, cols, step = weight.parts, weight.device, weight.entry.shape[-1], group_rows(weight)
-    stages, own = weight.entry.stages or (), lq.torch_dtype(weight.entry.dtype)
-    make = parts.level_tables if i is not None else parts._stage_tables
-    tables = [make(s, cols, device) for s in stages]
+    parts, cols, step = weight.parts, weight.entry.shape[-1], group_rows(weight)
+    if i is None:
+        decode, own = parts._decoder(weight.entry, weight.device), lq.torch_dtype(weight.entry.dtype)
+    else:
+        stage = (weight.entry.stages or ())[i]
+        decode, own = parts._stage_decoder(stage, cols, weight.device, f"stages[{i}].", rotated=True), torch.float32
 
     def group(a: int, *given: Tensor) -> Tensor:
-        b = min(a + step, weight.rows)
         with torch.no_grad():
-            if i is None:
-                return use(parts._decode(weight.entry, a, b, device, tables).to(own).to(dtype), *given)
-            u = parts._decode_stage(stages[i], tables[i], a, b, cols, device, f"stages[{i}]")
-            return use(u.to(dtype), *given)
+            return use(decode(a, min(a + step, weight.rows)).to(own).to(dtype), *given)
 
     starts = range(0, max(weight.rows, 1), step)
-    many: Any = parts.workers.map if device.type == "cpu" and len(starts) > 1 else map
+    many: Any = parts.workers.map if weight.device.type == "cpu" and len(starts) > 1 else map
     return many(group, starts, *more)  # type: ignore[no-any-return]
 
 
@@ -488,30 +552,22 @@ def resident_bytes(model: torch.nn.Module) -> int:
         seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
         seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
+        seen |= {id(stage.levels): stage.levels.nbytes for stage in parts.stages or () if stage is not None}
     return sum(seen.values())
 
 
 def load(
-    repo_or_hub_id: "lq.PathLike",
+    path: "lq.PathLike",
     device: Any = None,
     dtype: torch.dtype | None = None,
-    revision: str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """The ready model as tqformat.load gives it, its quantized weights packed; the arguments are the same."""
-    refused = ", ".join(sorted(lq.REFUSED & options.keys()))
-    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
-    device_map = options.pop("device_map", None)
-    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
-    device_map = {"": lq.find_device("cpu" if device is None else device)} if device_map is None else device_map
-    with PackedRepo(lq.fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
-        repo.check_roles("support", *["code"] * trust_remote_code)
-        with lq._building:
-            model = lq.build_model(repo, device_map, dtype, trust_remote_code, options)
+    """The ready model as load_quantized.load gives it, its quantized weights packed; the arguments are the same."""
+    with PackedRepo(path, verify) as repo, lq._building:
+        model = lq.build_model(repo, device, dtype, trust_remote_code, options)
         finish(model, repo)
-    model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)
     return model
 
 
@@ -520,7 +576,9 @@ def finish(model: Any, repo: PackedRepo) -> None:
     packed = packed_weights(model)
     for weight in packed.values():
         weight.requires_grad_(False)
-    left = sorted(repo.packed - {weight.title for weight in packed.values()})
+    if any(weight.dim() > 2 for weight in packed.values()) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # which takes an expert at a time; others would decode all
+    left = sorted(repo.packed - {name for weight in packed.values() for name in weight.sources})
     if left:
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         warnings.warn(f"decoded or left out, as the model has no such weight by itself: {names}", stacklevel=3)

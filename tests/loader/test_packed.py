@@ -95,9 +95,8 @@ def test_products_of_every_setting(rows: int, settings_repo: Path) -> None:
 def scale_of(weight: PackedWeight) -> torch.Tensor:
     """An upper bound of A of [TQ-FUSE-2] over the norm of x: the norms of |scale * level| + |offset|, over the stages."""
     total = torch.zeros(len(weight), dtype=torch.float64)
-    for i, s in enumerate(weight.entry.stages or ()):
-        tables = weight.parts.level_tables(s, weight.shape[1], weight.device)
-        u = weight.parts._decode_stage(s, tables, 0, len(weight), weight.shape[1], weight.device, str(i))
+    for s in weight.entry.stages or ():
+        u = weight.parts._stage_decoder(s, weight.shape[1], weight.device, rotated=True)(0, len(weight))
         offsets = (
             weight.parts._scales(s, "offsets", 0, len(weight), weight.device, "")
             if s.offsets
@@ -210,14 +209,60 @@ def test_a_packed_model_computes_what_the_decoded_one_does(name: str, repos: Cal
     assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_merged_experts_are_decoded_and_told(repos: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_merged_experts_stay_packed(name: str, repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="decoded or left out")
+        model, plain = tqformat.load(repos(name), packed=True), tqformat.load(repos(name))
+    with open_repo(repos(name)) as repo:
+        stored = repo.manifest.accounting["stored_bytes"]
+    assert packed.resident_bytes(model) < 1.1 * stored + 8192
+    experts = {n: p for n, p in packed.packed_weights(model).items() if "experts" in n}
+    assert len(experts) == 4 and {len(p.sources) for p in experts.values()} == {4, 8}
+    for n, p in experts.items():
+        assert torch.equal(p.decode(), plain.get_parameter(n))
+        assert torch.equal(p[1].decode(), plain.get_parameter(n)[1]) and p[1].parts is p[1].parts
+        assert p.to(torch.bfloat16)[1].dtype == torch.bfloat16
+    decoded: list[int] = []
+    decode = PackedWeight.decode
+    monkeypatch.setattr(PackedWeight, "decode", lambda w, *dtype: (decoded.append(w.dim()), decode(w, *dtype))[1])
+    with torch.no_grad():
+        model(**inputs(name))
+    assert 3 not in decoded  # an expert at a time
+
+
+def test_experts_that_are_coded_in_different_ways_are_decoded_and_told(
+    repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_coding", lambda weight: object())
     with pytest.warns(UserWarning, match="decoded.*experts.*and 21 more"):
         model = tqformat.load(repos("mixtral"), packed=True)
     experts = [p for name, p in model.named_parameters() if "experts" in name]
     assert experts and not any(isinstance(p, PackedWeight) for p in experts)
 
 
-def test_memory_and_ties(repos: Callable[[str], Path]) -> None:
+def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
+    """Every setting of the format: the merged weight is that of the decoded ones, packed or not."""
+    packed_titles = set()
+    with PackedRepo(settings_repo) as repo:
+        for weight in quantized(repo):
+            value, rank = weight.decode(), weight.dim()
+            for found, wanted in (
+                (torch.stack([weight, weight, weight]), torch.stack([value] * 3)),
+                (torch.cat([weight, weight]), torch.cat([value] * 2)),
+                (torch.cat([weight, weight], -1), torch.cat([value] * 2, -1)),
+                (torch.stack([weight, weight], rank), torch.stack([value] * 2, rank)),
+                (torch.cat([torch.stack([weight, weight])] * 2, 1), torch.cat([torch.stack([value, value])] * 2, 1)),
+                (torch.stack([weight, weight])[1], value),
+            ):
+                assert found.shape == wanted.shape and torch.equal(found + 0, wanted), weight.title
+            if isinstance(torch.stack([weight, weight])[1], PackedWeight):
+                packed_titles.add(weight.title)
+        assert {weight.title for weight in quantized(repo)} - packed_titles == {"row", "empty"}
+        assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
+
+
+def test_memory_and_ties(repos: Callable[[str], Path], path: str) -> None:
     model = tqformat.load(repos("llama-tied"), packed=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with open_repo(repos("llama-tied")) as repo:
@@ -227,6 +272,18 @@ def test_memory_and_ties(repos: Callable[[str], Path]) -> None:
     assert (
         stored <= packed.resident_bytes(model) < 1.1 * stored + 8192
     )  # what is not stored: rotary frequencies, tables
+    if path == "kernels":  # one copy of the levels for all weights with the same codebook, bits and window
+        weights = packed.packed_weights(model).values()
+        stages = [(key, made) for w in weights for key, made in zip(w.entry.stages, w.parts.stages or (), strict=False)]
+        shared = {(key.codebook, key.bits, key.window): made.levels for key, made in stages}
+        assert len(stages) > len(shared) and len({id(made.levels) for _, made in stages}) == len(shared)
+        tables = model.lm_head.weight.parts.tables
+        before = packed.resident_bytes(model)
+        for w in weights:
+            w.parts.stages = None
+        for key in [key for key in tables if key[0] == "kernel levels"]:
+            del tables[key]
+        assert before - packed.resident_bytes(model) == sum(levels.nbytes for levels in shared.values())
 
 
 def test_generation(repos: Callable[[str], Path]) -> None:
