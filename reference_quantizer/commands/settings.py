@@ -50,7 +50,7 @@ def with_wide_embeddings(chosen: Settings, source: Source, predicts: bool) -> Se
     """With more bits for embeddings and output layers where no option says what to protect.
 
     8 without feedback, since they would undo what is gained elsewhere. With a preset that has some, for a model that `predicts` the next
-    token, EMBEDDING_MARGIN more than the others have, with which they do next to no harm.
+    token, EMBEDDING_MARGIN more than the others have: about as good for its size as any other choice of equal bits for all layers.
     """
     bits = EMBEDDING_BITS
     if chosen.preset != "fast" and predicts:

@@ -5,7 +5,7 @@ import math
 from reference_quantizer.planning.plan import EMBEDDING_BITS, EMBEDDING_MARGIN, Plan, is_embedding
 
 MODEL = "SmolLM2-135M"
-RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on that model, embeddings wide, see with_wide_embeddings; docs/quality.md
+RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on that model, embeddings at EMBEDDING_BITS; docs/quality.md
     ("fast", 2): 17740.0,
     ("fast", 3): 7.240,
     ("fast", 4): 1.484,
@@ -40,7 +40,7 @@ def expectations(plan: Plan) -> list[str]:
     if plain and (ratio := RATIOS.get((preset, bits))):
         lines.append(
             f"expect: about {ratio:,.{2 if ratio < 100 else 0}f} times the base model's perplexity, which is what {MODEL} has at {bits} bits by this "
-            f"preset, with {wide} bits for embeddings; `evaluate` tells what yours has"
+            f"preset, with {EMBEDDING_BITS} bits for embeddings (here {wide}); `evaluate` tells what yours has"
         )
     if preset == "fast" and bits <= BROKEN_BITS:
         better = RATIOS.get(("balanced", bits))

@@ -25,7 +25,7 @@ KERNEL_ROWS = 128  # kernels divide a tile among so many lanes
 MANY_TILES = 16  # from which on one that is left over hardly matters
 MAX_SYMBOL = 16  # bits [TQ-CODE-1]
 EMBEDDING_BITS = 8  # from which on embeddings and output layers need no feedback; what they have where there is none
-EMBEDDING_MARGIN = 2  # bits that they have more than other weights where there is feedback for them
+EMBEDDING_MARGIN = 1  # bits that they have more than other weights where there is feedback for them
 LARGE = 2**16  # scalars from which storing a tied tensor once is worth a look at its bytes
 
 

@@ -38,12 +38,12 @@ def test_without_options_a_model_gets_four_bits_with_feedback(tmp_path: Path, ca
     )
     assert quantization["calibration"]["source"] == "self" and quantization["calibration"]["tokens"] == 1024
     bits = {name: entry["effective_bits"] for name, entry in tensors.items() if entry["kind"] == "quantized"}
-    assert all(b == (4 if ".layers." in name else 6) for name, b in bits.items())
-    assert {name for name, b in bits.items() if b == 6} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(b == (4 if ".layers." in name else 5) for name, b in bits.items())
+    assert {name for name, b in bits.items() if b == 5} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert all("output_error" in tensors[name]["extra"] for name in bits)
     said = capsys.readouterr().err
     assert (
-        "embed_tokens.weight, lm_head.weight: 6 bits" in said and "about 1.08 times" in said and "warning" not in said
+        "embed_tokens.weight, lm_head.weight: 5 bits" in said and "about 1.08 times" in said and "warning" not in said
     )
 
 
