@@ -1,7 +1,8 @@
 """tqformat: an open format for low-bit model weights. `tqformat.load("repo_dir", device="cuda")` gives a ready model.
 
 The reading order: load_quantized.py (all of reading, in the order of SPEC.md), writer.py (packing and publishing),
-embed.py (the loader as a file of a model repository), support.py (the other files beside the weights), __main__.py (the
+embed.py (the loader as a file of a model repository), gguf_export.py and
+gguf_tokenizer.py (a repository for llama.cpp), support.py (the other files beside the weights), __main__.py (the
 command line).
 """
 
@@ -42,7 +43,7 @@ def load(
     return build(repo_or_hub_id, device, dtype, revision, verify, trust_remote_code, **options)
 
 
-_WRITING = ("RepoWriter", "add_files", "dequantize_repo", "pack")
+_WRITING = ("RepoWriter", "add_files", "export_safetensors", "pack")
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from . import writer
 
         return getattr(writer, name)
+    if name == "export_gguf":
+        from .gguf_export import export_gguf
+
+        return export_gguf
     raise AttributeError(f"module 'tqformat' has no attribute {name!r}")
 
 
@@ -62,7 +67,8 @@ __all__ = [  # noqa: RUF022 (by use)
     "open_repo",
     "fetch",
     "read_manifest",
-    "dequantize_repo",
+    "export_safetensors",
+    "export_gguf",
     "RepoWriter",
     "pack",
     "add_files",
