@@ -163,12 +163,9 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head_dim(config: dict[str, Any]) -> int:
-    default = (
-        None
-        if config["model_type"] in ("qwen3", "gemma3_text")
-        else config["hidden_size"] // config["num_attention_heads"]
-    )
-    return config.get("head_dim") or default or config["head_dim"]
+    if config["model_type"] in ("qwen3", "gemma3_text"):
+        return int(config["head_dim"])
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -267,9 +264,11 @@ def _write(
         for name in names:
             qtype = gguf.GGMLQuantizationType[kinds[name]]
             weight = _rows_of_pairs(repo.dequantize(name, device).float(), name, config).cpu().numpy()
-            offset = np.float32(config["model_type"] == "gemma3_text" and name.endswith("norm.weight"))  # of 1 + weight
-            data = gguf.quantize(weight + offset, qtype)
-            kept = gguf.dequantize(data, qtype) - offset
+            if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+                weight = weight + np.float32(1)  # as transformers itself adds it, in float32
+            with np.errstate(over="ignore"):
+                data = gguf.quantize(weight, qtype)
+            kept = gguf.dequantize(data, qtype)
             expected = f"weights within {kinds[name]}; choose another type"
             require(np.isfinite(kept).all(), "DATA.NON_FINITE", name, expected)
             losses.setdefault(kinds[name], Loss()).add(weight, kept, data.nbytes)
