@@ -24,7 +24,9 @@ async function sequence(work) {
 }
 
 const plain = { temperature: 1, topK: 0, topP: 1, minP: 0 };
-const asked = ids.map((id, i) => (i % 20 === 19 ? [id, { generateNext: { probabilities: true, options: plain } }] : id));
+const asked = ids.map((id, i) =>
+  i % 20 === 19 ? [id, { generateNext: { probabilities: true, options: plain } }] : id,
+);
 const steps = await sequence((tokens) => tokens.controlledEvaluate(asked));
 const greedy = [];
 let seconds = 0;
