@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import new_writer, repo_from_checkpoint
-from helpers import SMALL
+from helpers import SMALL, SPECIAL, byte_level_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -26,24 +26,12 @@ from tqformat.gguf_tokenizer import tokenizer_fields
 
 gguf = pytest.importorskip("gguf")
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 SIZES: dict[str, Any] = {**SMALL, **TOKENS, "vocab_size": 320, "num_key_value_heads": 2, "max_position_embeddings": 64}
 TEXTS = ["a b  c", "it's 2024\n\n\tdé東", "<s>aa</s>b[x] ab", ""]
 PERIOD = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}} | {
     "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}
 }
-
-
-def byte_level() -> Tokenizer:
-    """Bytes, two merges, a token that is added and not special; a template that puts bos before a text."""
-    tokens = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "abc"]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("ab", "c")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_tokens([AddedToken("[x]", normalized=False)])
-    return tokenizer
 
 
 def sentencepiece() -> Tokenizer:
@@ -79,10 +67,10 @@ def gemma3() -> Any:  # the same
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Tokenizer]]] = {
-    "llama-tied": (lambda: llama(tie_word_embeddings=True), byte_level),
-    "llama-untied": (lambda: llama(tie_word_embeddings=False), byte_level),
-    "qwen2": (qwen2, byte_level),
-    "qwen3": (qwen3, byte_level),
+    "llama-tied": (lambda: llama(tie_word_embeddings=True), byte_level_tokenizer),
+    "llama-untied": (lambda: llama(tie_word_embeddings=False), byte_level_tokenizer),
+    "qwen2": (qwen2, byte_level_tokenizer),
+    "qwen3": (qwen3, byte_level_tokenizer),
     "gemma3": (gemma3, sentencepiece),
 }
 
@@ -289,7 +277,7 @@ def fields(tokenizer: Tokenizer, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_programs_of_llama_cpp(name: str, cuts: Any, changes: dict[str, Any]) -> None:
-    tokenizer = byte_level()
+    tokenizer = byte_level_tokenizer()
     tokenizer.pre_tokenizer = cuts
     assert fields(tokenizer, **changes)["tokenizer.ggml.pre"] == name
     with pytest.raises(TQFormatError, match="pre_tokenizer"):  # the same, but for what else it has to be
@@ -306,14 +294,14 @@ def changed(make: Callable[[], Tokenizer], **parts: Any) -> Tokenizer:
 @pytest.mark.parametrize(
     ("tokenizer", "changes", "where"),
     [
-        (byte_level(), {"type": "Unigram"}, "model.type"),
-        (byte_level(), {"end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
-        (changed(byte_level, pre_tokenizer=pre_tokenizers.Whitespace()), {}, "pre_tokenizer"),
-        (changed(byte_level, normalizer=normalizers.Lowercase()), {}, "pre_tokenizer"),
+        (byte_level_tokenizer(), {"type": "Unigram"}, "model.type"),
+        (byte_level_tokenizer(), {"end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
+        (changed(byte_level_tokenizer, pre_tokenizer=pre_tokenizers.Whitespace()), {}, "pre_tokenizer"),
+        (changed(byte_level_tokenizer, normalizer=normalizers.Lowercase()), {}, "pre_tokenizer"),
         (changed(sentencepiece, normalizer=normalizers.NFKC()), {}, "normalizer"),
         (sentencepiece(), {"merges": [["a", "b"], ["\u2581", "a"], ["\u2581", "\u2581"], ["\u2581", "ab"]]}, "merges"),
         (sentencepiece(), {"merges": [["\u2581", "ab"], ["a", "b"], ["\u2581a", "b"], ["\u2581", "a"]]}, "merges"),
-        (changed(byte_level, post_processor=processors.TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 3)])),
+        (changed(byte_level_tokenizer, post_processor=processors.TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 3)])),
          {}, "post_processor"),
     ],
 )  # fmt: skip
@@ -324,7 +312,7 @@ def test_other_tokenizers_are_refused(tokenizer: Tokenizer, changes: dict[str, A
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
     with pytest.raises(TQFormatError, match=r"BIND\.MODEL.*at most 100 tokens.*got 26"):
-        tokenizer_fields(json.loads(byte_level().to_str()), dict(SPECIAL), 100)
+        tokenizer_fields(json.loads(byte_level_tokenizer().to_str()), dict(SPECIAL), 100)
 
 
 def test_llama_2_puts_a_space_before_a_text() -> None:
