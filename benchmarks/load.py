@@ -38,6 +38,8 @@ MEASURES = ROOT / "benchmarks" / "load_measures.py"
 PACKAGES = {"HQQ": "hqq", "NF4": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed-tensors"}
 SPIN = "while True: pass"
 FILE = "load.json"
+SEARCHED = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": SEARCHED}
 
 
 # ------------------------------------------------------------------------------------------------ turns
@@ -65,7 +67,7 @@ def run_once(candidate: Candidate) -> dict[str, float]:
         if not candidate.command:
             return child(candidate.what, candidate.path, candidate.device)
         start = time.perf_counter()
-        process = subprocess.Popen(candidate.command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(candidate.command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -75,13 +77,12 @@ def run_once(candidate: Candidate) -> dict[str, float]:
 
 def child(*args: str) -> dict[str, float]:
     """What load_measures.py prints in a fresh interpreter."""
-    environment = os.environ | {
-        "TQDM_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, MEASURES, *args], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    return child_of(MEASURES, *args)
+
+
+def child_of(program: Path | str, *args: str) -> dict[str, float]:
+    command = [sys.executable, str(program), *args]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -185,6 +186,9 @@ def list_candidates(
         found.append(Candidate(size, name, "tqformat.load", repo, cold=True))
         if busy:
             found.append(Candidate(size, name, "decode", repo, busy=True))
+    for name, path, what in [("bf16", base, read), *((name, str(p), "tqformat.load") for name, p in repos.items())]:
+        command = [sys.executable, str(MEASURES), what, path, "cpu"]
+        found.append(Candidate(size, name, f"{what}, the process with its imports", path, command=command))
     if judge:
         name, repo = next((name, str(path)) for name, path in repos.items())
         check = [sys.executable, "-m", "conformance", "check", repo, "--run-loader"]

@@ -98,7 +98,8 @@ def test_what_is_measured_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load.list_candidates("smollm2", Path("base"), repos, busy=True, judge=True, left_out=left_out)
     known = [c.what for c in found if not c.command]
     assert set(known) == {*OURS, *PLAIN, "HQQ decode"} and set(known) <= set(measures.MEASURES)
-    assert sum(c.busy for c in found) == 2 and {c.path for c in found if c.command} == {"a"}
+    assert sum(c.busy for c in found) == 2
+    assert sorted(c.path for c in found if c.command) == ["a", "a", "a", "b", "base"]  # two judges', each one's process
     assert [line.partition(":")[0] for line in left_out] == ["GGUF", "NF4", "torchao", "compressed-tensors"]
 
 

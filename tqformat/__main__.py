@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .load_quantized import DTYPES, MANIFEST, Repo, TQFormatError, __version__, fetch, open_repo
+from .hub import fetch
+from .load_quantized import DTYPES, MANIFEST, Repo, TQFormatError, __version__, open_repo
 
 WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, not of a read
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import hub
 from . import load_quantized as lq
 from .load_quantized import LazyWeight, Repo, require
 from .packed import PackedRepo, finish
@@ -108,7 +109,7 @@ def load(
     dropped = {*HUB, "adapter_kwargs", "weights_only"}  # of which nothing is left to do
     options = {key: value for key, value in options.items() if key not in dropped and not key.startswith("_from")}
     dtype = options.pop("torch_dtype", None) or dtype
-    with (Repo if chosen.dequantize else PackedRepo)(lq.fetch(name, revision, bool(trust_remote_code))) as repo:
+    with (Repo if chosen.dequantize else PackedRepo)(hub.fetch(name, revision, bool(trust_remote_code))) as repo:
         repo.check_roles("support")
         if not isinstance(config, PreTrainedConfig):
             config, options = AutoConfig.from_pretrained(repo.path, return_unused_kwargs=True, **options)

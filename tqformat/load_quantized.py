@@ -1,13 +1,13 @@
 """Read tqformat 1.0 repositories: low-bit model weights that anybody can check and decode. Licence: Apache-2.0.
 
-This file is all of tqformat's reading, in the order of SPEC.md. It needs the standard library and torch (with numpy); transformers
-and huggingface_hub are imported when a model is built or fetched. It is embedded in model repositories and works there alone:
+This file is all of tqformat's reading, in the order of SPEC.md. It needs the standard library and torch (with numpy);
+transformers is imported when a model is built. It is embedded in model repositories and works there alone:
 
     from load_quantized import load_quantized_model, load_tokenizer
     model, manifest = load_quantized_model(".", device="cuda")
     tokenizer = load_tokenizer(".")
 
-It runs no code from a repository and unpickles nothing. Input that breaks a rule raises TQFormatError, which says where.
+It opens no connection, runs no code from a repository and unpickles nothing. Input that breaks a rule raises TQFormatError, which says where.
 """
 
 import functools
@@ -20,10 +20,9 @@ import os
 import re
 import threading
 import typing
-import warnings
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -146,7 +145,7 @@ Sha256 = Annotated[str, "[0-9a-f]{64}", "64 lower-case hexadecimal digits"]
 Extra = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     role: Literal["payload", "support", "code", "document"]
     size: Count
@@ -156,7 +155,7 @@ class File:
     extra: Extra = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transform:
     kind: Literal["identity", "hadamard", "dense", "givens", "permutation"]
     size: Size
@@ -170,7 +169,7 @@ class Transform:
     extra: Extra = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Codebook:
     entries: Annotated[int, (1, 2**16)]
     dimension: Annotated[int, (1, 64)]
@@ -181,7 +180,7 @@ class Codebook:
     extra: Extra = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stage:
     bits: Annotated[int, (1, 16)]
     codebook: str
@@ -202,7 +201,7 @@ class Stage:
         return self.window or self.bits, self.vector_length or cols, tr, tc
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Weight:
     kind: Literal["quantized", "passthrough"]
     shape: tuple[Count, ...]
@@ -214,7 +213,7 @@ class Weight:
     extra: Extra = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
     format: str
     format_version: str
@@ -264,72 +263,62 @@ class Manifest:
         return manifest
 
 
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Without the garbage collector, which looks at all objects again and again while a great manifest is read."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `kind` wants it: closed objects, no conversions [TQ-MAN-1, TQ-MAN-2]."""
     try:
-        return _typed(kind, value)
+        return _typed(_about(kind), value)
     except TQFormatError as error:
         raise TQFormatError(error.code, (where + error.where).lstrip("."), error.message) from None
 
 
 @functools.cache
 def _about(kind: Any) -> tuple[Any, ...]:
-    """Of an annotation: what it is, its parts, JSON's type, what else must hold, the error otherwise, the keys needed."""
+    """Of an annotation: the result's type, its parts, JSON's type, what must hold, or which error, keys needed, if optional."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        return (*_about(args[0])[:-1], True)
     if is_dataclass(kind):
+        parts = {key: _about(hint) for key, hint in typing.get_type_hints(kind, include_extras=True).items()}
         needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-        return kind, typing.get_type_hints(kind, include_extras=True), dict, None, (), needed
+        return kind, parts, dict, None, (), needed, False
     if origin is Annotated and args[0] is int:
-        low, high = args[1]
-        return kind, None, int, lambda n: low <= n <= high, ("SCHEMA.VALUE", f"an integer from {low} to {high}"), ()
+        (low, high), otherwise = args[1], f"an integer from {args[1][0]} to {args[1][1]}"
+        return kind, None, int, range(low, high + 1).__contains__, ("SCHEMA.VALUE", otherwise), (), False
     if origin is Annotated:
-        return kind, None, str, re.compile(args[1]).fullmatch, ([*args, "SCHEMA.VALUE"][3], args[2]), ()
+        return kind, None, str, re.compile(args[1]).fullmatch, ([*args, "SCHEMA.VALUE"][3], args[2]), (), False
     if origin is Literal:
-        return kind, None, str, args.__contains__, ("SCHEMA.VALUE", f"one of {', '.join(args)}"), ()
-    parts = args if type(None) in args or (origin in (tuple, dict) and args[1] is not Any) else None
-    return origin if parts else kind, parts, {tuple: list, dict: dict}.get(origin, kind), None, (), ()
+        return kind, None, str, args.__contains__, ("SCHEMA.VALUE", f"one of {', '.join(args)}"), (), False
+    each = [_about(arg) for arg in args] if origin is tuple or (origin is dict and args[1] is not Any) else None
+    return origin, each, {tuple: list, dict: dict}.get(origin, kind), None, (), (), False
 
 
-def _typed(kind: Any, value: Any) -> Any:
+def _typed(about: tuple[Any, ...], value: Any) -> Any:
     """As typed; the place in an error begins at the value."""
-    origin, parts, json_type, holds, otherwise, needed = _about(kind)
-    if parts and type(None) in parts:
-        return None if value is None else _typed(parts[0], value)
+    origin, parts, json_type, holds, otherwise, needed, optional = about
+    if optional and value is None:
+        return None
     if type(value) is not json_type and json_type is not Any and (json_type is not float or type(value) is not int):
         names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
         require(False, "SCHEMA.TYPE", "", names.get(json_type, "another type"), json.dumps(value, default=repr))
     if holds and not holds(value):
-        code, text = otherwise
-        require(False, code, "", text, repr(value))
+        require(False, otherwise[0], "", otherwise[1], repr(value))
+    if not parts:
+        return value
     at: Any = None  # the key or index in work
     try:
         if origin is tuple:
             return tuple([_typed(parts[0], value[at := i]) for i in range(len(value))])
         if origin is dict:
             return {_typed(parts[0], at := key): _typed(parts[1], part) for key, part in value.items()}
-        if parts:
-            for at in value.keys() - parts.keys():
-                require(at is None, "SCHEMA.UNKNOWN_FIELD", "", f"only {', '.join(parts)}")
-            for at in needed:
-                require(at in value, "SCHEMA.MISSING_FIELD", "", "this key to be given")
-            for at in ONLY & value.keys():
-                require(value[at] is not None, "SCHEMA.TYPE", "", "another value than null")
-            return kind(**{(at := key): _typed(parts[key], part) for key, part in value.items()})
+        for at in value.keys() - parts.keys():
+            require(at is None, "SCHEMA.UNKNOWN_FIELD", "", f"only {', '.join(parts)}")
+        for at in needed:
+            require(at in value, "SCHEMA.MISSING_FIELD", "", "this key to be given")
+        for at in ONLY & value.keys():
+            require(value[at] is not None, "SCHEMA.TYPE", "", "another value than null")
+        return origin(**{(at := key): _typed(parts[key], part) for key, part in value.items()})
     except TQFormatError as error:
         raise error.inside(f".{at}" if needed else f"[{at!r}]") from None
-    return value
 
 
 KEYS: dict[str, tuple[str, ...]] = {"hadamard": ("factors", "signs"), "dense": ("matrix",), "permutation": ("index",)}
@@ -407,14 +396,14 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
 # 5 Payload container --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:  # of a safetensors header; data_offsets count from its end [TQ-PAY-3]
     dtype: str
     shape: tuple[Count, ...]
     data_offsets: tuple[Count, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:  # where a payload tensor lies: bytes `begin` to `end` of `file`
     file: BinaryIO
     dtype: str
@@ -544,11 +533,11 @@ def symbols_at_once(n: int, bits: int, window: int, p: int) -> int:
 def table(levels: "Tensor", bits: int, window: int, k: int) -> "Tensor":
     """Levels of k symbols by the bits that they lie in, float32 [2^(window + (k-1) bits), k * p]; NaN for no symbol.
 
-    `levels` is float32 [entries, p] [TQ-BOOK-4, TQ-BOOK-6].
+    `levels` is float32 [entries, p] [TQ-BOOK-4, TQ-BOOK-6]; the tables of [n, entries, p] come one below the other.
     """
-    levels = torch.nn.functional.pad(levels, (0, 0, 0, (1 << window) - len(levels)), value=math.nan)
+    levels = torch.nn.functional.pad(levels, (0, 0, 0, (1 << window) - levels.shape[-2]), value=math.nan)
     index = torch.arange(1 << window + k * bits - bits)[:, None] >> torch.arange(k) * bits
-    return levels[index & (1 << window) - 1].flatten(1)
+    return levels[..., index & (1 << window) - 1, :].flatten(-2).flatten(0, -2)
 
 
 def lookup(symbols: "Tensor", table: "Tensor") -> "Tensor":
@@ -683,37 +672,36 @@ def finite(values: "Tensor", where: str, dtype: str = "F32") -> "Tensor":
     return values
 
 
-class StageTables(typing.NamedTuple):  # of a stage, on a device
-    book: Codebook
-    size: int  # of the transform
-    k: int  # symbols that one look-up takes
-    levels: "Tensor | None"  # the table of k symbols' levels, unless each row has its own
-    inverse: Callable[["Tensor"], "Tensor"]
-
-
 class Repo(ExitStack):
     """An open repository; get one from open_repo. Weights are decoded one at a time, their groups of rows in parallel.
 
     Digests are computed beside that; leaving the context waits for them, and a wrong one is told before other errors.
     """
 
-    def __init__(self, path: "PathLike", verify: bool = True) -> None:
+    def __init__(self, path: "PathLike", verify: bool = True, settled: bool = False) -> None:
         super().__init__()  # closes the files
         self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
         self._advice = f"; if you changed it yourself: python -m tqformat update {path}"
-        self.manifest = m = read_manifest(self.path)
-        known = {MANIFEST, "README.md", "__pycache__", *m.files}
-        extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
-        require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
         self.spans: dict[str, Span] = {}
         self._tables: dict[Any, Any] = {}
         self._digests: list[Future[None]] = []
         self._hashing = self.enter_context(ThreadPoolExecutor(HASHING))
+        collects = gc.isenabled()
+        gc.disable()  # it would look at all objects again and again while those of a great manifest are made
         try:
+            self.manifest = m = read_manifest(self.path)
+            known = {MANIFEST, "README.md", "__pycache__", *m.files}
+            extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
+            require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
             self._open_payload(m)
+            if settled:
+                self.settle()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+        finally:
+            if collects:
+                gc.enable()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
@@ -736,16 +724,13 @@ class Repo(ExitStack):
         def start() -> None:
             torch.get_num_threads()  # or torch would take the number of new threads when it first works in this one
             torch.set_num_threads(1)
-            torch.empty(
-                31 << 20, dtype=torch.uint8
-            )  # makes glibc keep what is freed: new pages take longer than decoding
+            torch.empty(31 << 20, dtype=torch.uint8)  # from now on glibc keeps what is freed: new pages are slow
             reset = threading.Thread(target=torch.set_num_threads, args=(threads,))  # what new threads start with
             reset.start()
             reset.join()
 
         return self.enter_context(ThreadPoolExecutor(threads, initializer=start))
 
-    @many_objects()
     def _open_payload(self, m: Manifest) -> None:
         named = re.compile(r"turboquant_weights.*\.safetensors")
         shards = sorted(name for name, file in m.files.items() if file.role == "payload" or named.fullmatch(name))
@@ -754,9 +739,7 @@ class Repo(ExitStack):
         ok = ok and all(m.files[name].role == "payload" for name in shards)
         require(ok, "BIND.SHARDS", "files", "turboquant_weights.safetensors or its shards as payload", shards)
         for name in shards:
-            path, digests = self._check_file(name)
-            self._digests += digests
-            file = self.enter_context(path.open("rb"))
+            file = self.enter_context(self.check_file(name, beside=True).open("rb"))
             header = read_header(file, m.files[name].size, name)
             require(header or not shards[1:], "BIND.SHARDS", name, "a tensor in every shard")  # [TQ-SHARD-2]
             for key, span in header.items():
@@ -776,15 +759,11 @@ class Repo(ExitStack):
             rounds = {self.spans[key].shape[0] for key in (t.pairs, t.angles) if key is not None}
             require(len(rounds) <= 1, "BIND.TENSOR", f"transforms[{name!r}]", "as many pairs as angles", rounds)
 
-    def check_file(self, name: str) -> Path:
-        """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4]."""
-        path, digests = self._check_file(name)
-        for digest in digests:
-            digest.result()
-        return path
+    def check_file(self, name: str, beside: bool = False) -> Path:
+        """The path of a listed file, once its type, its size and (by default) its digest are right [TQ-REPO-1, TQ-REPO-4].
 
-    def _check_file(self, name: str) -> tuple[Path, list["Future[None]"]]:
-        """The same, but the digests are still being computed."""
+        `beside`: or while the digest is being computed.
+        """
         path, listed = self.path / name, self.manifest.files[name]
         advice = self._advice * (listed.role != "payload")
         require(path.exists(), "BIND.MISSING_FILE", name, f"this file in {self.path}")
@@ -803,7 +782,11 @@ class Repo(ExitStack):
                     wanted, found = f"sha256 {digests[k]} of the bytes from {k * size}", digest.hexdigest()
                     require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
 
-        return path, [self._hashing.submit(check, k) for k in range(min(HASHING, len(digests)) * self._verify)]
+        coming = [self._hashing.submit(check, k) for k in range(min(HASHING, len(digests)) * self._verify)]
+        self._digests += coming
+        for digest in () if beside else coming:
+            digest.result()
+        return path
 
     def check_roles(self, *roles: str) -> None:
         for name in [key for key, file in self.manifest.files.items() if file.role in roles]:
@@ -817,134 +800,130 @@ class Repo(ExitStack):
         return self.stream()
 
     def stream(self, device: Any = "cpu", dtype: "Dtype" = None) -> Iterator[tuple[str, "Tensor"]]:
-        """The name and the value of each weight, in the order of the files; two more are decoded while one is in use."""
-        with ThreadPoolExecutor(2) as pool:
-            coming = [(name, pool.submit(self.dequantize, name, device, dtype)) for name in self.names()[:2]]
-            for name in [*self.names()[2:], *[""] * len(coming)]:
-                (ready, weight), *coming = coming
-                coming += [(name, pool.submit(self.dequantize, name, device, dtype))] if name else []
-                yield ready, weight.result()
+        """The name and the value of each weight, in the order of the files."""
+        return ((name, self.dequantize(name, device, dtype)) for name in self.names())
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: "Dtype" = None) -> "Tensor":
         """The weight (or alias) `name`, decoded on `device` in its shape; `dtype` converts the result [TQ-NUM-7]."""
         device, name = find_device(device), self.manifest.tied_weights.get(name, name)
         require(name in self.manifest.tensors, "BIND.MISSING_TENSOR", name, "a weight of this repository")
         try:  # in threads of our own, where modes and settings that the caller's thread is in do not hold
-            result, groups = self._workers.submit(self._plan, self.manifest.tensors[name], device, dtype).result()
-            for _ in self._workers.map(lambda decode: decode(), groups):
-                pass
+            result, fill, groups = self._workers.submit(self._plan, self.manifest.tensors[name], device, dtype).result()
+            list(self._workers.map(fill, groups))
         except TQFormatError as error:
             raise error.inside(f"tensors[{name!r}].") from None
         return result
 
-    def _plan(self, w: Weight, device: "torch.device", dtype: "Dtype") -> tuple["Tensor", list[Callable[[], None]]]:
-        """A place for the weight, and what fills it: functions of which each decodes some rows [TQ-LIM-2]."""
-        own, stages, cols = torch_dtype(w.dtype), w.stages or (), w.shape[-1] if w.stages else 1
-        result = torch.empty(w.shape, dtype=dtype or own, device=device)
+    def _plan(self, w: Weight, device: "torch.device", dtype: "Dtype") -> tuple["Tensor", Callable[[int], None], range]:
+        """A place for the weight, what fills a group of its rows, and the first row of each group [TQ-LIM-2]."""
+        own, cols = torch_dtype(w.dtype), w.shape[-1] if w.stages else 1
+        result, decode = torch.empty(w.shape, dtype=dtype or own, device=device), self._decoder(w, device)
         matrix = result.reshape(-1, cols)  # passthrough: [scalars, 1]
-        tables = [self._stage_tables(s, cols, device) for s in stages]  # looked at even where there are no rows
-        books = [self.manifest.codebooks[s.codebook] for s in stages]
-        height = math.lcm(*(s.layout(cols)[2] for s in stages))
+        books = [self.manifest.codebooks[s.codebook] for s in w.stages or ()]
+        height = math.lcm(*(s.layout(cols)[2] for s in w.stages or ()))
         width = height * max(cols, *(c.entries * c.dimension for c in books if c.rows is not None), 1)
         elements = len(matrix) // height * width  # in groups of 2^19, or fewer, so that each thread has some
         many = max(-(-elements >> 19), min(self._workers._max_workers, elements >> 17), 1)
         step = max(1, len(matrix) // height // many) * height
 
-        def decode(a: int) -> None:
+        def fill(a: int) -> None:
             b = min(len(matrix), a + step)
             try:
-                values = self._decode(w, a, b, device, tables)
+                values = decode(a, b)
             except TQFormatError as error:
                 raise TQFormatError(error.code, f"{error.where}, rows {a} to {b - 1}", error.message) from None
             matrix[a:b] = values if result.dtype == own else values.to(own)
 
-        return result, [functools.partial(decode, a) for a in range(0, max(1, len(matrix)), step)]
+        return result, fill, range(0, max(1, len(matrix)), step)
 
-    def _stage_tables(self, s: Stage, cols: int, device: "torch.device") -> "StageTables":
-        """What all rows of a stage share, kept for the next weights unless it is great (a dense matrix may take 128 MiB)."""
-        book, transform, (window, _, tr, tc) = (
-            self.manifest.codebooks[s.codebook],
-            self.manifest.transforms[s.transform],
+    def _decoder(self, w: Weight, device: "torch.device") -> Callable[[int, int], "Tensor"]:
+        """Gives rows a to b of a weight, before they are rounded to its dtype [TQ-STAGE-2, TQ-PASS-1]."""
+        if (data := w.data) is not None:
+            return lambda a, b: self._read(data, a, b, flat=True).view(torch_dtype(w.dtype)).to(device)[:, None]
+        stages = [self._stage_decoder(s, w.shape[-1], device, f"stages[{i}].") for i, s in enumerate(w.stages or ())]
+
+        def decode(a: int, b: int) -> "Tensor":
+            total = functools.reduce(torch.Tensor.add_, (stage(a, b) for stage in stages))
+            if w.column_scale is not None:  # [TQ-NUM-2]
+                total *= self._floats(w.column_scale, "column_scale", device)
+            return finite(total, "decoded values", w.dtype)  # [TQ-NUM-6]
+
+        return decode
+
+    def _stage_decoder(
+        self, s: Stage, cols: int, device: "torch.device", where: str = "", rotated: bool = False
+    ) -> Callable[[int, int], "Tensor"]:
+        """Gives rows a to b of a stage, float32 [b - a, cols] [TQ-STAGE-1]; `rotated`: as they are before T^-1."""
+        book, t = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform]
+        (window, g, tr, tc), p, bits, own = (
             s.layout(cols),
+            book.dimension,
+            s.bits,
+            book.tensor if book.rows is not None else None,
         )
-        k = symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension) if book.rows is None else 1
-        great = transform.matrix or [f for f in transform.factors or () if f > 256 and _order_kind(f) != "sylvester"]
-        makers: dict[Any, Callable[[], Any]] = {(s.transform, device): lambda: self._inverse(transform, device)}
-        if book.rows is None:
-            makers[s.codebook, s.bits, window, k, device] = lambda: table(self._levels(book), s.bits, window, k).to(
-                device
-            )
-        with self._lock:
-            if great or len(self._tables) > 16:
-                self._tables = {}
-            tables = self._tables
-        for key in makers.keys() - tables.keys():
-            tables[key] = makers[key]()
-        inverse, levels = [tables[key] for key in makers] + [None] * (book.rows is not None)
-        return StageTables(book, transform.size, k, levels, inverse)
+        n, across = tr * tc // p, cols // tc
+        great = t.matrix is not None or any(f > 256 and _order_kind(f) != "sylvester" for f in t.factors or ())
+        inverse = self._kept(lambda: self._inverse(t, device), great, s.transform, device)
+        k = symbols_at_once(n, bits, window, p) if own is None else 1
 
-    def _decode(self, w: Weight, a: int, b: int, device: "torch.device", tables: list["StageTables"]) -> "Tensor":
-        """Rows a to b of a weight, before they are rounded to its dtype [TQ-STAGE-2, TQ-PASS-1]."""
-        if w.data is not None:
-            return self._read(w.data, a, b, flat=True).view(torch_dtype(w.dtype)).to(device)[:, None]
-        stages = enumerate(zip(w.stages or (), tables, strict=True))
-        total, *more = (self._decode_stage(s, t, a, b, w.shape[-1], device, f"stages[{i}]") for i, (s, t) in stages)
-        for y in more:
-            total += y
-        if w.column_scale is not None:  # [TQ-NUM-2]
-            total *= finite(self._read(w.column_scale).to(device).float(), "column_scale")
-        return finite(total, "decoded values", w.dtype)  # [TQ-NUM-6]
+        def make() -> "Tensor":
+            return table(self._levels(book), bits, window, k).to(device)
 
-    def _decode_stage(
-        self, s: Stage, t: "StageTables", a: int, b: int, cols: int, device: "torch.device", where: str
-    ) -> "Tensor":
-        """Rows a to b of one stage, float32 [b - a, cols] [TQ-STAGE-1]."""
-        (window, g, tr, tc), levels, across = s.layout(cols), t.levels, cols // s.layout(cols)[3]
-        codes = self._read(s.codes, a // tr * across, b // tr * across).to(device)
-        symbols = unpack(codes, tr * tc // (t.book.dimension * t.k), s.bits * t.k, window + s.bits * t.k - s.bits)
-        if levels is None:  # one codebook a row, one below the other [TQ-BOOK-3]
-            own = finite(self._read(t.book.tensor or "", a, b).to(device).float(), f"{where}.codebook")
-            levels = torch.nn.functional.pad(own, (0, 0, 0, (1 << window) - t.book.entries), value=math.nan).flatten(
-                0, 1
-            )
-            first = (torch.arange(b - a, device=device) << window).reshape(-1, 1, tr, 1)
-            symbols = symbols.reshape(-1, across, tr, tc // t.book.dimension) + first
-        y = lookup(symbols, levels)
-        ok = t.book.entries == 1 << window or not y.numel() or not bool(y.amax().isnan())
-        require(ok, "PACK.CODE_RANGE", f"{where}.codes", f"symbols below {t.book.entries}")  # [TQ-BOOK-4]
-        y = y.reshape(-1, across, tr, tc).transpose(1, 2).contiguous().reshape(b - a, cols // g, g)  # [TQ-CODE-3]
-        y *= self._scales(s, "scales", a, b, device, where)
-        if s.offsets is not None:  # [TQ-NUM-9]
-            y += self._scales(s, "offsets", a, b, device, where)
-        return t.inverse(y.reshape(-1, t.size)).reshape(b - a, cols)
+        shared: Any = self._kept(make, False, s.codebook, bits, window, k, device) if own is None else None
+
+        def decode(a: int, b: int) -> "Tensor":
+            codes, levels = self._read(s.codes, a // tr * across, b // tr * across).to(device), shared
+            symbols = unpack(codes, n // k, bits * k, window + bits * k - bits)
+            if own is not None:  # [TQ-BOOK-3]
+                levels = table(self._floats(own, f"{where}codebook", device, a, b), bits, window, 1)
+                first = (torch.arange(b - a, device=device) << window).reshape(-1, 1, tr, 1)
+                symbols = symbols.reshape(-1, across, tr, tc // p) + first
+            y = lookup(symbols, levels)
+            ok = book.entries == 1 << window or not y.numel() or not bool(y.amax().isnan())
+            require(ok, "PACK.CODE_RANGE", f"{where}codes", f"symbols below {book.entries}")  # [TQ-BOOK-4]
+            y = y.reshape(-1, across, tr, tc).transpose(1, 2).contiguous().reshape(b - a, cols // g, g)  # [TQ-CODE-3]
+            y *= self._scales(s, "scales", a, b, device, where)
+            if s.offsets is not None:  # [TQ-NUM-9]
+                y += self._scales(s, "offsets", a, b, device, where)
+            return (y if rotated else inverse(y.reshape(-1, t.size))).reshape(b - a, cols)
+
+        return decode
 
     def _scales(self, s: Stage, kind: str, a: int, b: int, device: "torch.device", where: str) -> "Tensor":
         """Rows a to b of the scales or offsets, float32 [b - a, cols/G, 1] [TQ-NUM-1, TQ-NUM-8]."""
         key, outer = getattr(s, kind), getattr(s, f"outer_{kind}")
-        values = self._read(key, a, b)
-        if self.spans[key].dtype == "F8_E8M0":  # the exponents of float32 numbers: 0 is subnormal there, 255 infinite
-            values = (values.int() << 23 | (values == 0).int() << 22).view(torch.float32)
-        values = finite(values.to(device).float(), f"{where}.{kind}")
-        if outer is None:
-            return values[:, :, None]
-        rows = (0, 1) if self.spans[outer].shape[0] == 1 else (a, b)
-        factors = finite(self._read(outer, *rows).to(device).float(), f"{where}.outer_{kind}")  # [rows or 1, n]
-        values = values.reshape(b - a, factors.shape[1], values.shape[1] // factors.shape[1])
-        return (values * factors[:, :, None]).flatten(1)[:, :, None]
+        values = self._floats(key, where + kind, device, a, b)
+        if outer is not None:
+            rows = (0, 1) if self.spans[outer].shape[0] == 1 else (a, b)
+            factors = self._floats(outer, f"{where}outer_{kind}", device, *rows)  # [rows or 1, n]
+            values = values.reshape(b - a, factors.shape[1], values.shape[1] // factors.shape[1])
+            values = (values * factors[:, :, None]).flatten(1)
+        return values[:, :, None]
+
+    def _kept(self, make: Callable[[], Any], great: bool, *key: Any) -> Any:
+        """make(), kept by its key for the next weights; of great ones one at a time (a dense matrix may take 128 MiB)."""
+        found = self._tables.get(key)
+        if found is None:
+            if great or len(self._tables) > 16:
+                self._tables = {}
+            found = self._tables[key] = make()
+        return found
 
     def _levels(self, book: Codebook) -> "Tensor":
-        values = self._read(book.tensor) if book.tensor is not None else torch.tensor(book.values, dtype=torch.float64)
-        return finite(values.float(), "codebook").reshape(book.entries, book.dimension)  # [TQ-BOOK-2, TQ-BOOK-3]
+        """float32 [entries, p], on the CPU [TQ-BOOK-2, TQ-BOOK-3]."""
+        if book.tensor is not None:
+            return self._floats(book.tensor, "codebook")
+        return finite(torch.tensor(book.values, dtype=torch.float64).float(), "codebook").reshape(book.entries, -1)
 
     def _inverse(self, t: Transform, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
         if t.matrix is not None:  # [TQ-TRAN-7]
-            q = wide(finite(self._read(t.matrix).to(device).float(), "transform"))
+            q = wide(self._floats(t.matrix, "transform", device))
             return lambda y: (wide(y) @ q).float()
         if t.pairs is not None and t.angles is not None:  # [TQ-TRAN-8]
-            pairs, angles = self._read(t.pairs), finite(self._read(t.angles), "transform")
+            pairs, angles = self._read(t.pairs), self._floats(t.angles, "transform", device)
             ok = torch.equal(pairs.flatten(1).sort(1).values, torch.arange(t.size).expand(len(pairs), -1).int())
             require(ok, "DATA.PAIRS", "transform", "every index once in each round")
-            return inverse_givens(pairs.to(device), angles.to(device))
+            return inverse_givens(pairs.to(device), angles)
         if t.index is not None:  # [TQ-TRAN-9]
             values, places = self._read(t.index).to(device).sort()
             ok = torch.equal(values.cpu(), torch.arange(t.size).int())
@@ -953,6 +932,13 @@ class Repo(ExitStack):
         if t.factors is not None and t.signs is not None:
             return inverse_hadamard(t.factors, t.signs, device)
         return lambda y: y  # [TQ-TRAN-2]
+
+    def _floats(self, key: str, where: str, device: Any = "cpu", a: int = 0, b: int | None = None) -> "Tensor":
+        """Rows a to b of a payload tensor as float32, once they are seen to be finite."""
+        values = self._read(key, a, b).to(device)
+        if self.spans[key].dtype == "F8_E8M0":  # the exponents of float32 numbers: 0 is subnormal there, 255 infinite
+            values = (values.int() << 23 | (values == 0).int() << 22).view(torch.float32)
+        return finite(values.float(), where)
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> "Tensor":
         """Rows a to b of a payload tensor (its scalars, if flat) as a new tensor on the CPU; F8_E8M0 as its bytes."""
@@ -969,7 +955,6 @@ class Repo(ExitStack):
         return data.view(dtype).reshape(shape)
 
 
-@many_objects()
 def read_manifest(path: "PathLike") -> Manifest:
     """The checked manifest of a repository directory; needs no torch."""
     file, path = Path(path) / MANIFEST, Path(path)
@@ -983,13 +968,7 @@ def read_manifest(path: "PathLike") -> Manifest:
 
 def open_repo(path: "PathLike", verify: bool = True) -> Repo:
     """Opens a repository directory for decoding, as a context manager; `verify` compares the payload's digests."""
-    repo = Repo(path, verify)
-    try:
-        repo.settle()
-    except BaseException:
-        repo.close()
-        raise
-    return repo
+    return Repo(path, verify, settled=True)
 
 
 def load_state_dict(
@@ -1010,43 +989,30 @@ _building = threading.Lock()  # transformers changes what is global while it bui
 
 
 def load(
-    repo_or_hub_id: "PathLike",
+    path: "PathLike",
     device: Any = None,
     dtype: "Dtype" = None,
-    revision: str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """The ready model, in eval mode, of a repository directory or Hub id; `dtype` defaults to the configuration's.
+    """The ready model, in eval mode, of a repository directory; `dtype` defaults to the configuration's.
 
     It is built on `device`, the CPU by default, or as `device_map` says. Other `options` are those of transformers'
     from_pretrained (max_memory, offload_folder, attn_implementation ...); they may be keys of the configuration, too.
     """
-    refused = ", ".join(sorted(REFUSED & options.keys()))
-    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
-    device_map = options.pop("device_map", None)
-    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
-    device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
-    with Repo(fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
-        repo.check_roles("support", *["code"] * trust_remote_code)
-        with _building:
-            model = build_model(repo, device_map, dtype, trust_remote_code, options)
-    model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)  # the base model's name, for PEFT
-    return model
+    with Repo(path, verify) as repo, _building:
+        return build_model(repo, device, dtype, trust_remote_code, options)
 
 
 def load_quantized_model(path: "PathLike" = ".", device: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """(model, manifest as parsed JSON): the call that model cards of this kind show; `options` are those of load."""
-    folder = fetch(path, options.pop("revision", None), options.get("trust_remote_code", False))
-    model = load(folder, device, **options)
-    model.name_or_path = model.config.name_or_path = str(path)
-    return model, parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
+    return load(path, device, **options), parse_json((Path(path) / MANIFEST).read_bytes(), MANIFEST)
 
 
-def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None, verify: bool = True) -> Any:
-    """The tokenizer of a repository directory or Hub id."""
-    path, transformers = fetch(repo_or_hub_id, revision), import_transformers()
+def load_tokenizer(path: "PathLike" = ".", verify: bool = True) -> Any:
+    """The tokenizer of a repository directory."""
+    transformers = import_transformers()
     with open_repo(path, verify=False) as repo:
         repo._verify = verify
         repo.check_roles("support")
@@ -1055,41 +1021,6 @@ def load_tokenizer(repo_or_hub_id: "PathLike" = ".", revision: str | None = None
     require(ok, "BIND.MISSING_FILE", str(path), "files of a tokenizer; this repository has none", ", ".join(names))
     with translated("tokenizer_config.json"):
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def fetch(repo_or_hub_id: "PathLike", revision: str | None = None, code: bool = False) -> Path:
-    """The directory of a repository; of a Hub id, in the cache, with the files that loading needs [TQ-REPO-3].
-
-    The Hub is asked once, which commit `revision` is (never, if it is a commit); what the cache lacks of it is downloaded.
-    Without an answer a complete snapshot in the cache is taken, with a warning.
-    """
-    path, name = Path(repo_or_hub_id), str(repo_or_hub_id)
-    if path.is_dir():
-        return path
-    ok = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in ".~" and not path.parent.exists()
-    require(ok, "BIND.MISSING_FILE", name, "a directory or a Hub id such as owner/name, and this is neither")
-    with translated(name, "BIND.MISSING_FILE"):
-        from huggingface_hub import HfApi, constants, snapshot_download
-
-        def needed(path: Path) -> list[str]:
-            roles, files = ("payload", "support", *["code"] * code), read_manifest(path).files.items()
-            return [MANIFEST, *(key for key, file in files if file.role in roles)]
-
-        commit, problem = revision, "not asked (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-        if not problem and not re.fullmatch("[0-9a-f]{40}", revision or ""):
-            try:
-                commit = HfApi().model_info(name, revision=revision, timeout=10).sha
-            except Exception as error:
-                problem = " ".join(str(error).split())[:300] or type(error).__name__
-        with suppress(OSError):  # the cache lacks this commit
-            path = Path(snapshot_download(name, revision=commit, allow_patterns=[MANIFEST], local_files_only=True))
-            if (path / MANIFEST).exists() and all((path / key).exists() for key in needed(path)):
-                if problem and not constants.HF_HUB_OFFLINE:
-                    warnings.warn(f"{name}: commit {path.name} comes from the cache; the Hub: {problem}", stacklevel=3)
-                return path
-        require(not problem, "BIND.MISSING_FILE", name, f"such a directory, or all in the cache; the Hub: {problem}")
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST]))
-        return Path(snapshot_download(name, revision=path.name, allow_patterns=needed(path)))  # the same commit
 
 
 def find_device(device: Any) -> "torch.device":
@@ -1145,8 +1076,14 @@ class LazyWeight:
         return self.repo.dequantize(self.name, "cpu" if device is None else device, dtype)  # 0 is a GPU
 
 
-def build_model(repo: Repo, device_map: Any, dtype: Any, trust_remote_code: bool, options: Extra) -> Any:
+def build_model(repo: Repo, device: Any, dtype: Any, trust_remote_code: bool, options: Extra) -> Any:
     """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
+    refused = ", ".join(sorted(REFUSED & options.keys()))
+    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
+    device_map = options.pop("device_map", None)
+    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
+    device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
+    repo.check_roles("support", *["code"] * trust_remote_code)
     transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
     with translated(" with ".join(["config.json", *options])):  # an option may be a key of the configuration
         options = {**options, "local_files_only": True, "return_unused_kwargs": True, **trust}
@@ -1188,4 +1125,5 @@ def build_model(repo: Repo, device_map: Any, dtype: Any, trust_remote_code: bool
     require(offloaded or not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)
     if "generation_config.json" in m.files and "generation_config" not in options:
         model.generation_config = transformers.GenerationConfig.from_pretrained(repo.path, local_files_only=True)
+    model.name_or_path = model.config.name_or_path = str(repo.path)  # the base model's name, for PEFT
     return model.eval()

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import load_quantized as lq
-from .load_quantized import MANIFEST, Repo, Stage, StageTables, TQFormatError, Transform, Weight, require
+from .load_quantized import MANIFEST, Repo, Stage, TQFormatError, Transform, Weight, require
 
 FEW = 8  # rows of an activation up to which a product is computed in float32
 GROUP = 1 << 19  # elements of a weight that are decoded at once
@@ -125,24 +125,8 @@ class Parts(Repo):
             self.tables[key] = make()
         return self.tables[key]
 
-    def _stage_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
-        t = self.manifest.transforms[s.transform]
-        inverse = self.once(("inverse", s.transform, device), lambda: self._inverse(t, device))
-        return self.level_tables(s, cols, device)._replace(inverse=inverse)
-
-    def level_tables(self, s: Stage, cols: int, device: torch.device) -> StageTables:
-        """The same without the transform: _decode_stage gives scale * level + offset with it."""
-        book, size, (window, _, tr, tc) = (
-            self.manifest.codebooks[s.codebook],
-            self.manifest.transforms[s.transform].size,
-            s.layout(cols),
-        )
-        if book.rows is not None:
-            return StageTables(book, size, 1, None, lambda y: y)
-        k = lq.symbols_at_once(tr * tc // book.dimension, s.bits, window, book.dimension)
-        key = ("levels", s.codebook, s.bits, window, k, device)
-        levels = self.once(key, lambda: lq.table(self._levels(book), s.bits, window, k).to(device))
-        return StageTables(book, size, k, levels, lambda y: y)
+    def _kept(self, make: Callable[[], Any], great: bool, *key: Any) -> Any:
+        return self.once(key, make)
 
     def forward(self, s: Stage, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T of a stage, on blocks float32 [m, B]."""
@@ -237,23 +221,17 @@ class PackedWeight(Tensor):
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """The value in the weight's shape, as Repo.dequantize gives it."""
         plan = self.parts.workers.submit(self.parts._plan, self.entry, self.device, dtype or self.dtype)
-        value, groups = plan.result()
-        for _ in self.parts.workers.map(lambda decode: decode(), groups):
-            pass
+        value, fill, groups = plan.result()
+        list(self.parts.workers.map(fill, groups))
         return value
 
     def check(self) -> None:
         """Decodes all rows once, which raises TQFormatError where the loader would."""
-        cols, parts, step = (
-            self.entry.shape[-1],
-            self.parts,
-            self.height * max(1, GROUP // (self.height * self.entry.shape[-1])),
-        )
+        step = self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
         try:
-            tables = [parts._stage_tables(s, cols, self.device) for s in self.entry.stages or ()]
-            for _ in parts.workers.map(
-                lambda a: parts._decode(self.entry, a, min(a + step, self.rows), self.device, tables),
-                range(0, max(self.rows, 1), step),
+            decode = self.parts._decoder(self.entry, self.device)
+            for _ in self.parts.workers.map(
+                lambda a: decode(a, min(a + step, self.rows)), range(0, max(self.rows, 1), step)
             ):
                 pass
         except TQFormatError as error:
@@ -410,21 +388,19 @@ def by_groups(
     weight: PackedWeight, i: int | None, dtype: torch.dtype, use: Callable[..., Tensor], *more: Iterator[Tensor]
 ) -> Iterator[Tensor]:
     """use(u, ...) for each group of rows; u [group, cols] in `dtype` is scale * level + offset of stage i, or the value."""
-    parts, device, cols, step = weight.parts, weight.device, weight.entry.shape[-1], group_rows(weight)
-    stages, own = weight.entry.stages or (), lq.torch_dtype(weight.entry.dtype)
-    make = parts.level_tables if i is not None else parts._stage_tables
-    tables = [make(s, cols, device) for s in stages]
+    parts, cols, step = weight.parts, weight.entry.shape[-1], group_rows(weight)
+    if i is None:
+        decode, own = parts._decoder(weight.entry, weight.device), lq.torch_dtype(weight.entry.dtype)
+    else:
+        stage = (weight.entry.stages or ())[i]
+        decode, own = parts._stage_decoder(stage, cols, weight.device, f"stages[{i}].", rotated=True), torch.float32
 
     def group(a: int, *given: Tensor) -> Tensor:
-        b = min(a + step, weight.rows)
         with torch.no_grad():
-            if i is None:
-                return use(parts._decode(weight.entry, a, b, device, tables).to(own).to(dtype), *given)
-            u = parts._decode_stage(stages[i], tables[i], a, b, cols, device, f"stages[{i}]")
-            return use(u.to(dtype), *given)
+            return use(decode(a, min(a + step, weight.rows)).to(own).to(dtype), *given)
 
     starts = range(0, max(weight.rows, 1), step)
-    many: Any = parts.workers.map if device.type == "cpu" and len(starts) > 1 else map
+    many: Any = parts.workers.map if weight.device.type == "cpu" and len(starts) > 1 else map
     return many(group, starts, *more)  # type: ignore[no-any-return]
 
 
@@ -492,26 +468,17 @@ def resident_bytes(model: torch.nn.Module) -> int:
 
 
 def load(
-    repo_or_hub_id: "lq.PathLike",
+    path: "lq.PathLike",
     device: Any = None,
     dtype: torch.dtype | None = None,
-    revision: str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """The ready model as tqformat.load gives it, its quantized weights packed; the arguments are the same."""
-    refused = ", ".join(sorted(lq.REFUSED & options.keys()))
-    require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
-    device_map = options.pop("device_map", None)
-    require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
-    device_map = {"": lq.find_device("cpu" if device is None else device)} if device_map is None else device_map
-    with PackedRepo(lq.fetch(repo_or_hub_id, revision, trust_remote_code), verify) as repo:
-        repo.check_roles("support", *["code"] * trust_remote_code)
-        with lq._building:
-            model = lq.build_model(repo, device_map, dtype, trust_remote_code, options)
+    """The ready model as load_quantized.load gives it, its quantized weights packed; the arguments are the same."""
+    with PackedRepo(path, verify) as repo, lq._building:
+        model = lq.build_model(repo, device, dtype, trust_remote_code, options)
         finish(model, repo)
-    model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)
     return model
 
 

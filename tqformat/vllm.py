@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
+from . import hub
 from . import load_quantized as lq
 from .load_quantized import require
 
@@ -85,7 +86,7 @@ def fetch(loader: Any, model_config: Any) -> Any:
     require(
         folder is None, "SCHEMA.UNKNOWN_FIELD", "download_dir", "the Hub's cache (HF_HOME chooses the place)", folder
     )
-    return lq.fetch(model_config.model, model_config.revision)
+    return hub.fetch(model_config.model, model_config.revision)
 
 
 def register() -> None:

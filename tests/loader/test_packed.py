@@ -95,9 +95,8 @@ def test_products_of_every_setting(rows: int, settings_repo: Path) -> None:
 def scale_of(weight: PackedWeight) -> torch.Tensor:
     """An upper bound of A of [TQ-FUSE-2] over the norm of x: the norms of |scale * level| + |offset|, over the stages."""
     total = torch.zeros(len(weight), dtype=torch.float64)
-    for i, s in enumerate(weight.entry.stages or ()):
-        tables = weight.parts.level_tables(s, weight.shape[1], weight.device)
-        u = weight.parts._decode_stage(s, tables, 0, len(weight), weight.shape[1], weight.device, str(i))
+    for s in weight.entry.stages or ():
+        u = weight.parts._stage_decoder(s, weight.shape[1], weight.device, rotated=True)(0, len(weight))
         offsets = (
             weight.parts._scales(s, "offsets", 0, len(weight), weight.device, "")
             if s.offsets

@@ -82,7 +82,7 @@ def test_the_number_of_torch_threads_is_left_alone(repo: Path) -> None:
         torch.set_num_threads(before)
 
 
-def test_weights_come_in_order_while_more_are_decoded(repo: Path) -> None:
+def test_weights_come_in_the_order_of_the_file(repo: Path) -> None:
     with open_repo(repo) as opened:
         names = [name for name, _ in opened.stream()]
         assert names == opened.names() == ["a", "b", "c"]
