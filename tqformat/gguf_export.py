@@ -283,7 +283,13 @@ def _write(
 def _stored_names(gguf: Any, repo: Repo, config: dict[str, Any]) -> dict[str, str]:
     """Name of each weight to be written -> its name in GGUF, where an output layer that is tied is left out."""
     kind = config["model_type"]
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind])
+    arch = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind]), None)
+    require(
+        arch is not None,
+        "UNSUPPORTED.LIBRARY",
+        "gguf",
+        f"a version that knows {ARCHITECTURES[kind]}; install a newer one",
+    )
     mapping = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     tied = config.get("tie_word_embeddings", kind == "gemma3_text")
     aliases = {alias: source for alias, source in repo.manifest.tied_weights.items() if alias != "lm_head.weight"}
