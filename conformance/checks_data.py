@@ -14,7 +14,7 @@ from conformance.checks_binding import STORED
 from conformance.checks_structure import SHAPED
 from conformance.container import DTYPES, Stored
 from conformance.findings import Finding, NotReachedError, brief, join
-from conformance.formulas import lloyd_max_sphere, seed_signs
+from conformance.formulas import byte_sum, lloyd_max_sphere, seed_signs
 from conformance.subject import BYTES, Stage, Subject
 
 # tensors are there, once, with the right dtype and shape
@@ -193,17 +193,39 @@ def data_origin(repo: Subject) -> Iterator[Finding]:
             if len(made) == MAX_CONSTRUCTIONS:
                 raise NotReachedError(f"more than {MAX_CONSTRUCTIONS} different origins: this judge constructs no more")
             made[key] = lloyd_max_sphere(*key)
-        levels = (
-            _inline(book["values"]) if book.get("tensor") is None else read_floats(repo, repo.payload[book["tensor"]])
-        )
+        levels = _levels(repo, book)
         with np.errstate(invalid="ignore"):
-            error = np.abs(levels.ravel() - made[key])
+            error = np.abs(levels - made[key])
         if not np.all(error <= 1e-5):
             index = int(np.argmax(~(error <= 1e-5)))
-            message = (
-                f"expected level {index} to be {made[key][index]:.7g} within 10^-5, found {levels.ravel()[index]:.7g}"
-            )
+            message = f"expected level {index} to be {made[key][index]:.7g} within 10^-5, found {levels[index]:.7g}"
             yield Finding(message, join("codebooks", id))
+
+
+@check(
+    "data.byte_sum",
+    "L2",
+    "DATA.CODEBOOK",
+    "TQ-BOOK-8",
+    "Store the levels of the construction, or name another method.",
+    needs=BOUND,
+)
+def data_byte_sum(repo: Subject) -> Iterator[Finding]:
+    for id, book in repo.manifest["codebooks"].items():
+        if (book.get("origin") or {}).get("method") != "byte-sum":
+            continue
+        levels, made = _levels(repo, book), byte_sum(book["entries"])
+        if not np.array_equal(levels, made):
+            index = int(np.argmax(levels != made))
+            message = f"expected level {index} to be {made[index] * 128:.0f} / 128, found {levels[index]:.9g}"
+            yield Finding(message, join("codebooks", id))
+
+
+def _levels(repo: Subject, book: dict[str, Any]) -> NDArray[np.float64]:
+    """All levels of a codebook, one after another."""
+    if book.get("tensor") is None:
+        return _inline(book["values"])
+    return read_floats(repo, repo.payload[book["tensor"]]).ravel()
 
 
 def read_floats(repo: Subject, stored: Stored) -> NDArray[np.float64]:

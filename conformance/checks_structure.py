@@ -516,6 +516,20 @@ def schema_origin(repo: Subject) -> Iterator[Finding]:
             yield Finding("expected no rows for lloyd-max-sphere", join("codebooks", id, "rows"))
 
 
+@check(
+    "schema.byte_sum", "L0", "SCHEMA.VALUE", "TQ-BOOK-8", "Correct the origin, or name another method.", needs=SHAPED
+)
+def schema_byte_sum(repo: Subject) -> Iterator[Finding]:
+    for id, book in repo.manifest["codebooks"].items():
+        if (book.get("origin") or {}).get("method") != "byte-sum":
+            continue
+        if book["dimension"] != 1:
+            message = f"expected dimension 1 for byte-sum, found {book['dimension']}"
+            yield Finding(message, join("codebooks", id, "dimension"))
+        if book.get("rows") is not None:
+            yield Finding("expected no rows for byte-sum", join("codebooks", id, "rows"))
+
+
 # 8 Transforms
 
 

@@ -35,6 +35,14 @@ def lloyd_max_sphere(entries: int, vector_length: int, grid_size: int, iteration
     return rounded
 
 
+def byte_sum(entries: int) -> NDArray[np.float64]:
+    """The levels of the origin "byte-sum", exactly [TQ-BOOK-8]."""
+    product = np.arange(entries, dtype=np.uint64) * np.uint64(0x83DCD12D)
+    total = sum((product >> np.uint64(8 * k) & np.uint64(255)).astype(np.float64) for k in range(4))
+    levels: NDArray[np.float64] = (total - 510) / 128
+    return levels
+
+
 def seed_signs(seed: int, size: int) -> str:
     """The hex digits of `signs` for a seed: the first `size` bits of its SplitMix64 stream [TQ-TRAN-5, TQ-TRAN-6]."""
     mask = 2**64 - 1

@@ -227,7 +227,7 @@ def is_lenient(violation: Any, manifest: Any, verify: bool) -> bool:
     pointer = violation.pointer or ""
     if violation.code in LENIENT_CODES or PROVENANCE.fullmatch(pointer) or pointer.endswith("/effective_bits"):
         return True
-    if violation.check in ("schema.unused", "container.name", "schema.loader_role", "schema.origin"):
+    if violation.check in ("schema.unused", "container.name", "schema.loader_role", "schema.origin", "schema.byte_sum"):
         return True
     if violation.rule == "TQ-MAN-4" and violation.code == "SCHEMA.VALUE":  # the characters of names
         return True
@@ -396,6 +396,7 @@ STRINGS += [
     "ff",
     "00",
     "lloyd-max-sphere",
+    "byte-sum",
     "__metadata__",
     "\x00",
 ]

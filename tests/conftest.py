@@ -30,6 +30,8 @@ needs_cuda = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
 ]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, where it is installed, reads this when it is imported
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 

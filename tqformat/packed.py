@@ -8,8 +8,9 @@ operation gets its decoded value. Decoding is the loader's own code, which reads
 
 A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
 for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
-tqformat_kernels where that is installed. For more rows, groups of the weight's rows are decoded, rounded to its dtype, and
-multiplied in the dtype of x, so that a prompt meets the weights that the decoded model has [TQ-FUSE-2].
+tqformat_kernels where that is installed, and on a GPU by products_triton. For more rows, groups of the weight's rows are
+decoded, rounded to its dtype, and multiplied in the dtype of x, so that a prompt meets the weights that the decoded model
+has [TQ-FUSE-2].
 """
 
 import copy
@@ -51,6 +52,28 @@ def kernels() -> Any:
     return tqformat_kernels
 
 
+@functools.cache
+def triton_products() -> Any:
+    """The module products_triton; None, with one warning, where there is no Triton."""
+    try:
+        from . import products_triton
+    except ImportError:
+        warnings.warn(
+            "products of packed weights take torch's path, which is slow on a GPU without Triton", stacklevel=2
+        )
+        return None
+    return products_triton
+
+
+def stage_maker(device: torch.device) -> Callable[..., Any] | None:
+    """What makes a stage with a fast product of its parts on `device`; None where nothing does."""
+    if device.type == "cpu":
+        return kernels() and kernels().Stage  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return triton_products() and triton_products().stage  # type: ignore[no-any-return]
+    return None
+
+
 # Parts of weights in memory -------------------------------------------------------------------------------------------
 
 
@@ -63,13 +86,14 @@ class Parts(Repo):
 
     tensors: dict[str, Tensor]
     tables: dict[Any, Any]
-    stages: list[Any] | None  # those of tqformat_kernels, made at the first product
+    stages: list[Any] | None  # those of tqformat_kernels or products_triton, made at the first product
+    selected: dict[Any, "PackedWeight"]  # of merged weights, those that were asked for
 
     def __init__(self, repo: Repo) -> None:
         """What the weights of `repo` share; having() gives those of one weight."""
         ExitStack.__init__(self)
         self.path, self.manifest, self.spans = repo.path, repo.manifest, repo.spans
-        self.tensors, self.tables, self.stages, self._lock = {}, {}, None, threading.Lock()
+        self.tensors, self.tables, self.stages, self.selected, self._lock = {}, {}, None, {}, threading.Lock()
         t, c = self.manifest.transforms.values(), self.manifest.codebooks.values()
         shared = [key for x in t for key in (x.matrix, x.pairs, x.angles, x.index)] + [book.tensor for book in c]
         self.tensors = {key: repo._read(key) for key in shared if key is not None}
@@ -77,7 +101,7 @@ class Parts(Repo):
 
     def having(self, tensors: dict[str, Tensor]) -> "Parts":
         parts = copy.copy(self)
-        parts.tensors, parts.stages = self.tensors | tensors, None
+        parts.tensors, parts.stages, parts.selected = self.tensors | tensors, None, {}
         return parts
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
@@ -96,15 +120,17 @@ class Parts(Repo):
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
 
-    def kernel_stages(self, w: Weight) -> list[Any]:
-        """The stages of a weight as tqformat_kernels takes them."""
+    def kernel_stages(self, w: Weight, make: Callable[..., Any]) -> list[Any]:
+        """The stages of a weight as `make` makes them; None for one that it has no kernel for."""
         if self.stages is None:
             rows, cols = math.prod(w.shape[:-1]), w.shape[-1]
-            self.stages = [self._kernel_stage(s, rows, cols) for s in w.stages or ()]
+            self.stages = [self._kernel_stage(s, rows, cols, make) for s in w.stages or ()]
         return self.stages
 
-    def _kernel_stage(self, s: Stage, rows: int, cols: int) -> Any:
-        book = self.manifest.codebooks[s.codebook]
+    def _kernel_stage(self, s: Stage, rows: int, cols: int, make: Callable[..., Any]) -> Any:
+        book, factors = self.manifest.codebooks[s.codebook], (s.scales, s.offsets)
+        if not hasattr(torch, "float8_e8m0fnu") and any(k and self.spans[k].dtype == "F8_E8M0" for k in factors):
+            return None  # torch before 2.7
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
         shape = {
@@ -114,7 +140,7 @@ class Parts(Repo):
             "vector_length": s.vector_length,
             "tile": s.tile,
         }
-        return kernels().Stage(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
+        return make(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
 
     def _float8(self, key: str) -> Tensor:
         exponents = self.spans[key].dtype == "F8_E8M0"  # which the loader reads as bytes
@@ -181,16 +207,23 @@ class PackedWeight(Tensor):
     """
 
     parts: Parts
-    entry: Weight  # of the manifest; of a slice, with its shape
-    title: str  # its name in the repository
+    entry: Weight  # of the manifest; of a slice or of merged weights, with its shape
+    title: str  # its name in the repository, or that of the first of merged weights
+    sources: tuple[str, ...]  # those of all of them
 
     @staticmethod
     def __new__(
-        cls, parts: Parts, entry: Weight, title: str, dtype: torch.dtype, device: torch.device
+        cls,
+        parts: Parts,
+        entry: Weight,
+        title: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        sources: tuple[str, ...] = (),
     ) -> "PackedWeight":
         make = Tensor._make_wrapper_subclass
         self: PackedWeight = make(cls, entry.shape, dtype=dtype, device=device)
-        self.parts, self.entry, self.title = parts, entry, title
+        self.parts, self.entry, self.title, self.sources = parts, entry, title, sources or (title,)
         return self
 
     @property
@@ -215,6 +248,7 @@ class PackedWeight(Tensor):
             "title": self.title,
             "dtype": self.dtype,
             "device": self.device,
+            "sources": self.sources,
         }
         return PackedWeight(**{**now, **changes})
 
@@ -289,6 +323,10 @@ class PackedWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self, kwargs = (args[0] if args else None), kwargs or {}
+        if func in (aten.cat.default, aten.stack.default):
+            merged = merge(*args, **kwargs, new=func is aten.stack.default)
+            if merged is not None:
+                return merged
         if isinstance(self, PackedWeight):
             if func in (aten.detach.default, aten.alias.default, aten.clone.default):
                 return self.like()
@@ -297,8 +335,11 @@ class PackedWeight(Tensor):
             if func is aten.select.int and args[1] == 0 and self.dim() > 2:  # one of fused experts
                 n, rest = divmod(self.rows // self.shape[0], self.height)
                 i = range(self.shape[0])[args[2]] * n
+                key, kept = (i, self.shape, self.dtype), self.parts.selected
                 if not rest:
-                    return self.cut(lambda part: part[i : i + n], self.shape[1:])
+                    if key not in kept:  # its parts have what kernels prepare for them
+                        kept[key] = self.cut(lambda part: part[i : i + n], self.shape[1:])
+                    return kept[key].like()
             if func._schema.is_mutable:
                 advice = "packed weights cannot be changed: load the model without packed=True, or put LoRA on top"
                 raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
@@ -308,6 +349,48 @@ class PackedWeight(Tensor):
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def merge(weights: list[Tensor], dim: int = 0, *, new: bool) -> PackedWeight | None:
+    """torch.cat of packed weights, or with `new` torch.stack, along `dim`, packed; None where they are not coded alike.
+
+    transformers merges the experts of a layer so. `dim` is one of those before the last, and what a weight brings to each
+    index of those before `dim` must be whole tiles.
+    """
+    packed = [w for w in weights if isinstance(w, PackedWeight)]
+    if len(packed) < len(weights) or not 0 <= dim < packed[0].dim() - (not new):
+        return None
+    first, outer, tensors = packed[0], math.prod(packed[0].shape[:dim]), {}
+
+    def fits(w: PackedWeight) -> bool:
+        beside, wanted = ((x.shape if new else (*x.shape[:dim], *x.shape[dim + 1 :])) for x in (w, first))
+        return beside == wanted and _coding(w) == _coding(first) and w.rows > 0 and w.rows % (outer * w.height) == 0
+
+    if not all(map(fits, packed)):
+        return None
+    for keys in zip(*(w.parts.own(w.entry).items() for w in packed), strict=True):
+        parts = [w.parts.tensors[key] for w, (key, _) in zip(packed, keys, strict=True)]
+        (key, by_rows), dtype, shape = keys[0], parts[0].dtype, parts[0].shape[1:]
+        if by_rows:
+            plain = [part.view(torch.uint8) if part.itemsize == 1 else part for part in parts]  # torch joins no float8
+            tensors[key] = torch.cat([part.reshape(outer, -1) for part in plain], 1).reshape(-1, *shape).view(dtype)
+        elif not all(torch.equal(part, parts[0]) for part in parts):
+            return None
+    size = len(packed) if new else sum(w.shape[dim] for w in packed)
+    entry = replace(first.entry, shape=(*first.shape[:dim], size, *first.shape[dim + (not new) :]))
+    sources = tuple(dict.fromkeys(name for w in packed for name in w.sources))
+    return first.like(parts=first.parts.having(tensors), entry=entry, sources=sources)
+
+
+def _coding(w: PackedWeight) -> Any:
+    """What must be the same of weights that are merged: everything but shapes and the names of parts."""
+    stages, cols = w.entry.stages or (), w.entry.shape[-1]
+    if any(w.parts.manifest.codebooks[s.codebook].rows is not None for s in stages):
+        return object()
+    settings = [(s.bits, s.codebook, s.transform, s.layout(cols)) for s in stages]
+    spans = [(by_rows, w.parts.spans[key]) for key, by_rows in w.parts.own(w.entry).items()]
+    parts = [(by_rows, span.dtype, span.shape[1:]) for by_rows, span in spans]
+    return id(w.parts.tables), settings, parts, w.dtype, w.device, w.entry.dtype
 
 
 # Products and look-ups ------------------------------------------------------------------------------------------------
@@ -357,8 +440,10 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
 def product(z: Tensor, weight: PackedWeight, i: int | None) -> Tensor:
     """(scale * level + offset) . z of stage i, or the decoded weight times z: z [m, cols] -> [m, rows], in the dtype of z."""
     z = z.detach()
-    if i is not None and z.device.type == "cpu" and kernels() is not None:
-        return weight.parts.kernel_stages(weight.entry)[i].product(z.contiguous())  # type: ignore[no-any-return]
+    if i is not None and (make := stage_maker(z.device)):
+        stage = weight.parts.kernel_stages(weight.entry, make)[i]
+        if stage is not None:
+            return stage.product(z.contiguous())  # type: ignore[no-any-return]
     return torch.cat(list(by_groups(weight, i, z.dtype, lambda u: z @ u.t())), dim=1)
 
 
@@ -487,7 +572,9 @@ def finish(model: Any, repo: PackedRepo) -> None:
     packed = packed_weights(model)
     for weight in packed.values():
         weight.requires_grad_(False)
-    left = sorted(repo.packed - {weight.title for weight in packed.values()})
+    if any(weight.dim() > 2 for weight in packed.values()) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # which takes an expert at a time; others would decode all
+    left = sorted(repo.packed - {name for weight in packed.values() for name in weight.sources})
     if left:
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         warnings.warn(f"decoded or left out, as the model has no such weight by itself: {names}", stacklevel=3)

@@ -107,6 +107,11 @@ def lloyd_max(entries: int, vector_length: int, grid_size: int, iterations: int)
     return [float(level) + 0.0 for level in np.rint(levels * 2**17) / 2**17]
 
 
+def byte_sum(entries: int) -> list[float]:
+    """The levels of [TQ-BOOK-8]."""
+    return [(sum((w * 0x83DCD12D % 2**32).to_bytes(4, "little")) - 510) / 128 for w in range(entries)]
+
+
 def orthogonal(size: int, one: int) -> Floats:
     """An orthogonal matrix [size, size] of plane rotations by 3-4-5 and 5-12-13 triangles, in multiples of 1 / `one`."""
     q = np.eye(size)

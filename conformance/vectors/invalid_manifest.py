@@ -948,6 +948,12 @@ def schema_values(c: Cases) -> None:
     )
     keys = {"pointer": book, "base": "valid/codes/trellis-8-9"}
     value("origin-entries", "BOOK-7", f"{book}/origin", lloyd, "Lloyd-Max codebooks have at most 256 entries.", **keys)
+    for id, where, reason in (
+        ("vector", "pairs", "Codebooks of sums of bytes are scalar."),
+        ("rows", "trellis", "Codebooks of sums of bytes have no `rows`."),
+    ):
+        path, method = f"/codebooks/{where}", {"method": "byte-sum"}
+        value(f"byte-sum-{id}", "BOOK-8", f"{path}/origin", method, reason, pointer=path)
     # [TQ-TRAN-*]
     t = "/transforms/t"
     value("transform-kind", "TRAN-1", f"{t}/kind", "fourier", "Not one of the five kinds.")

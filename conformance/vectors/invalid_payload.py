@@ -1224,6 +1224,11 @@ def data(c: Cases) -> None:
     c.data(
         "data/codebook-stored", "BOOK-7", code, "b.levels", 28, "00000040", "A stored level differs.", base=base, **keys
     )
+    base, reason = "valid/codebooks/byte-sum", "The last level differs by 2^-11."
+    c.data("data/byte-sum-stored", "BOOK-8", code, "b.levels", 8190, "1139", reason, base=base, **keys)
+    base, reason = "valid/codebooks/byte-sum-inline", "Level 1 is 95 / 128, and differs by 2^-23."
+    where = "/codebooks/b/values/1"
+    c.set("data/byte-sum-inline", "BOOK-8", code, where, 95 / 128 + 2**-23, reason, base=base, **keys)
 
 
 def limit(c: Cases) -> None:

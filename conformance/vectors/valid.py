@@ -19,6 +19,7 @@ from conformance.vectors.builder import (
     Json,
     Repo,
     Stage,
+    byte_sum,
     dump_tables,
     lloyd_max,
     orthogonal,
@@ -218,6 +219,20 @@ def codebooks() -> Iterator[Valid]:
     repo.lloyd(2, 8, grid=3, iterations=1)
     repo.weight("w", (2, 16), Stage(1))
     yield Valid("codebooks/lloyd-max-small-grid", rules("BOOK-7"), "The least grid_size and iterations.", repo)
+
+    repo = Repo("codebooks/byte-sum")
+    repo.identity()
+    keys = {"origin": {"method": "byte-sum"}}
+    repo.stored_book(4096, 1, "F16", values=np.array(byte_sum(4096)).reshape(-1, 1), **keys)
+    repo.weight("w", (128, 3), Stage(2, window=12, tile=(128, 1)))
+    text = "A trellis with computed levels, stored as any others are."
+    yield Valid("codebooks/byte-sum", rules("BOOK-8 BOOK-3 CODE-6"), text, repo)
+
+    repo = Repo("codebooks/byte-sum-inline")
+    repo.identity()
+    repo.book(5, values=byte_sum(5), **keys)
+    repo.weight("w", (2, 16), Stage(3))
+    yield Valid("codebooks/byte-sum-inline", rules("BOOK-8 BOOK-2"), "The first five computed levels, inline.", repo)
 
     repo = Repo("codebooks/origin-other")
     repo.identity()

@@ -803,6 +803,9 @@ function readCodebook(value, where, id) {
   }
   const plain = codebook.dimension === 1 && codebook.rows === null && codebook.entries <= 256;
   checkValue(!sphere || plain, `${where}.origin`, "a method that makes such a codebook");
+  // [TQ-BOOK-8]
+  const scalar = codebook.dimension === 1 && codebook.rows === null;
+  checkValue(origin.method !== "byte-sum" || scalar, `${where}.origin`, "a method that makes such a codebook");
   return codebook;
 }
 

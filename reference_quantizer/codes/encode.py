@@ -29,6 +29,7 @@ class Encoder:
     scale_dtype: torch.dtype
     dtype: torch.dtype  # of the decoded weight
     unbiased: bool = False  # see _unbiased_scales
+    scale: float = 1.0  # of the levels in units of a vector's root mean square, while a trellis is searched
 
     @property
     def dimension(self) -> int:

@@ -91,14 +91,15 @@ def encode(
     Without it, `row_weights` [rows] float32 > 0 say how much each row's errors count; they guide the trellis of a tile.
 
     With window > bits, tiles are [tile_rows, 1] and `tile_rows` divides rows; with window = bits it is of no account.
-    The scale of a vector is its root mean square while the codes are chosen, and is then fitted by least squares in the
-    norm of the Hessian. A vector of zeros gets the scale 0. `ordered`: columns of more power are encoded first.
+    The scale of a vector is its root mean square, times the encoder's, while the codes are chosen, and is then fitted by
+    least squares in the norm of the Hessian. A vector of zeros gets the scale 0. `ordered`: columns of more power are encoded first.
     """
     g, rotation = encoder.vector_length, encoder.rotation
     rows, cols = weight.shape
     y = rotate(weight, rotation)
     h = rotate_hessian(hessian, rotation)
-    scales = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64).sqrt().float()  # [rows, cols / G]
+    power = y.reshape(rows, -1, g).square().mean(-1, dtype=torch.float64)
+    scales = power.sqrt().float() * encoder.scale  # [rows, cols / G]
     p = encoder.dimension
     order = torch.arange(cols // p, device=y.device)  # of symbols
     if ordered:

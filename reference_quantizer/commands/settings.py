@@ -21,7 +21,7 @@ from reference_quantizer.planning.plan import (
     Plan,
     make_plan,
 )
-from reference_quantizer.planning.settings import PRESETS, SIGN, Settings
+from reference_quantizer.planning.settings import CODEBOOKS, PRESETS, SIGN, Settings
 from reference_quantizer.progress import tell
 from tqformat.load_quantized import TQFormatError
 
@@ -143,6 +143,10 @@ def settings(args: argparse.Namespace) -> Settings:
         raise TQFormatError("SCHEMA.VALUE", "--window", f"expected more than --bits {args.bits}, got {window}")
     if args.window is not None and PRESETS[preset][1] is None:
         raise TQFormatError("SCHEMA.VALUE", "--window", f"the preset {preset} has no trellis codes; use --preset best")
+    if args.codebook != CODEBOOKS[0] and PRESETS[preset][1] is None:
+        raise TQFormatError(
+            "SCHEMA.VALUE", "--codebook", f"the preset {preset} has no trellis codes; use --preset best"
+        )
     stages = args.stages or ()
     bits = sum(1 if word == SIGN else word for word in stages) or args.bits
     if stages and preset == "best":
@@ -169,6 +173,7 @@ def settings(args: argparse.Namespace) -> Settings:
         bits=bits,
         preset=preset,
         window=window,
+        codebook=args.codebook,
         dimension=args.dimension,
         stages=stages,
         rotation=args.rotation,

@@ -11,7 +11,7 @@ from torch import Tensor
 from reference_quantizer.calibration.embeddings import Use
 from reference_quantizer.calibration.tokens import Calibration
 from reference_quantizer.checkpoint.source import Info, Reader, Source
-from reference_quantizer.codes import feedback
+from reference_quantizer.codes import feedback, trellis
 from reference_quantizer.codes.chunks import Workers, choose_scale_dtype
 from reference_quantizer.codes.encode import Encoded, Encoder, encode_stages
 from reference_quantizer.codes.feedback import Moments
@@ -66,7 +66,10 @@ class EncoderFactory:
         dtypes = torch_dtype(scale_dtype), torch_dtype(info.dtype)
         rotations, levels, books = self.tables.rotations, self.tables.levels, self.plan.codebooks
         return [
-            Encoder(item.vector_length, rotations[s.transform], levels[s.codebook], *dtypes, books[s.codebook].sign)
+            Encoder(
+                *(item.vector_length, rotations[s.transform], levels[s.codebook], *dtypes, books[s.codebook].sign),
+                trellis.computed_scale(s.bits) if books[s.codebook].computed else 1.0,
+            )
             for s in item.stages
         ]
 

@@ -45,6 +45,9 @@ def make_tables(plan: Plan, device: str) -> Tables:
 
 def make_codebook(book: Book, settings: Settings) -> dict[str, Any]:
     """The arguments of RepoWriter.add_codebook: `values`, their `origin`, and whether they are `stored` in the payload."""
+    if book.computed:
+        levels = torch.tensor(trellis.computed_levels(book.window)).half()
+        return {"values": levels, "origin": {"method": trellis.COMPUTED}, "stored": True}
     if book.stored:
         method = trellis.METHOD if book.window else vector.METHOD
         make = trellis.trellis_levels if book.window else vector.vector_levels

@@ -310,18 +310,21 @@ def relative_errors(source: Source, plans: Sequence[Plan], names: Sequence[str],
                 found = encode(rows, encoder)
                 errors[k, j] = found.squared_error / found.squared_norm if found.squared_norm else 0.0
                 if item.tile_rows:
-                    errors[k, j] *= trellis_gain(item.bits or 0, plans[j].settings.window or 0)
+                    errors[k, j] *= trellis_gain(item.bits or 0, plans[j].settings.window or 0, settings.codebook)
     return errors
 
 
 @functools.cache
-def trellis_gain(bits: int, window: int) -> float:
-    """The error of a trellis over that of a Lloyd-Max quantizer of the same bits, both on Gaussian data."""
+def trellis_gain(bits: int, window: int, codebook: str = "trained") -> float:
+    """The error of a trellis with a trained or a computed `codebook` over that of a Lloyd-Max quantizer of the same bits, both on Gaussian data."""
     from reference_quantizer.codes import trellis
     from reference_quantizer.codes.codebook import lloyd_max_levels
 
     x = trellis.gaussian_samples(2**14, np.random.default_rng(0)).reshape(-1, 256)
-    books = trellis.trellis_levels(bits, window), lloyd_max_levels(2**bits, 2**20, 8193, 96)
+    levels = trellis.trellis_levels(bits, window) if codebook == "trained" else None
+    if levels is None:
+        levels = trellis.computed_levels(window) * np.float32(trellis.computed_scale(bits))
+    books = levels, lloyd_max_levels(2**bits, 2**20, 8193, 96)
     chosen = [book[trellis.encode_tiles(x, book, bits, w)] for book, w in zip(books, (window, bits), strict=True)]
     ours, scalar = (float(((y - x) ** 2).mean()) for y in chosen)
     return ours / scalar

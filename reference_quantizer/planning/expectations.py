@@ -14,7 +14,12 @@ RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on th
     ("balanced", 4): 1.080,
 }
 # Processor seconds that it took on a CPU, for a weight; see "Time and memory of quantizing" in benchmarks/RESULTS.md.
-SECONDS = {"fast": 1e-7, "balanced": 7e-7, "best": 4e-6}  # to encode it
+SECONDS = {
+    "fast": 1e-7,
+    "balanced": 7e-7,
+    "best": 4e-6,
+}  # to encode it; the last with WINDOW, twice that for each bit more
+WINDOW = 12
 READING, WRITING = 9e-11, 2e-10  # for each token that the model reads, or writes itself
 TUNING = 2.2e-7  # for a step of tuning
 BROKEN_BITS = 3  # up to which `fast` leaves a small model that babbles
@@ -52,7 +57,8 @@ def expected_time(plan: Plan, tokens: int, writes: bool, steps: int, cores: int)
     scalars, preset = sum(t.info.scalars for t in plan.tensors), plan.settings.preset
 
     def minutes(preset: str, tokens: int, steps: int) -> int:
-        seconds = SECONDS[preset] + tokens * (READING + WRITING * writes) + steps * TUNING
+        wider = max(0, (plan.settings.window or WINDOW) - WINDOW) if preset == "best" else 0
+        seconds = SECONDS[preset] * 2**wider + tokens * (READING + WRITING * writes) + steps * TUNING
         return max(1, math.ceil(scalars * seconds / cores / 60))
 
     line = (

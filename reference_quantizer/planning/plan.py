@@ -21,6 +21,8 @@ EMBEDDINGS = (
 WINDOWED_BITS = 6  # up to which a trellis is used: above it, the default window spans less than two weights
 TILE_ROWS = 320  # at most, of a trellis that runs down a column
 SHORT_TILE_ROWS = 128  # the same where there is feedback from tile to tile
+KERNEL_ROWS = 128  # kernels divide a tile among so many lanes
+MANY_TILES = 16  # from which on one that is left over hardly matters
 MAX_SYMBOL = 16  # bits [TQ-CODE-1]
 EMBEDDING_BITS = 8  # from which on embeddings and output layers need no feedback; what they have where there is none
 EMBEDDING_MARGIN = 2  # bits that they have more than other weights where there is feedback for them
@@ -41,12 +43,14 @@ class Allocation:
 @dataclass(frozen=True)
 class Book:
     """A codebook to be made, of `bits` a weight: Lloyd-Max levels for vectors of `vector_length`; with window > bits those
-    of a trellis; with dimension > 1 entries of so many weights; or the two levels of an unbiased sign.
+    of a trellis, trained for these bits or computed, whatever the bits; with dimension > 1 entries of so many weights; or
+    the two levels of an unbiased sign.
     """
 
     bits: int
     vector_length: int = 0
     window: int = 0
+    computed: bool = False
     dimension: int = 1
     sign: bool = False
 
@@ -227,7 +231,9 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     for k, word in enumerate(settings.stages if settings.stages and not protected else (bits,)):
         transform = kind if size == 1 else f"{settings.rotation}-{size}" + (f"-stage{k}" if k else "")
         plan.transforms[transform] = (kind, size, (settings.seed + k) % 2**53)
-        codebook, book = choose_book(word, g, p, settings.window if tile_rows else None)
+        codebook, book = choose_book(
+            word, g, p, settings.window if tile_rows else None, settings.codebook == "computed"
+        )
         plan.codebooks[codebook] = book
         stages.append(Stage(book.bits, codebook, transform))
     scale_dtype = "F32" if settings.scale_dtype == "F32" else "F16"  # BF16 is as long
@@ -237,10 +243,14 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
     return TensorPlan(info, stored, bits, g, tuple(stages), **facts)
 
 
-def choose_book(bits: int | str, vector_length: int, dimension: int, window: int | None) -> tuple[str, Book]:
-    """The codebook of a stage, and its id; `bits` may be SIGN, and `window` is that of a trellis."""
+def choose_book(
+    bits: int | str, vector_length: int, dimension: int, window: int | None, computed: bool = False
+) -> tuple[str, Book]:
+    """The codebook of a stage, and its id; `bits` may be SIGN, `window` and `computed` are those of a trellis."""
     if isinstance(bits, str):
         return SIGN, Book(1, sign=True)
+    if window is not None and computed:
+        return f"byte-sum-w{window}", Book(bits, window=window, computed=True)
     if window is not None:
         return f"trellis-b{bits}-w{window}", Book(bits, window=window)
     if dimension > 1:
@@ -269,15 +279,17 @@ def choose_bits(info: Info, settings: Settings) -> tuple[int | None, str, bool]:
 def choose_tile_rows(info: Info, bits: int, window: int | None, output_feedback: bool = False) -> int:
     """How many rows of a column one trellis covers; 0 where codes are scalar: many bits, odd shapes.
 
-    With output feedback, which goes from tile to tile, they are short.
+    A multiple of KERNEL_ROWS where one divides the rows [TQ-CODE-7], else what leaves no bits unused. With output feedback,
+    which goes from tile to tile, tiles are short.
     """
     if window is None or not bits < window or bits > WINDOWED_BITS:
         return 0
     most = SHORT_TILE_ROWS if output_feedback else TILE_ROWS
     fitting = [d for d in divisors(info.rows) if 4 * window <= d * bits and d <= most and d * info.cols <= 2**22]
     whole = [d for d in fitting if d * bits % 8 == 0] or fitting  # without unused bits
-    even = [d for d in whole if info.rows // d % 2 == 0]  # tiles are encoded side by side
-    return next(iter(even if even and not output_feedback else whole), 0)
+    suited = [d for d in whole if d % KERNEL_ROWS == 0] or whole
+    even = [d for d in suited if info.rows // d % 2 == 0 or info.rows // d > MANY_TILES]  # encoded side by side
+    return next(iter(even if even and not output_feedback else suited), 0)
 
 
 def is_embedding(name: str) -> bool:

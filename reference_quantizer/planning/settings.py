@@ -8,6 +8,7 @@ PRESETS = {  # name -> method recorded, and window of its codes (None: no wider 
     "balanced": ("feedback", None),
     "best": ("feedback_trellis", 12),
 }
+CODEBOOKS = ("trained", "computed")  # of a trellis
 SIGN = "sign"  # in place of a stage's bits: one unbiased bit
 
 
@@ -18,6 +19,7 @@ class Settings:
     bits: int = 4
     preset: str = "fast"
     window: int | None = None  # of trellis codes; None: no trellis
+    codebook: str = "trained"  # of a trellis: one of CODEBOOKS
     dimension: int = 1  # weights per symbol
     stages: tuple[int | str, ...] = ()  # bits of each, or SIGN; together `bits`; empty: one stage
     rotation: str = "hadamard"  # hadamard, haar, none
@@ -57,6 +59,7 @@ class Settings:
             "protected_bits": self.protected_bits,
             "extra": {"preset": self.preset, "window": self.window}
             | calibrated
+            | ({"codebook": self.codebook} if self.codebook != "trained" else {})
             | ({"dimension": self.dimension} if self.dimension > 1 else {})
             | ({"stages": list(self.stages)} if self.stages else {}),
         }

@@ -469,7 +469,7 @@ def _quantize_arguments(quantization: dict[str, Any]) -> list[str]:
 def _more_options(quantization: dict[str, Any]) -> list[str]:
     """The keys whose values came from options that `_commands` does not know."""
     calibration = quantization["calibration"]
-    known = {"preset", "window", "dimension", "stages", "inputs", "activation_order", "output_feedback"}
+    known = {"preset", "window", "codebook", "dimension", "stages", "inputs", "activation_order", "output_feedback"}
     given = {key for key, value in quantization["extra"].items() if value is not None}
     if tuning := quantization["extra"].get("tuning"):
         from reference_quantizer.job.tune import Settings  # torch takes seconds to import
@@ -498,7 +498,7 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
     bare = not any(quantization.get(f"protected_{key}") for key in ("names", "fragments"))
     if quantization.get("extra", {}).get("preset") == "fast" and bare and not allocation:
         arguments.append("--uniform")
-    for key in ("preset", "window", "dimension"):
+    for key in ("preset", "window", "codebook", "dimension"):
         if (value := quantization.get("extra", {}).get(key)) is not None:
             arguments += [f"--{key}", str(value)]
     extra = quantization.get("extra", {})

@@ -209,11 +209,57 @@ def test_a_packed_model_computes_what_the_decoded_one_does(name: str, repos: Cal
     assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_merged_experts_are_decoded_and_told(repos: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_merged_experts_stay_packed(name: str, repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="decoded or left out")
+        model, plain = tqformat.load(repos(name), packed=True), tqformat.load(repos(name))
+    with open_repo(repos(name)) as repo:
+        stored = repo.manifest.accounting["stored_bytes"]
+    assert packed.resident_bytes(model) < 1.1 * stored + 8192
+    experts = {n: p for n, p in packed.packed_weights(model).items() if "experts" in n}
+    assert len(experts) == 4 and {len(p.sources) for p in experts.values()} == {4, 8}
+    for n, p in experts.items():
+        assert torch.equal(p.decode(), plain.get_parameter(n))
+        assert torch.equal(p[1].decode(), plain.get_parameter(n)[1]) and p[1].parts is p[1].parts
+        assert p.to(torch.bfloat16)[1].dtype == torch.bfloat16
+    decoded: list[int] = []
+    decode = PackedWeight.decode
+    monkeypatch.setattr(PackedWeight, "decode", lambda w, *dtype: (decoded.append(w.dim()), decode(w, *dtype))[1])
+    with torch.no_grad():
+        model(**inputs(name))
+    assert 3 not in decoded  # an expert at a time
+
+
+def test_experts_that_are_coded_in_different_ways_are_decoded_and_told(
+    repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_coding", lambda weight: object())
     with pytest.warns(UserWarning, match="decoded.*experts.*and 21 more"):
         model = tqformat.load(repos("mixtral"), packed=True)
     experts = [p for name, p in model.named_parameters() if "experts" in name]
     assert experts and not any(isinstance(p, PackedWeight) for p in experts)
+
+
+def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
+    """Every setting of the format: the merged weight is that of the decoded ones, packed or not."""
+    packed_titles = set()
+    with PackedRepo(settings_repo) as repo:
+        for weight in quantized(repo):
+            value, rank = weight.decode(), weight.dim()
+            for found, wanted in (
+                (torch.stack([weight, weight, weight]), torch.stack([value] * 3)),
+                (torch.cat([weight, weight]), torch.cat([value] * 2)),
+                (torch.cat([weight, weight], -1), torch.cat([value] * 2, -1)),
+                (torch.stack([weight, weight], rank), torch.stack([value] * 2, rank)),
+                (torch.cat([torch.stack([weight, weight])] * 2, 1), torch.cat([torch.stack([value, value])] * 2, 1)),
+                (torch.stack([weight, weight])[1], value),
+            ):
+                assert found.shape == wanted.shape and torch.equal(found + 0, wanted), weight.title
+            if isinstance(torch.stack([weight, weight])[1], PackedWeight):
+                packed_titles.add(weight.title)
+        assert {weight.title for weight in quantized(repo)} - packed_titles == {"row", "empty"}
+        assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
 
 
 def test_memory_and_ties(repos: Callable[[str], Path]) -> None:

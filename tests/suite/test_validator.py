@@ -433,6 +433,14 @@ CASES["schema.tile_size"][0] = (*CASES["schema.tile_size"][0][:2], _tall)
 _lloyd = {"method": "lloyd-max-sphere", "vector_length": 8, "grid_size": 9, "iterations": 1}
 put("schema.origin", "SCHEMA.VALUE", "/codebooks/vectors/origin", _lloyd, "/codebooks/vectors/dimension")
 CASES["schema.origin"].pop(0)
+put(
+    "schema.byte_sum",
+    "SCHEMA.VALUE",
+    "/codebooks/vectors/origin",
+    {"method": "byte-sum"},
+    "/codebooks/vectors/dimension",
+)
+put("schema.byte_sum", "SCHEMA.VALUE", "/codebooks/rows/origin", {"method": "byte-sum"}, "/codebooks/rows/rows")
 put("schema.book_size", "LIMIT.SIZE", "/codebooks/rows", {"entries": 2**16, "dimension": 32, "tensor": "b.levels"})
 CASES["schema.book_size"].pop(0)
 
@@ -562,6 +570,7 @@ raw("pack.code_range", "PACK.CODE_RANGE", "c.codes", 4, b"\xff", "/tensors/c/sta
 raw("data.levels", "DATA.NON_FINITE", "b.levels", 8, b"\0\0\x80\x7f", "/codebooks/rows/tensor")
 put("data.values", "DATA.NON_FINITE", "/codebooks/vectors/values/3", 3.5e38)
 put("data.origin", "DATA.CODEBOOK", "/codebooks/ternary/values/1", 0.001, "/codebooks/ternary")
+put("data.byte_sum", "DATA.CODEBOOK", "/codebooks/trellis/origin", {"method": "byte-sum"}, "/codebooks/trellis")
 put("data.signs", "DATA.SIGNS", "/transforms/hadamard/seed", 8, "/transforms/hadamard/signs")
 raw("data.matrix", "DATA.NON_FINITE", "dense", 0, b"\0\0\xc0\x7f", "/transforms/dense/matrix")
 raw("data.orthogonality", "DATA.ORTHOGONALITY", "dense", 0, b"\0\0\x80\x3f", "/transforms/dense/matrix")

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from reference_quantizer.codes.trellis import encode_tiles, train_codebook, trellis_levels
+from reference_quantizer.codes.trellis import (
+    MULTIPLIER,
+    computed_levels,
+    computed_scale,
+    encode_tiles,
+    train_codebook,
+    trellis_levels,
+)
 from tqformat import TQFormatError, pack
 from tqformat.load_quantized import unpack
 
@@ -111,6 +118,20 @@ def test_codebooks_of_the_package(bits: int, bound: float, monkeypatch: pytest.M
     error = errors(x, levels, encode_tiles(x, levels, bits, 12)).sum() / (x.astype(np.float64) ** 2).sum()
     assert error < bound, error
     assert (levels == -levels[::-1]).all() and not levels.flags.writeable
+
+
+@pytest.mark.parametrize("bits, bound", [(1, 0.293), (2, 0.0757), (3, 0.0197), (4, 0.0052)])
+def test_computed_levels(bits: int, bound: float) -> None:
+    levels, x = computed_levels(12), gaussian(15, 64, 256)
+    bytes_of = (np.arange(4096, dtype="<u4") * np.uint32(MULTIPLIER)).view(np.uint8).reshape(-1, 4)
+    assert (128 * levels + 510 == bytes_of.sum(1)).all() and (levels == levels.astype(np.float16)).all()
+    power = (x.astype(np.float64) ** 2).sum()
+
+    def error(scale: float) -> float:
+        return float(errors(x, scale * levels, encode_tiles(x, scale * levels, bits, 12)).sum() / power)
+
+    assert error(computed_scale(bits)) < bound
+    assert error(computed_scale(bits)) < 1.005 * min(error(computed_scale(bits) + step) for step in (-0.05, 0.05))
 
 
 def test_codebooks_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

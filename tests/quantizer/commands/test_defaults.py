@@ -106,14 +106,17 @@ def test_few_bits_without_feedback_are_warned_of(
 
 
 def test_how_long_it_takes_is_said_for_text_and_tuning() -> None:
-    plan = make_plan(Source(Path(), {"w": Info("w", (2**14, 2**14), "BF16")}), Settings(preset="balanced"))
+    source = Source(Path(), {"w": Info("w", (2**14, 2**14), "BF16")})
+    plan = make_plan(source, Settings(preset="balanced"))
 
-    def minutes(*given: Any) -> int:
+    def minutes(*given: Any, plan: Any = plan) -> int:
         return int(expectations.expected_time(plan, *given).split()[2])
 
     plain = minutes(8192, False, 0, 2)
     assert 2 < plain < minutes(8192, True, 0, 2) < minutes(8192, True, 100, 2) < 100
     assert minutes(8192, False, 0, 8) <= plain / 2
+    best = [minutes(8192, False, 0, 2, plan=make_plan(source, Settings(preset="best", window=w))) for w in (8, 12, 14)]
+    assert best[0] == best[1] < best[2] / 3
 
 
 def test_expectations_are_the_published_figures() -> None:

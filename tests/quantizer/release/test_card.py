@@ -952,10 +952,11 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     assert "--calibration-inputs original --no-activation-order --tune-steps 7 " in text
     assert "makes up for" not in text and "2504.02692" not in text
     assert "moments of the gradients" in text and "2505.22988" in text and "output-feedback" not in text
-    extra |= {"output_feedback": False}
+    extra |= {"output_feedback": False, "codebook": "computed"}
     text = without_related(
         card.write_card(layered(tmp_path / "c", (4,), method="feedback_trellis", extra=extra)).read_text("utf-8")
     )
+    assert " --window 12 --codebook computed " in text
     assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text
 
