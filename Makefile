@@ -33,7 +33,7 @@ numerical: $(VENV)/.dev-installed
 # Wants a C compiler, which the others do not.
 kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels
-	$(BIN)/python -m pytest kernels/tests
+	$(PYTEST) kernels/tests
 
 vllm: $(VLLM)/.installed $(RELEASE)
 	$(VLLM)/bin/python benchmarks/serving.py $(RELEASE)

@@ -4,14 +4,14 @@ set -euo pipefail
 cd "$(dirname "$0")"
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-flags="-std=c11 -O1 -g -Isrc -fsanitize=address,undefined -fno-sanitize-recover=all"
-avx2="-mavx2 -mfma -mbmi2"
+flags="-std=c11 -O1 -g1 -Isrc -fsanitize=address,undefined -fno-sanitize-recover=all"
+avx2="-mavx2 -mfma -mbmi2 -mf16c"
 for file in src/*.c tests/fuzz.c; do
     extra=
     if [ "$(uname -m)" = x86_64 ]; then
         case $file in
         *avx2.c) extra=$avx2 ;;
-        *avx512.c) extra="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi" ;;
+        *avx512.c) extra="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni" ;;
         esac
     fi
     "${CC:-cc}" $flags $extra -c "$file" -o "$build/$(basename "$file").o"

@@ -1,6 +1,8 @@
 """Builds the C library: one shared object with no Python in it, so that a wheel serves every Python of a platform."""
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from setuptools import Extension, setup
@@ -8,8 +10,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c11", "-O3", "-g0", "-fvisibility=hidden"]
-AVX2 = ["-mavx2", "-mfma", "-mbmi2"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One file for each form, so that no instruction of a form stands in code that runs before the processor is asked.
 FORMS = {"form_portable.c": [], "form_avx2.c": AVX2, "form_avx512.c": AVX512, "form_neon.c": []}
@@ -17,10 +19,12 @@ FORMS = {"form_portable.c": [], "form_avx2.c": AVX2, "form_avx512.c": AVX512, "f
 
 class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        objects: list[str] = []
-        for source in ext.sources:
+        def compile_one(source: str) -> list[str]:
             flags = FORMS.get(source.rpartition("/")[2], []) if X86 else []
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=FLAGS + flags)
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=FLAGS + flags)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name))
 
     def get_ext_filename(self, fullname: str) -> str:

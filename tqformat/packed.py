@@ -132,6 +132,9 @@ class Parts(Repo):
         if not hasattr(torch, "float8_e8m0fnu") and any(k and self.spans[k].dtype == "F8_E8M0" for k in factors):
             return None  # torch before 2.7
         levels = self._levels(book) if book.rows is None else self.tensors[book.tensor or ""]
+        if book.rows is None and hasattr(make, "Levels"):  # which stages of tqformat_kernels share
+            key = ("kernel levels", s.codebook, s.bits, s.window)
+            levels = self.once(key, lambda: make.Levels(levels, s.bits, s.window))
         options = {k: self._float8(v) for k in ("outer_scales", "offsets", "outer_offsets") if (v := getattr(s, k))}
         shape = {
             "shape": (rows, cols),
@@ -549,6 +552,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
         seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
         seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
+        seen |= {id(stage.levels): stage.levels.nbytes for stage in parts.stages or () if stage is not None}
     return sum(seen.values())
 
 

@@ -1,8 +1,10 @@
-/* The form for x86-64 with AVX-512 F, BW, DQ, VL and VBMI (Ice Lake, Zen 4 and later). */
+/* The form for x86-64 with AVX-512 F, BW, DQ, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "internal.h"
 
 #define FORM avx512
 #define VL 16
@@ -21,17 +23,46 @@ static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline vi vi_set(uint32_t a) { return _mm512_set1_epi32((int)a); }
 static inline vi vi_shr(vi a, vi b) { return _mm512_srlv_epi32(a, b); }
-static inline vi v_words4(const uint8_t *p) { return _mm512_loadu_si512(p); }
-static inline vi v_words3(const uint8_t *p) { /* 12 bytes to each quarter, and 4 of those to each lane */
-    const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
-    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12));
-    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, _mm512_loadu_si512(p)), spread);
+static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+static inline vi v_words(const uint8_t *p, int stride) {
+    const __m512i bytes = _mm512_loadu_si512(p),
+                  lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (stride == 4) return bytes;
+    const __m512i first = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride * 0x01010101)); /* a constant */
+    return _mm512_permutexvar_epi8(_mm512_add_epi8(first, _mm512_set1_epi32(0x03020100)), bytes);
+}
+#define HAS_COMPUTED
+static inline vf v_computed(vi symbols) {
+    const __m512i hash = _mm512_mullo_epi32(symbols, _mm512_set1_epi32((int)TQ_MULTIPLIER));
+    const __m512i ones = _mm512_set1_epi8(1);
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_set1_epi32(-TQ_MIDDLE), hash, ones));
+}
+
+/* Eight loads, each to its lane: faster here than inserts, and than gather instructions. */
+#define LOADS(TYPE, ONE, MASKED, FIRST, POINTER) \
+    TYPE r = FIRST(ONE(POINTER(0)));             \
+    r = MASKED(r, 2, ONE(POINTER(1)));           \
+    r = MASKED(r, 4, ONE(POINTER(2)));           \
+    r = MASKED(r, 8, ONE(POINTER(3)));           \
+    r = MASKED(r, 16, ONE(POINTER(4)));          \
+    r = MASKED(r, 32, ONE(POINTER(5)));          \
+    r = MASKED(r, 64, ONE(POINTER(6)));          \
+    r = MASKED(r, 128, ONE(POINTER(7)))
+#define HAS_PAIRS
+static inline void v_pairs(const uint16_t *pairs, const uint8_t *codes, int bits, uint32_t mask, vf *level) {
+    uint64_t w;
+    memcpy(&w, codes, 8);
+#define PAIR(k) (pairs + 2 * (w >> 2 * (k) * bits & mask))
+    LOADS(__m256i, _mm_loadu_si32, _mm256_mask_broadcastd_epi32, _mm256_castsi128_si256, PAIR);
+    *level = _mm512_cvtph_ps(r);
+#undef PAIR
 }
 static inline __m256 v_lookup_half(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     uint64_t w;
     memcpy(&w, codes + (at >> 3), 8); /* 8 symbols begin at a byte */
-#define LEVEL(k) p[w >> (k) * bits & mask]
-    return _mm256_setr_ps(LEVEL(0), LEVEL(1), LEVEL(2), LEVEL(3), LEVEL(4), LEVEL(5), LEVEL(6), LEVEL(7));
+#define LEVEL(k) (p + (w >> (k) * bits & mask))
+    LOADS(__m256, _mm_load_ss, _mm256_mask_broadcastss_ps, _mm256_castps128_ps256, LEVEL);
+    return r;
 #undef LEVEL
 }
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {

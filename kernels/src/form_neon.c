@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "internal.h"
+
 #define FORM neon
 #define VL 4
 
@@ -15,16 +17,31 @@ static inline vf v_set(float a) { return vdupq_n_f32(a); }
 static inline vf v_zero(void) { return vdupq_n_f32(0); }
 static inline vf v_load(const float *p) { return vld1q_f32(p); }
 static inline void v_store(float *p, vf a) { vst1q_f32(p, a); }
-static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline float v_sum(vf a) { return vaddvq_f32(a); }
 static inline vi vi_set(uint32_t a) { return vdupq_n_u32(a); }
 static inline vi vi_shr(vi a, vi b) { return vshlq_u32(a, vnegq_s32(vreinterpretq_s32_u32(b))); }
-static inline vi v_words4(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
-static inline vi v_words3(const uint8_t *p) {
-    static const uint8_t spread[16] = {0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12};
-    return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(spread)));
+static inline vi vi_and(vi a, vi b) { return vandq_u32(a, b); }
+static inline vi v_words(const uint8_t *p, int stride) {
+    static const uint8_t spread[3][16] = {{0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9},
+                                          {0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12},
+                                          {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(spread[stride - 2])));
+}
+#define HAS_COMPUTED
+static inline vf v_computed(vi symbols) {
+    const uint8x16_t hash = vreinterpretq_u8_u32(vmulq_u32(symbols, vdupq_n_u32(TQ_MULTIPLIER)));
+    const int32x4_t sum = vreinterpretq_s32_u32(vpaddlq_u16(vpaddlq_u8(hash)));
+    return vcvtq_f32_s32(vsubq_s32(sum, vdupq_n_s32(TQ_MIDDLE)));
+}
+#define HAS_PAIRS
+static inline void v_pairs(const uint16_t *pairs, const uint8_t *codes, int bits, uint32_t mask, vf *level) {
+    uint64_t w;
+    uint16_t halves[16];
+    memcpy(&w, codes, 8);
+    for (int k = 0; k < 8; k++) memcpy(halves + 2 * k, pairs + 2 * (w >> 2 * k * bits & mask), 4);
+    for (int k = 0; k < 4; k++) level[k] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + 4 * k)));
 }
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {
     uint64_t w;

@@ -2,6 +2,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "internal.h"
+
 #define FORM portable
 #define VL 4
 #define EACH for (int i = 0; i < VL; i++)
@@ -28,10 +30,6 @@ static inline vf v_load(const float *p) {
     return r;
 }
 static inline void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
-static inline vf v_add(vf a, vf b) {
-    EACH a.lane[i] += b.lane[i];
-    return a;
-}
 static inline vf v_mul(vf a, vf b) {
     EACH a.lane[i] *= b.lane[i];
     return a;
@@ -50,16 +48,14 @@ static inline vi vi_shr(vi a, vi b) {
     EACH a.lane[i] >>= b.lane[i];
     return a;
 }
-static inline vi v_words4(const uint8_t *p) {
-    vi r;
-    EACH r.lane[i] =
-        p[4 * i] | (uint32_t)p[4 * i + 1] << 8 | (uint32_t)p[4 * i + 2] << 16 | (uint32_t)p[4 * i + 3] << 24;
-    return r;
+static inline vi vi_and(vi a, vi b) {
+    EACH a.lane[i] &= b.lane[i];
+    return a;
 }
-static inline vi v_words3(const uint8_t *p) {
+static inline vi v_words(const uint8_t *p, int stride) {
     vi r;
-    EACH r.lane[i] =
-        p[3 * i] | (uint32_t)p[3 * i + 1] << 8 | (uint32_t)p[3 * i + 2] << 16 | (uint32_t)p[3 * i + 3] << 24;
+    EACH r.lane[i] = p[stride * i] | (uint32_t)p[stride * i + 1] << 8 | (uint32_t)p[stride * i + 2] << 16 |
+                     (uint32_t)p[stride * i + 3] << 24;
     return r;
 }
 static inline vf v_lookup(const float *p, const uint8_t *codes, int64_t at, int bits, uint32_t mask) {

@@ -10,6 +10,19 @@
 
 #define TQ_MAX_BATCH 8 /* rows of z that one call of a form's product takes */
 
+/* Computed levels are a unit times the sum of the four bytes of symbol * TQ_MULTIPLIER mod 2^32, less TQ_MIDDLE. */
+#define TQ_MULTIPLIER 0x83DCD12Du
+#define TQ_MIDDLE 510
+
+/* Scratch space that begins with a cache line, since loads that cross one are slow; free() gives it back. */
+static inline void *tq_alloc(size_t size) {
+#if defined(_WIN32)
+    return malloc(size);
+#else
+    return aligned_alloc(64, (size + 63) / 64 * 64);
+#endif
+}
+
 /* A form: the same functions for one set of instructions. Arguments are checked, batch is 1 to TQ_MAX_BATCH. */
 typedef struct {
     const char *name;

@@ -1,6 +1,11 @@
 /* Checks, the choice of a form, and the functions of tqformat_kernels.h. */
+#include <stdatomic.h>
+
 #include "internal.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -8,15 +13,22 @@
 static const int64_t SCALARS = (int64_t)1 << 53;
 
 #if defined(__x86_64__)
-static int can_run_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+/* Bit 29 of ecx: not every compiler's __builtin_cpu_supports knows the name. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
 
-/* The form for AVX-512 wants VBMI as well: Ice Lake, Zen 4 and later. What is older takes AVX2. */
+static int can_run_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           has_f16c();
+}
+
+/* The form for AVX-512 wants VBMI and VNNI as well: Ice Lake, Zen 4 and later. What is older takes AVX2. */
 static int can_run_avx512(void) {
     return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 #elif defined(__aarch64__)
 static int can_run_neon(void) {
@@ -77,6 +89,10 @@ int32_t tq_check(const tq_stage *s) {
     if (s->levels_per_row != 0 && s->levels_per_row != 1) return TQ_SHAPE;
     if (s->levels_count < 0 || s->levels_count % book || s->levels_count / book != (s->levels_per_row ? s->rows : 1))
         return TQ_SHAPE;
+    if (!(s->computed >= 0 && s->computed <= 1) ||
+        ((s->computed > 0 || s->pairs) && (s->dimension > 1 || s->levels_per_row)))
+        return TQ_SHAPE;
+    if (s->pairs && s->pairs_count != (int64_t)2 << (s->window + s->bits)) return TQ_SHAPE;
     if (!factors_fit(&s->scales, s->rows, vectors) || (s->offsets.data && !factors_fit(&s->offsets, s->rows, vectors)))
         return TQ_SHAPE;
     return s->rows && (!s->codes || !s->levels || !s->scales.data) ? TQ_SHAPE : TQ_OK;
@@ -105,6 +121,43 @@ int32_t tq_product(const tq_stage *s, const float *z, int64_t z_count, float *y,
         error = form->product(s, z + b * s->cols, y + b * s->rows, n, begin, end);
     }
     return error;
+}
+
+/* What the threads of tq_product_parallel share. */
+typedef struct {
+    const tq_stage *stage;
+    const float *z;
+    float *y;
+    int64_t z_count, y_count, batch, begin, end, step, parts;
+    int32_t form;
+    atomic_int_least64_t next;
+    atomic_int error;
+} team;
+
+static void work(void *data) {
+    team *t = (team *)data;
+    for (int64_t i; (i = atomic_fetch_add(&t->next, 1)) < t->parts;) {
+        const int64_t steps = (t->end - t->begin) / t->step;
+        const int64_t begin = t->begin + steps * i / t->parts * t->step,
+                      end = t->begin + steps * (i + 1) / t->parts * t->step;
+        const int32_t error = tq_product(t->stage, t->z, t->z_count, t->y, t->y_count, t->batch, begin, end, t->form);
+        if (error) atomic_store(&t->error, error);
+    }
+}
+
+int32_t tq_product_parallel(const tq_stage *s, const float *z, int64_t z_count, float *y, int64_t y_count,
+                            int64_t batch, int64_t begin, int64_t end, int32_t i, int32_t threads,
+                            tq_parallel parallel) {
+    const int32_t error = tq_check(s);
+    if (error) return error;
+    if (threads < 1 || !parallel || !is_range(s, begin, end) || begin % s->tile_rows || end % s->tile_rows)
+        return TQ_RANGE;
+    /* Two parts a thread: one that the system holds up leaves the rest to the others. */
+    team t = {s, z, y, z_count, y_count, batch, begin, end, s->tile_rows, 2 * (int64_t)threads, i, 0, TQ_OK};
+    const int64_t steps = (end - begin) / s->tile_rows;
+    if (t.parts > steps) t.parts = steps > 0 ? steps : 1;
+    parallel(work, &t, (unsigned)threads, 0);
+    return atomic_load(&t.error);
 }
 
 int32_t tq_decode(const tq_stage *s, float *out, int64_t out_count, int64_t begin, int64_t end, int32_t i) {

@@ -17,7 +17,7 @@
 #define TQ_API __attribute__((visibility("default")))
 #endif
 
-#define TQ_ABI 1 /* changes with any change of a struct or of a function */
+#define TQ_ABI 2 /* changes with any change of a struct or of a function */
 
 enum { TQ_OK = 0, TQ_SHAPE = 1, TQ_RANGE = 2, TQ_MEMORY = 3 };
 
@@ -33,13 +33,16 @@ typedef struct {
 } tq_factors;
 
 typedef struct {
-    const uint8_t *codes; /* [rows * cols / (tile_rows * tile_cols), tile_bytes] */
-    const float *levels;  /* [2^window, dimension], or [rows, 2^window, dimension]; finite */
-    int64_t codes_bytes, levels_count;
+    const uint8_t *codes;  /* [rows * cols / (tile_rows * tile_cols), tile_bytes] */
+    const float *levels;   /* [2^window, dimension], or [rows, 2^window, dimension]; finite */
+    const uint16_t *pairs; /* [2^(window + bits), 2] or NULL: the levels of neighbours in a trellis, in binary16 */
+    int64_t codes_bytes, levels_count, pairs_count;
     tq_factors scales, offsets;
     int64_t rows, cols, vector_length, tile_rows, tile_cols;
     int32_t bits, window, dimension;
     int32_t levels_per_row; /* 1: each row has its own codebook; 0: they share one */
+    float computed; /* not 0: level s is this times (the sum of the bytes of s * 0x83DCD12D mod 2^32, less 510) */
+    int32_t unused;
 } tq_stage;
 
 /* TQ_ABI of the library. */
@@ -59,6 +62,14 @@ TQ_API int32_t tq_is_fast(const tq_stage *stage, int32_t form);
  * multiples of tile_rows. z is [batch, cols], y [batch, rows]; other rows of y are left alone. Sums are binary32. */
 TQ_API int32_t tq_product(const tq_stage *stage, const float *z, int64_t z_count, float *y, int64_t y_count,
                           int64_t batch, int64_t row_begin, int64_t row_end, int32_t form);
+
+/* The same, rows divided among up to `threads` threads that `parallel` gives: it calls work(data) in each of them, and
+ * returns when all have. GOMP_parallel of GNU's and LLVM's OpenMP is such a function; its threads are those that torch
+ * uses, so that none has to wait for a processor which a waiting one keeps busy. */
+typedef void (*tq_parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+TQ_API int32_t tq_product_parallel(const tq_stage *stage, const float *z, int64_t z_count, float *y, int64_t y_count,
+                                   int64_t batch, int64_t row_begin, int64_t row_end, int32_t form, int32_t threads,
+                                   tq_parallel parallel);
 
 /* out[r - row_begin, c] = (scale * level + offset)[r, c], before T^-1; out is [row_end - row_begin, cols]. */
 TQ_API int32_t tq_decode(const tq_stage *stage, float *out, int64_t out_count, int64_t row_begin, int64_t row_end,

@@ -104,12 +104,31 @@ int main(int argc, char **argv) {
         float *levels = floats(s.levels_count);
         s.codes = codes;
         s.levels = levels;
+        if (s.dimension == 1 && !s.levels_per_row && s.window > s.bits && s.window + s.bits <= 18) {
+            s.computed = upto(2) ? 0 : 1 / 128.0f;
+            for (int64_t i = 0; i < s.levels_count; i++) {
+                const uint32_t h = (uint32_t)i * 0x83DCD12Du;
+                if (s.computed > 0)
+                    levels[i] = ((float)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24)) - 510) / 128;
+                else levels[i] = (float)(upto(3) - 1) / 2; /* -0.5, 0, 0.5 or 1 */
+            }
+            if (upto(1)) {
+                s.pairs_count = (int64_t)2 << (s.window + s.bits);
+                uint16_t *pairs = malloc((size_t)s.pairs_count * 2);
+                for (int64_t i = 0; i < s.pairs_count; i++) {
+                    const int64_t at = i & 1 ? i >> (1 + s.bits) : (i >> 1) & ((1 << s.window) - 1);
+                    pairs[i] = levels[at] == 0 ? 0 : levels[at] == 1 ? 0x3c00 : levels[at] > 0 ? 0x3800 : 0xb800;
+                }
+                s.pairs = pairs;
+            }
+        }
         const tq_stage right = s;
         int64_t batch = upto(9), begin = s.tile_rows * upto(s.rows / s.tile_rows), end = s.rows, count = upto(5);
         int64_t z_count = batch * s.cols, y_count = batch * s.rows;
         if (!upto(2)) { /* one to three wrong numbers; the buffers stay as they are */
             int64_t *longs[] = {&s.codes_bytes,
                                 &s.levels_count,
+                                &s.pairs_count,
                                 &s.rows,
                                 &s.cols,
                                 &s.vector_length,
@@ -129,7 +148,7 @@ int main(int argc, char **argv) {
                                &s.levels_per_row, &s.scales.dtype, &s.scales.outer_dtype};
             for (int64_t i = upto(2); i >= 0; i--) {
                 if (upto(2)) {
-                    int64_t *it = longs[upto(16)];
+                    int64_t *it = longs[upto(17)];
                     *it = upto(1) ? odd() : (int64_t)((uint64_t)*it + (uint64_t)upto(4) - 2);
                 } else {
                     int32_t *it = ints[upto(5)];
@@ -139,9 +158,9 @@ int main(int argc, char **argv) {
         }
         /* A wrong stage that happens to be consistent may claim more than the buffers hold: those are skipped. */
         const int claims = s.codes_bytes > right.codes_bytes || s.levels_count > right.levels_count ||
-                           s.scales.bytes > right.scales.bytes || s.scales.outer_bytes > right.scales.outer_bytes ||
-                           s.offsets.bytes > right.offsets.bytes || z_count > right.cols * 9 ||
-                           y_count > right.rows * 9;
+                           (s.pairs && s.pairs_count > right.pairs_count) || s.scales.bytes > right.scales.bytes ||
+                           s.scales.outer_bytes > right.scales.outer_bytes || s.offsets.bytes > right.offsets.bytes ||
+                           z_count > right.cols * 9 || y_count > right.rows * 9;
         float *z = floats(right.cols * 9), *first = NULL, *bound = NULL;
         const int32_t check = claims ? TQ_SHAPE : tq_check(&s);
         for (int32_t form = -1; form < 4 && !claims; form++) {
@@ -185,6 +204,7 @@ int main(int argc, char **argv) {
         free(z);
         free(codes);
         free(levels);
+        free((void *)right.pairs);
         free((void *)right.scales.data);
         free((void *)right.scales.outer);
         free((void *)right.offsets.data);

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tqformat_kernels
-from tqformat_kernels import Stage
+from tqformat_kernels import Levels, Stage
 
 FORMS = list(tqformat_kernels.forms())
 
@@ -34,6 +34,7 @@ class Case:
     offsets: bool = False
     outer: tuple[str, str] | None = None  # rows and columns of the outer ones: "1" or "rows", "1" or "n"
     entries: int | None = None
+    levels: str | None = None  # "halves": float16 numbers, as a table of pairs wants; "computed": by the formula
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def make(self, seed: int = 0) -> tuple[Stage, np.ndarray]:
@@ -50,6 +51,11 @@ class Case:
         levels = rng.standard_normal((*([self.rows] if self.per_row else []), entries, self.dimension)).astype(
             np.float32
         )
+        if self.levels == "halves":
+            levels = levels.astype(np.float16).astype(np.float32)
+        if self.levels == "computed":
+            hashed = [s * 0x83DCD12D % 2**32 for s in range(entries)]
+            levels[:] = [[(sum(h.to_bytes(4, "little")) - 510) / 128] for h in hashed]
         at = (np.arange(n)[:, None] * self.bits + np.arange(window)) % (n * self.bits)
         symbols = (stream[:, at].astype(np.int64) << np.arange(window)).sum(axis=2)  # [tiles, n]
         grid = symbols.reshape(self.rows // tr, self.cols // tc, tr, tc // self.dimension).transpose(0, 2, 1, 3)
@@ -106,6 +112,15 @@ COLUMNS += [Case(20, 33, 4, None, (20, 1)), Case(10, 16, 2, None, (5, 1)), Case(
 COLUMNS += [
     Case(128, 20, 3, 16, (128, 1), vector_length=4, offsets=True, scale_dtype="float16"),
     Case(4, 9, 8, 8, (1, 1)),
+]
+COLUMNS += [
+    Case(2 * tr, 35, bits, window, (tr, 1), vector_length=g, levels=levels, offsets=bool(g))
+    for levels, settings in {
+        "halves": ((1, 9), (1, 13), (2, 12), (3, 11), (4, 10), (5, 9)),
+        "computed": ((1, 9), (1, 16), (2, 12), (2, 16), (3, 12), (3, 16), (4, 12), (4, 16), (5, 12)),
+    }.items()
+    for bits, window in settings
+    for tr, g in ((32, None), (96, 7), (88, None), (264, None), (16, 5))
 ]
 GENERAL = [
     Case(6, 48, bits, window, tile, vector_length=12, dimension=p, per_row=per_row)
@@ -225,6 +240,34 @@ def test_torch_tensors_are_taken_and_given() -> None:
         assert isinstance(stage.rows(torch.tensor([5, 0])), torch.Tensor)
     with pytest.raises(ValueError, match="contiguous"):
         stage.product(z.t().contiguous().t())
+
+
+def test_stages_share_levels() -> None:
+    arguments = {"shape": (32, 4), "bits": 2, "window": 12, "tile": (32, 1)}
+    codes, scales = np.arange(32, dtype=np.uint8).reshape(4, 8), np.ones((32, 1), np.float32)
+    table, z = np.linspace(-1, 1, 4096).astype(np.float16), np.ones((1, 4), np.float32)
+    levels = Levels(table, 2, 12)
+    stages = [Stage(codes, each, scales, **arguments) for each in (levels, levels, table)]
+    assert stages[0].levels is stages[1].levels is levels
+    assert levels.nbytes == 4 * 2**12 + 4 * 2**14, "one of float32, one of two float16 neighbours"
+    assert np.array_equal(stages[0].product(z), stages[2].product(z))
+    assert Levels(table.astype(np.float32) + 2**-20, 2, 12).nbytes == 4 * 2**12, "no pairs of what is not binary16"
+    with pytest.raises(ValueError, match="made for bits 2 and window 12"):
+        Stage(codes, levels, scales, **(arguments | {"window": 10}))
+
+
+def test_a_product_uses_the_threads_of_torch() -> None:
+    code = """if True:
+        import torch, tqformat_kernels, numpy as np
+        assert tqformat_kernels._team() or not hasattr(__import__("ctypes").CDLL(None), "GOMP_parallel")
+        stage = tqformat_kernels.Stage(np.zeros((512, 512), np.uint8), np.ones(16), np.ones((512, 1), np.float32),
+                                       shape=(512, 1024), bits=4)
+        y = stage.product(torch.ones(2, 1024), threads=3)
+        assert y.tolist() == [[1024.0] * 512] * 2 and tqformat_kernels._pool is None or not tqformat_kernels._team()
+    """
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_byte_of_the_small_floats() -> None:

@@ -5,7 +5,9 @@ src/tqformat_kernels.h is the C interface, SPEC.md (sections 6 to 10 and 22) say
 """
 
 import ctypes
+import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +18,14 @@ from typing import Any
 import numpy as np
 
 __version__ = "1.0.0"
-__all__ = ["Stage", "form", "forms", "set_form"]
+__all__ = ["Levels", "Stage", "form", "forms", "set_form"]
 
-ABI = 1
+ABI = 2
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "uint8": 3, "int8": 4, "float8_e4m3fn": 5, "float8_e8m0fnu": 6}
 SIZES = (4, 2, 2, 1, 1, 1, 1)
-ENOUGH = 1 << 19  # weights that make a thread worth waking: about 50 microseconds of work
+ENOUGH = 1 << 19  # weights that make a thread of Python worth waking: about 25 microseconds of work
+ENOUGH_FOR_TEAM = 1 << 17  # the same for the threads of OpenMP, which wait awake
+MULTIPLIER, MIDDLE = 0x83DCD12D, 510  # of computed levels
 
 Array = Any  # a contiguous CPU tensor of torch, or an array of numpy
 
@@ -43,8 +47,10 @@ class _Stage(ctypes.Structure):  # tq_stage
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("levels", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p),
         ("codes_bytes", ctypes.c_int64),
         ("levels_count", ctypes.c_int64),
+        ("pairs_count", ctypes.c_int64),
         ("scales", _Factors),
         ("offsets", _Factors),
         ("rows", ctypes.c_int64),
@@ -56,6 +62,8 @@ class _Stage(ctypes.Structure):  # tq_stage
         ("window", ctypes.c_int32),
         ("dimension", ctypes.c_int32),
         ("levels_per_row", ctypes.c_int32),
+        ("computed", ctypes.c_float),
+        ("unused", ctypes.c_int32),
     )
 
 
@@ -71,6 +79,7 @@ def _open() -> ctypes.CDLL:
         ("tq_check", i32, [stage]),
         ("tq_is_fast", i32, [stage, i32]),
         ("tq_product", i32, [stage, floats, i64, floats, i64, i64, i64, i64, i32]),
+        ("tq_product_parallel", i32, [stage, floats, i64, floats, i64, i64, i64, i64, i32, i32, ctypes.c_void_p]),
         ("tq_decode", i32, [stage, floats, i64, i64, i64, i32]),
         ("tq_rows", i32, [stage, floats, i64, ctypes.c_void_p, i64, i32]),
     ):
@@ -153,12 +162,30 @@ def default_threads() -> int:
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
+_forked = False
 
 
 def _forget_pool() -> None:
-    """A forked process has none of its parent's threads."""
-    global _pool
-    _pool = None
+    """A forked process has none of its parent's threads, and GNU's OpenMP would wait for them."""
+    global _pool, _forked
+    _pool, _forked = None, True
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    """The address of GOMP_parallel, where an OpenMP that has it is loaded."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _team() -> int | None:
+    """What divides a product among the threads of torch; None where Python's threads have to do it.
+
+    These would share the processors with torch's, which keep them busy for a while after each operation.
+    """
+    return _gomp_parallel() if "torch" in sys.modules and not _forked else None
 
 
 if hasattr(os, "register_at_fork"):
@@ -179,17 +206,63 @@ def _in_parts(run: Callable[[int, int], Any], begin: int, end: int, step: int, t
         others = [_pool.submit(run, *part) for part in itertools.pairwise(borders[1:])]
         errors = [run(*borders[:2]), *(other.result() for other in others)]
     for error in errors:
-        if error == 3:
-            raise MemoryError("tqformat_kernels: no memory for scratch space")
-        if error:
-            raise ValueError(f"tqformat_kernels: the library refused its arguments ({error})")
+        _raise(error)
+
+
+def _raise(error: int) -> None:
+    if error == 3:
+        raise MemoryError("tqformat_kernels: no memory for scratch space")
+    if error:
+        raise ValueError(f"tqformat_kernels: the library refused its arguments ({error})")
+
+
+class Levels:
+    """The levels of a codebook as the C code reads them. Stages with the same codebook, bits and window can share them.
+
+    levels         float [entries, p] (or [entries]), or [rows, entries, p] for a codebook per row; finite; copied
+    bits, window   of the stages
+
+    They are kept as float32, filled up with zeros to 2^window entries, so that no symbol points outside. For a trellis of
+    binary16 levels with window + bits up to 14 there is a table of neighbours, too; levels that can be computed need
+    none: that of symbol s is the sum of the four bytes of s * 0x83DCD12D mod 2^32, less 510, times a power of two.
+    """
+
+    def __init__(self, levels: Array, bits: int, window: int | None = None) -> None:
+        window = bits if window is None else window
+        if not 1 <= bits <= window <= 16:
+            raise ValueError(f"bits {bits}, window {window}: outside SPEC.md's limits")
+        self.bits, self.window = bits, window
+        self._full, self.dimension = _full_levels(levels, window)
+        one = self._full[:, 0] if self._full.ndim == 2 and self.dimension == 1 and window > bits else None
+        self._unit = 0.0 if one is None else _unit(one, window)
+        self._pairs: Any = None
+        if one is not None and not self._unit and window + bits <= 14:
+            half = one.astype(np.float16) if np.abs(one).max() <= 65504 else one
+            if np.array_equal(half, one):
+                pair = np.arange(1 << window + bits)
+                self._pairs = np.stack([half[pair & (1 << window) - 1], half[pair >> bits]], axis=1).astype(np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return int(self._full.nbytes) + (0 if self._pairs is None else int(self._pairs.nbytes))
+
+
+def _unit(levels: Any, window: int) -> float:
+    """The power of two, at most 1, that these levels [2^window] are computed with; 0 for others."""
+    unit = float(levels[0]) / -MIDDLE
+    if not 0 < unit <= 1 or math.frexp(unit)[0] != 0.5:
+        return 0.0
+    hashed = (np.arange(1 << window, dtype=np.uint64) * MULTIPLIER).astype("<u4")
+    computed = (hashed.view(np.uint8).reshape(-1, 4).sum(axis=1, dtype=np.int64) - MIDDLE) * unit
+    return unit if np.array_equal(levels, computed) else 0.0
 
 
 class Stage:
     """One stage of a quantized weight [rows, cols], packed [TQ-STAGE-1].
 
     codes          uint8 [rows * cols / (tr * tc), tile_bytes]
-    levels         float [entries, p] (or [entries]), or [rows, entries, p] for a codebook per row; copied
+    levels         Levels, or an array of which they are made here
     scales         [rows, cols / vector_length], float32, float16 or bfloat16; with outer_scales uint8, int8, float8_e4m3fn
                    or float8_e8m0fnu too
     shape          (rows, cols)
@@ -199,10 +272,12 @@ class Stage:
     a reader of files refuses it earlier [TQ-BOOK-4].
     """
 
+    Levels = Levels
+
     def __init__(
         self,
         codes: Array,
-        levels: Array,
+        levels: Array | Levels,
         scales: Array,
         *,
         shape: Sequence[int],
@@ -222,12 +297,18 @@ class Stage:
             raise ValueError(
                 f"bits {bits}, window {window}, shape {tuple(shape)}, tile {tile}: outside SPEC.md's limits"
             )
-        self._levels, dimension = _full_levels(levels, window)
+        self.levels = levels if isinstance(levels, Levels) else Levels(levels, bits, window)
+        if (self.levels.bits, self.levels.window) != (bits, window):
+            raise ValueError(f"levels: made for bits {self.levels.bits} and window {self.levels.window}")
+        full, pairs = self.levels._full, self.levels._pairs
         stage = _Stage(
             codes=_pointer(codes, "codes", "uint8"),
-            levels=self._levels.ctypes.data,
+            levels=full.ctypes.data,
+            pairs=None if pairs is None else pairs.ctypes.data,
+            pairs_count=0 if pairs is None else pairs.size,
+            computed=self.levels._unit,
             codes_bytes=_count(codes.shape),
-            levels_count=self._levels.size,
+            levels_count=full.size,
             scales=_factors(scales, outer_scales, "scales"),
             rows=rows,
             cols=cols,
@@ -236,8 +317,8 @@ class Stage:
             tile_cols=tile_cols,
             bits=bits,
             window=window,
-            dimension=dimension,
-            levels_per_row=self._levels.ndim == 3,
+            dimension=self.levels.dimension,
+            levels_per_row=full.ndim == 3,
         )
         if offsets is not None:
             stage.offsets = _factors(offsets, outer_offsets, "offsets")
@@ -246,7 +327,7 @@ class Stage:
         if _library.tq_check(ctypes.byref(stage)):
             raise ValueError(
                 f"bits {bits}, window {window}, vector_length {vector_length}, tile {tile}, shape {self.shape}: codes"
-                f" {tuple(codes.shape)}, levels {tuple(levels.shape)}, scales {tuple(scales.shape)} or what goes with them"
+                f" {tuple(codes.shape)}, levels {full.shape}, scales {tuple(scales.shape)} or what goes with them"
                 " do not fit (SPEC.md, sections 6 to 9)"
             )
         self._stage = stage
@@ -272,7 +353,13 @@ class Stage:
         def run(begin: int, end: int) -> Any:
             return _library.tq_product(stage, address, batch * cols, target, batch * rows, batch, begin, end, number)
 
-        _in_parts(run, 0, rows, self._stage.tile_rows, self._threads(threads, rows * batch))
+        # A team is always of as many threads: OpenMP ends those that a smaller one does without.
+        many = threads or (default_threads() if rows * cols >= ENOUGH_FOR_TEAM else 1)
+        if many > 1 and rows and batch and (team := _team()):
+            counts = (batch * cols, target, batch * rows, batch, 0, rows)
+            _raise(_library.tq_product_parallel(stage, address, *counts, number, many, team))
+        else:
+            _in_parts(run, 0, rows, self._stage.tile_rows, self._threads(threads, rows * batch))
         return y
 
     def decode(self, begin: int, end: int, threads: int | None = None) -> Array:

@@ -262,7 +262,7 @@ def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
         assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
 
 
-def test_memory_and_ties(repos: Callable[[str], Path]) -> None:
+def test_memory_and_ties(repos: Callable[[str], Path], path: str) -> None:
     model = tqformat.load(repos("llama-tied"), packed=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with open_repo(repos("llama-tied")) as repo:
@@ -272,6 +272,18 @@ def test_memory_and_ties(repos: Callable[[str], Path]) -> None:
     assert (
         stored <= packed.resident_bytes(model) < 1.1 * stored + 8192
     )  # what is not stored: rotary frequencies, tables
+    if path == "kernels":  # one copy of the levels for all weights with the same codebook, bits and window
+        weights = packed.packed_weights(model).values()
+        stages = [(key, made) for w in weights for key, made in zip(w.entry.stages, w.parts.stages or (), strict=False)]
+        shared = {(key.codebook, key.bits, key.window): made.levels for key, made in stages}
+        assert len(stages) > len(shared) and len({id(made.levels) for _, made in stages}) == len(shared)
+        tables = model.lm_head.weight.parts.tables
+        before = packed.resident_bytes(model)
+        for w in weights:
+            w.parts.stages = None
+        for key in [key for key in tables if key[0] == "kernel levels"]:
+            del tables[key]
+        assert before - packed.resident_bytes(model) == sum(levels.nbytes for levels in shared.values())
 
 
 def test_generation(repos: Callable[[str], Path]) -> None:
