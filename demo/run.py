@@ -1,4 +1,4 @@
-"""The main job on a real model: fetch, quantize at 4 bit, verify, load with the embedded loader alone, ask a question.
+"""The main job on a real model: fetch, quantize at 4 bit, verify, load with the embedded loader alone and packed, ask.
 
     python demo/run.py [WORK_DIRECTORY]          (default: .work/demo; `make demo` runs it)
 
@@ -45,7 +45,10 @@ def main() -> None:
     step("4. load with the repository's own load_quantized.py, where tqformat cannot be imported, and ask")
     run(sys.executable, "-I", str(CODE), str(release), QUESTION, "Why do people like music?")
 
-    step("5. what is stored")
+    step("5. the same with the package, weights packed in memory")
+    run(sys.executable, str(CODE), "--packed", str(release), QUESTION)
+
+    step("6. what is stored")
     run(sys.executable, "-m", "tqformat", "inspect", str(release))
     print(f"\ndone in {time.monotonic() - start:.0f} s; the release is in {release}")
 

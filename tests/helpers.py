@@ -42,6 +42,22 @@ def make_tokenizer(path: Path, bos: bool = False, chat: bool = False) -> None:
     tokenizer.save_pretrained(path)
 
 
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def byte_level_tokenizer() -> Any:
+    """Bytes, two merges, a token that is added and not special; a template that puts bos before a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "abc"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("ab", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens([AddedToken("[x]", normalized=False)])
+    return tokenizer
+
+
 def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, **tokenizer: bool) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -12,7 +12,7 @@ assert spec is not None and spec.loader is not None
 plot_quality = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(plot_quality)
 
-FOLDERS = (".", "docs", "benchmarks", "fuzz", "conformance", "demo", "kernels", "readers/javascript")
+FOLDERS = (".", "docs", "docs/tutorials", "benchmarks", "fuzz", "conformance", "demo", "kernels", "readers/javascript")
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 CODE = re.compile(r"^```.*?^```$|^    .*?$", re.MULTILINE | re.DOTALL)
 
@@ -35,7 +35,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 def test_prose_is_wrapped() -> None:
-    pages = [page for page in PAGES if page.parent.name in ("docs", "benchmarks")]
+    pages = [page for page in PAGES if page.parent.name in ("docs", "tutorials", "benchmarks")]
     assert len(pages) >= 4
     for page in pages:
         for line in CODE.sub("", page.read_text("utf-8")).splitlines():

@@ -2,8 +2,8 @@
 
 The reading order: load_quantized.py (all of reading, in the order of SPEC.md), hub.py (models by their ids), writer.py
 (packing and publishing), embed.py (the loader as a file of a model repository), support.py (the other files beside the
-weights), packed.py, hf.py and vllm.py (weights that stay packed, and other programs' interfaces), __main__.py (the command
-line).
+weights), gguf_export.py with gguf_tokenizer.py (a repository for llama.cpp), packed.py, hf.py and vllm.py (weights that
+stay packed, and other programs' interfaces), __main__.py (the command line).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from .load_quantized import (
     read_manifest,
 )
 
-_WRITING = ("RepoWriter", "add_files", "dequantize_repo", "pack")
+_WRITING = ("RepoWriter", "add_files", "export_safetensors", "pack")
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from . import writer
 
         return getattr(writer, name)
+    if name == "export_gguf":
+        from .gguf_export import export_gguf
+
+        return export_gguf
     raise AttributeError(f"module 'tqformat' has no attribute {name!r}")
 
 
@@ -41,7 +45,8 @@ __all__ = [  # noqa: RUF022 (by use)
     "open_repo",
     "fetch",
     "read_manifest",
-    "dequantize_repo",
+    "export_safetensors",
+    "export_gguf",
     "RepoWriter",
     "pack",
     "add_files",

@@ -1,4 +1,4 @@
-"""The command line: python -m tqformat (or tqformat) inspect | verify | dequantize | embed | update."""
+"""The command line: python -m tqformat (or tqformat) inspect | verify | export | embed | update."""
 
 import argparse
 import errno
@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -202,15 +203,34 @@ def verify(args: argparse.Namespace) -> None:
     )
 
 
-def dequantize(args: argparse.Namespace) -> None:
-    from .load_quantized import torch_dtype
-    from .writer import dequantize_repo
+def export(args: argparse.Namespace) -> None:
+    repo = fetch(args.repo)
+    if args.format == "gguf":
+        from .gguf_export import export_gguf
 
-    dtype = torch_dtype(args.dtype.upper()) if args.dtype else None
-    out = dequantize_repo(
-        fetch(args.repo), args.out, device=args.device, dtype=dtype, max_shard_bytes=args.max_shard_size
-    )
+        losses = export_gguf(repo, args.out, kind=args.type and args.type.upper(), device=args.device)
+        report = {kind: {**asdict(loss), "relative": loss.relative} for kind, loss in losses.items()}
+        if args.json:
+            print(json.dumps({"out": str(args.out), "types": report}))
+            return
+        print(f"wrote {args.out}")
+        rows: list[Sequence[object]]
+        rows = [(kind, t["tensors"], t["scalars"], t["stored_bytes"], *loss_text(t)) for kind, t in report.items()]
+        print(table_text(("type", "tensors", "scalars", "stored bytes", "largest error", "relative error"), rows))
+        return
+    from .load_quantized import torch_dtype
+    from .writer import export_safetensors
+
+    dtype = torch_dtype(args.type.upper()) if args.type else None
+    out = export_safetensors(repo, args.out, device=args.device, dtype=dtype, max_shard_bytes=args.max_shard_size)
     print(json.dumps({"out": str(out)}) if args.json else f"wrote a plain checkpoint to {out}")
+
+
+def loss_text(loss: dict[str, Any]) -> tuple[str, str]:
+    """The largest and the relative error of a type, or that there is none."""
+    if not loss["largest"]:
+        return "exact", "exact"
+    return f"{loss['largest']:.2e}", f"{loss['relative']:.2e}"
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -263,13 +283,14 @@ def parser() -> argparse.ArgumentParser:
     sub = command("verify", verify, "Check structure, sizes, digests and binding, and decode every weight once.")
     sub.add_argument("--no-decode", dest="decode", action="store_false", help="stop after the digests")
     sub.add_argument("--device", default="cpu", help="where to decode (default: cpu)")
-    sub = command("dequantize", dequantize, "Write a plain safetensors checkpoint that any tool reads.")
-    sub.add_argument("out", metavar="OUT", help="directory to create")
-    sub.add_argument(
-        "--dtype", choices=("bf16", "f16", "f32"), help="convert floating weights (default: each as it was)"
-    )
+    text = "Write decoded weights for other tools: a plain safetensors checkpoint, or one GGUF file for llama.cpp."
+    sub = command("export", export, text)
+    sub.add_argument("out", metavar="OUT", help="directory (safetensors) or file (gguf) to create")
+    sub.add_argument("--format", choices=("safetensors", "gguf"), default="safetensors", help="(default: %(default)s)")
+    help_ = "what floating weights become (default: each as it was); q8_0 for gguf alone. What gguf loses is printed"
+    sub.add_argument("--type", choices=("f32", "bf16", "f16", "q8_0"), help=help_)
     sub.add_argument("--device", default="cpu", help="where to decode (default: cpu)")
-    help_ = "start a new file beyond this size: bytes, or with K, M or G (default: 5G)"
+    help_ = "start a new safetensors file beyond this size: bytes, or with K, M or G (default: 5G)"
     sub.add_argument("--max-shard-size", type=byte_count, default=5 * 10**9, metavar="SIZE", help=help_)
     text = "Put this release's load_quantized.py into a repository directory and its manifest."
     sub = command("embed", embed, text, {"nargs": "?", "help": "repository directory; not needed with --print"})
@@ -303,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.run is embed and args.repo is None and not args.print:
         parser().error("embed: expected REPO, or --print")
+    if args.run is export and args.format == "safetensors" and args.type == "q8_0":
+        parser().error("export: --type q8_0 is for --format gguf")
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # torch's threads wait asleep: beside other jobs spinning takes minutes

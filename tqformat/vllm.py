@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -23,6 +24,7 @@ from . import load_quantized as lq
 from .load_quantized import require
 
 METHOD = "tqformat"
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")  # the others name files, or loaders that read them by themselves
 
 
 class TQFormatConfig(QuantizationConfig):  # type: ignore[misc]
@@ -47,6 +49,9 @@ class TQFormatConfig(QuantizationConfig):  # type: ignore[misc]
         return cls()  # the manifest says the rest
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        found = get_current_vllm_config().load_config.load_format
+        expected = f"one of {', '.join(LOAD_FORMATS)} for a tqformat repository"
+        require(found in LOAD_FORMATS, "SCHEMA.VALUE", "load_format", expected, found)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None  # None is plain for all others
 
 

@@ -118,7 +118,7 @@ def _json(value: Any, where: str) -> str:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """An error of the system that names no file, as that of a full disk, is about `path`."""
     try:
         yield
@@ -175,7 +175,7 @@ def write_safetensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     whole, chunk, chunks, size = hashlib.sha256(), hashlib.sha256(), [], 0
-    with _naming(path), open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
 
         def put(block: memoryview | bytes) -> int:
             nonlocal chunk, size
@@ -508,7 +508,7 @@ class RepoWriter:
                 require(ok, "DATA.NON_FINITE", name, "finite numbers")
                 if table != "tensors":
                     digest.update(raw_bytes(tensor))
-                with _naming(self._partial):
+                with naming(self._partial):
                     self._end += self._spool.write(raw_bytes(tensor))
             wanted = math.prod(shape) * DTYPES[dtype]
             if self._end - record["parts"][name][2] != wanted:
@@ -526,7 +526,7 @@ class RepoWriter:
 
     def commit(self) -> None:
         """Makes what was added so far survive a crash: the data first, then the journal that speaks of it."""
-        with _naming(self._partial):
+        with naming(self._partial):
             self._spool.flush()
             os.fsync(self._spool.fileno())
             self._journal.write("".join(self._pending).encode())
@@ -792,7 +792,7 @@ class RepoWriter:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with _naming(path), open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -823,7 +823,7 @@ def replace_files(path: Path, manifest: dict[str, Any], contents: dict[str, byte
     _sync_directory(path)
 
 
-def dequantize_repo(
+def export_safetensors(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -893,4 +893,4 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return config
 
 
-__all__ = ["RepoWriter", "TQFormatError", "accounting", "add_files", "dequantize_repo", "features_in_use", "pack"]
+__all__ = ["RepoWriter", "TQFormatError", "accounting", "add_files", "export_safetensors", "features_in_use", "pack"]

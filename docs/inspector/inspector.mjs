@@ -4,7 +4,8 @@ import {
   MANIFEST,
   address,
   blobs,
-  openRepository,
+  openManifest,
+  openPayload,
   storageNames,
   toNumbers,
 } from "../../readers/javascript/tqformat.mjs";
@@ -55,6 +56,17 @@ function facts(entries) {
 
 function section(title, ...children) {
   return h("section", {}, h("h2", {}, title), ...children);
+}
+
+/** A section whose contents are made, and what they need is fetched, when it is opened for the first time. */
+function closedSection(title, make) {
+  const place = h("div");
+  const details = h("details", {}, h("summary", {}, h("h2", {}, title)), place);
+  let made = null;
+  details.addEventListener("toggle", () => {
+    made ??= attempt(async () => place.replaceChildren(...[await make()].flat()));
+  });
+  return details;
 }
 
 const status = document.getElementById("status");
@@ -158,7 +170,7 @@ function bitsByLayer(repository) {
     { number: "bits a weight" },
     "",
   ];
-  return section("Bits by layer", table(heads, rows));
+  return table(heads, rows);
 }
 
 function storage(repository) {
@@ -190,7 +202,7 @@ function storage(repository) {
       { number: `${((100 * bytes) / total).toFixed(2)} %` },
       bar(bytes / total),
     ]);
-  return section("Storage", table(["Stored data", { number: "bytes" }, { number: "share" }, ""], rows));
+  return table(["Stored data", { number: "bytes" }, { number: "share" }, ""], rows);
 }
 
 const EVALUATION = "eval_summary.json";
@@ -198,12 +210,12 @@ const EVALUATION = "eval_summary.json";
 /** The figures of the evaluation. Whatever is wrong with them says nothing of the weights: it is told in their place. */
 async function evaluation(repository) {
   const listed = repository.manifest.files.get(EVALUATION);
-  if (!listed) return section("Evaluation", h("p", { class: "quiet" }, `No ${EVALUATION} is listed.`));
+  if (!listed) return h("p", { class: "quiet" }, `No ${EVALUATION} is listed.`);
   try {
     if (listed.size > 2 ** 24) throw new Error(`${EVALUATION} is longer than 16 MiB`); // [TQ-EVAL-1]
-    return section("Evaluation", ...figures(JSON.parse(new TextDecoder().decode(await repository.read(EVALUATION)))));
+    return figures(JSON.parse(new TextDecoder().decode(await repository.read(EVALUATION))));
   } catch (error) {
-    return section("Evaluation", h("p", { class: "bad" }, error.message));
+    return h("p", { class: "bad" }, error.message);
   }
 }
 
@@ -259,7 +271,7 @@ function digests(repository, source) {
     tell(wrong ? `${wrong} files are not what the manifest says.` : `Digests verified: ${size(done)} read.`, wrong > 0);
     button.disabled = false;
   });
-  return section("Digests", h("p", {}, button), table(["File", "role", { number: "bytes" }, "SHA-256", "state"], rows));
+  return [h("p", {}, button), table(["File", "role", { number: "bytes" }, "SHA-256", "state"], rows)];
 }
 
 function weights(repository) {
@@ -287,7 +299,7 @@ function weights(repository) {
   );
   if (repository.manifest.tensors.size) place.replaceChildren(describe(repository, select.value));
   const label = h("label", { for: "weight" }, "Weight");
-  return section("A weight", h("p", {}, label, h("span", { class: "row" }, select, button)), place);
+  return [h("p", {}, label, h("span", { class: "row" }, select, button)), place];
 }
 
 /** What the manifest and the headers say of a weight. */
@@ -384,10 +396,23 @@ async function open(source, name, fetched = () => "") {
   report.replaceChildren();
   tell(`Opening ${name} …`);
   await attempt(async () => {
-    const repository = await openRepository(source);
-    const parts = [summary(repository), bitsByLayer(repository), storage(repository)];
-    report.replaceChildren(...parts, await evaluation(repository), digests(repository, source), weights(repository));
-    tell(`${name} obeys the format: manifest, headers and totals fit.${fetched()}`);
+    const outline = await openManifest(source);
+    let opened = null;
+    async function whole() {
+      opened ??= openPayload(source, outline);
+      await opened;
+      tell(`${name} obeys the format: manifest, headers and totals fit.${fetched()}`);
+      return opened;
+    }
+    report.replaceChildren(
+      summary(outline),
+      closedSection("Bits by layer", async () => bitsByLayer(await whole())),
+      closedSection("Storage", async () => storage(await whole())),
+      closedSection("Evaluation", () => evaluation(outline)),
+      closedSection("Digests", () => digests(outline, source)),
+      closedSection("A weight", async () => weights(await whole())),
+    );
+    tell(`The manifest of ${name} obeys the format; sections are fetched when they are opened.${fetched()}`);
   });
 }
 

@@ -1412,13 +1412,23 @@ function countTotals(manifest, payload) {
 
 // ------------------------------------------------------------------------------------------------ Opening a repository
 
-/** Opens a repository: reads and checks the manifest, the sizes and the headers of the payload, and how they fit. */
-export async function openRepository(source) {
+/** A repository of which only the manifest was read and checked: its files can be read and verified, no weight decoded. */
+export async function openManifest(source) {
   const file = await source(MANIFEST);
   check(file, "BIND.MISSING_FILE", MANIFEST, "the repository has no manifest");
   check(file.size <= 64 * M20, "LIMIT.SIZE", MANIFEST, "a manifest has at most 64 MiB"); // [TQ-LIM-1]
   const manifest = readManifest(await file.read(0, file.size));
   checkShards(manifest);
+  return new Repository(source, manifest, new Map());
+}
+
+/** Opens a repository: reads and checks the manifest, the sizes and the headers of the payload, and how they fit. */
+export async function openRepository(source) {
+  return openPayload(source, await openManifest(source));
+}
+
+/** The rest of openRepository, for what openManifest gave. */
+export async function openPayload(source, { manifest }) {
   const payload = new Map();
   const names = [...manifest.files].filter(([, { role }]) => role === "payload").map(([name]) => name);
   const files = new Map();

@@ -96,9 +96,7 @@ def open_source(src: str, revision: str | None = None) -> Source:
             raise TQFormatError("BIND.MISSING_FILE", src, "neither a directory, nor an inventory file, nor a Hub id")
         hub_id, path = src, _fetch(src, revision)
     if (path / MANIFEST).exists():
-        advice = (
-            f"already a tqformat repository; make a checkpoint of it first: python -m tqformat dequantize {src} OUT"
-        )
+        advice = f"already a tqformat repository; make a checkpoint of it first: python -m tqformat export {src} OUT"
         raise TQFormatError("SCHEMA.VALUE", str(path), advice)
     cached_id, commit = hub_cache_names(path)
     notes: list[str] = []

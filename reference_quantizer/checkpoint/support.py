@@ -9,7 +9,7 @@ from reference_quantizer.checkpoint.source import Source
 from tqformat.load_quantized import LOADER_KINDS, TQFormatError
 from tqformat.support import role_of
 
-REQUIREMENTS = "accelerate>=1.1\nhuggingface_hub>=1\ntorch>=2.4\ntransformers>=5.4\n"  # what the loader imports
+REQUIREMENTS = "accelerate>=1.1\ntorch>=2.4\ntransformers>=5.4\n"  # what the loader imports
 
 # Of a source they are never copied: what they say is about another set of weights, or is written anew.
 NEVER = ("quant_manifest.json", "readme.md", "load_quantized.py", "eval_summary.json", "sample_generations.json")

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint import support
-from reference_quantizer.commands.options import STYLE
+from reference_quantizer.commands.options import STYLE, add_repository_arguments
 from reference_quantizer.commands.quantize import check_target
 from reference_quantizer.progress import Progress, tell
 from reference_quantizer.release import report
-from tqformat.__main__ import byte_count
-from tqformat.load_quantized import LOADER_KINDS
 
 EXAMPLES = """what SRC may be, and the dtype of its weights here, in which they are the same bit for bit:
   GGUF (file, directory of one, or package:NAME)   F32    22 types of blocks: Q4_0 to Q8_0, K, IQ but IQ2_S, MXFP4, ...
@@ -71,12 +69,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
     parser.add_argument("--base-model", metavar="ID", help="recorded id of the original model (default: what SRC says)")
     parser.add_argument("--license", metavar="ID", help="recorded licence (default: what SRC says)")
-    kinds = ", ".join(LOADER_KINDS)
-    help_ = f"which class builds the model (default: from config.json): {kinds}"
-    parser.add_argument("--loader-kind", metavar="KIND", choices=list(LOADER_KINDS), help=help_)
-    parser.add_argument("--pipeline-tag", metavar="TAG", help="the Hub's task name (default: the loader kind)")
-    help_ = "start a new payload file beyond this size: bytes, or with K, M or G (default: 5G)"
-    parser.add_argument("--max-shard-size", metavar="SIZE", type=byte_count, default=5 * 10**9, help=help_)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    add_repository_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run_import)

@@ -52,6 +52,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--base-model", metavar="ID", help="recorded id (default: the Hub id or the directory's name)")
     output.add_argument("--license", metavar="ID", help="recorded licence (default: from the model card or LICENSE)")
+    add_repository_arguments(output)
+
+
+def add_repository_arguments(output: Any) -> None:
+    """How a repository is written, of all commands that write one; `output` is a parser, or a group of its options."""
     kinds = ", ".join(LOADER_KINDS)
     help_ = f"which class builds the model (default: from config.json): {kinds}"
     output.add_argument("--loader-kind", metavar="KIND", choices=list(LOADER_KINDS), help=help_)

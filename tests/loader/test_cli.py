@@ -156,13 +156,13 @@ def test_verify_decodes_unless_told_not_to(settings_repo: Path, capfd: pytest.Ca
     assert "DATA.NON_FINITE" in err and "tensors['conv'].stages[0].scales" in err and one_line(err)
 
 
-# ------------------------------------------------------------------------------------------------ dequantize, embed
+# ------------------------------------------------------------------------------------------------ export, embed
 
 
 @pytest.mark.parametrize("dtype", [None, "f32", "bf16", "f16"])
-def test_dequantize(settings_repo: Path, tmp_path: Path, dtype: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--dtype", dtype] if dtype else []
-    assert main(["dequantize", str(settings_repo), str(tmp_path / "out"), "--json", *options]) == 0
+def test_export(settings_repo: Path, tmp_path: Path, dtype: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--type", dtype] if dtype else []
+    assert main(["export", str(settings_repo), str(tmp_path / "out"), "--json", *options]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "out")}
     state, want = load_file(tmp_path / "out" / "model.safetensors"), load_state_dict(settings_repo)
     to = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}.get(str(dtype))
@@ -171,12 +171,12 @@ def test_dequantize(settings_repo: Path, tmp_path: Path, dtype: str | None, caps
         assert torch.equal(state[name], tensor.to(to) if to and tensor.is_floating_point() else tensor)
 
 
-def test_dequantize_in_shards(settings_repo: Path, tmp_path: Path) -> None:
-    done = cli("dequantize", settings_repo, tmp_path / "out", "--max-shard-size", "2K")
+def test_export_in_shards(settings_repo: Path, tmp_path: Path) -> None:
+    done = cli("export", settings_repo, tmp_path / "out", "--max-shard-size", "2K")
     assert (
         done.returncode == 0 and one_line(done.stdout) and (tmp_path / "out" / "model.safetensors.index.json").exists()
     )
-    again = cli("dequantize", settings_repo, tmp_path / "out")
+    again = cli("export", settings_repo, tmp_path / "out")
     assert again.returncode == 1 and "exists" in again.stderr and one_line(again.stderr)
 
 
@@ -304,11 +304,11 @@ def test_files_by_their_names() -> None:
 
 # ------------------------------------------------------------------------------------------------ errors
 
-COMMANDS = [["inspect"], ["verify"], ["dequantize"], ["embed"], ["update"]]
+COMMANDS = [["inspect"], ["verify"], ["export"], ["embed"], ["update"]]
 
 
 def arguments(command: list[str], repo: Path, tmp_path: Path) -> list[str]:
-    return [*command, str(repo), *([str(tmp_path / "out")] if command == ["dequantize"] else [])]
+    return [*command, str(repo), *([str(tmp_path / "out")] if command == ["export"] else [])]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -356,7 +356,7 @@ def failing(number: int) -> Any:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("command", [["dequantize"], ["embed"]])
+@pytest.mark.parametrize("command", [["export"], ["embed"]])
 def test_a_target_that_cannot_be_written(
     settings_repo: Path, tmp_path: Path, command: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -390,14 +390,14 @@ def test_an_output_that_is_full(settings_repo: Path, tmp_path: Path, options: st
 @pytest.mark.parametrize("library", ["torch", "numpy"])
 def test_a_library_that_is_not_there(settings_repo: Path, tmp_path: Path, library: str) -> None:
     code = f"import sys, runpy; sys.modules[{library!r}] = None; runpy.run_module('tqformat', run_name='__main__', alter_sys=True)"
-    done = run_python("-c", code, "dequantize", str(settings_repo), str(tmp_path / "out"))
+    done = run_python("-c", code, "export", str(settings_repo), str(tmp_path / "out"))
     assert done.returncode == 1 and one_line(done.stderr), done.stderr
     assert done.stderr == f"error [UNSUPPORTED.LIBRARY] needs {library}, one of the packages that tqformat depends on\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there(settings_repo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for command in (["verify", str(settings_repo)], ["dequantize", str(settings_repo), str(tmp_path / "out")]):
+    for command in (["verify", str(settings_repo)], ["export", str(settings_repo), str(tmp_path / "out")]):
         for device in ("cuda", "nonsense"):
             assert main([*command, "--device", device]) == 1
             err = capfd.readouterr().err
@@ -432,8 +432,9 @@ def test_usage() -> None:
         ["conjure"],
         ["inspect"],
         ["embed"],
-        ["dequantize", "x"],
-        ["dequantize", "x", "y", "--dtype", "f8"],
+        ["export", "x"],
+        ["export", "x", "y", "--type", "f8"],
+        ["export", "x", "y", "--type", "q8_0"],
     ):
         with pytest.raises(SystemExit) as caught:
             main(bad)

@@ -106,7 +106,7 @@ def test_a_pipeline(release: Path, hf: Any, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_other_checkpoints_are_left_alone(release: Path, hf: Any, tmp_path: Path) -> None:
-    plain = tqformat.dequantize_repo(release, tmp_path / "plain")
+    plain = tqformat.export_safetensors(release, tmp_path / "plain")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     model, other = AutoModelForCausalLM.from_pretrained(plain), LlamaForCausalLM.from_pretrained(plain)
     assert not packed.packed_weights(model) and torch.equal(model.lm_head.weight, other.lm_head.weight)

@@ -17,7 +17,7 @@ from helpers import MODELS, llama
 from transformers.utils import logging
 
 import tqformat
-from tqformat import TQFormatError, add_files, dequantize_repo, load_quantized, open_repo
+from tqformat import TQFormatError, add_files, export_safetensors, load_quantized, open_repo
 from tqformat.load_quantized import LOADER_KINDS, Repo
 
 
@@ -38,7 +38,7 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
                 model.generation_config.max_new_tokens = 7
             model.save_pretrained(root / name / "checkpoint")
             repo = repo_from_checkpoint(root / name / "checkpoint", root / name / "repo", kind, extra)
-            made[name] = repo, dequantize_repo(repo, root / name / "plain")
+            made[name] = repo, export_safetensors(repo, root / name / "plain")
         return made[name]
 
     return make
@@ -145,7 +145,7 @@ def test_an_alias_fills_a_weight_that_the_model_does_not_tie(tmp_path: Path) -> 
     loaded = tqformat.load(repo)
     assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
-    plain = dequantize_repo(repo, tmp_path / "plain")
+    plain = export_safetensors(repo, tmp_path / "plain")
     assert_same(loaded, transformers.AutoModelForCausalLM.from_pretrained(plain))
 
 
@@ -155,7 +155,7 @@ def test_an_alias_that_the_model_ties_itself_is_harmless(tmp_path: Path) -> None
     repo = repo_from_checkpoint(tmp_path / "checkpoint", tmp_path / "repo", "text-generation", ties=alias)
     loaded = tqformat.load(repo)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    plain = dequantize_repo(repo, tmp_path / "plain")
+    plain = export_safetensors(repo, tmp_path / "plain")
     assert_same(loaded, transformers.AutoModelForCausalLM.from_pretrained(plain))
 
 
@@ -164,7 +164,7 @@ def test_other_float_types_and_shards(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint", max_shard_size="20KB")
     repo = repo_from_checkpoint(tmp_path / "checkpoint", tmp_path / "repo", "text-generation", max_shard_bytes=3000)
     assert len(list(repo.glob("*.safetensors"))) > 3
-    plain = dequantize_repo(repo, tmp_path / "plain", max_shard_bytes=10_000)
+    plain = export_safetensors(repo, tmp_path / "plain", max_shard_bytes=10_000)
     assert (plain / "model.safetensors.index.json").exists()
     assert_same(tqformat.load(repo), transformers.AutoModelForCausalLM.from_pretrained(plain))
 

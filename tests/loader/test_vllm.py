@@ -51,12 +51,15 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(f"vllm.model_executor.{key}")
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    engine, config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto")), ModuleType("vllm.config")
+    config.get_current_vllm_config = lambda: engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
     monkeypatch.delitem(sys.modules, "tqformat.vllm", raising=False)
     plugin = importlib.import_module("tqformat.vllm")
     monkeypatch.delitem(sys.modules, "tqformat.vllm")  # undone afterwards: the next test imports it anew
     for _ in range(2):  # vLLM asks that plugins stand it
         plugin.register()
-    return SimpleNamespace(plugin=plugin, loader=loader, methods=methods)
+    return SimpleNamespace(plugin=plugin, loader=loader, methods=methods, engine=engine)
 
 
 def settings(path: Path | str, tied: bool = True, quantization: str | None = "tqformat") -> Any:
@@ -111,6 +114,13 @@ def test_layers_are_plain(vllm: Any) -> None:
     assert config.get_name() == "tqformat" and torch.float16 in config.get_supported_act_dtypes()
     assert type(config.get_quant_method(LinearBase(), "a")).__name__ == "UnquantizedLinearMethod"
     assert config.get_quant_method(torch.nn.Embedding(1, 1), "b") is None
+
+
+def test_load_formats_that_read_files_by_themselves_are_refused(vllm: Any) -> None:
+    config = vllm.methods["tqformat"].from_config({"quant_method": "tqformat"})
+    vllm.engine.load_config.load_format = "runai_streamer"
+    with pytest.raises(TQFormatError, match=r"load_format: expected one of auto, .* got runai_streamer"):
+        config.get_quant_method(LinearBase(), "a")
 
 
 def test_the_entry_point_is_there() -> None:

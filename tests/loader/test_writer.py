@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from conformance import oracle
 from conformance.__main__ import main as conformance_main
-from tqformat import RepoWriter, TQFormatError, add_files, dequantize_repo, load_state_dict, open_repo, pack
+from tqformat import RepoWriter, TQFormatError, add_files, export_safetensors, load_state_dict, open_repo, pack
 from tqformat.load_quantized import DTYPES, MANIFEST, torch_dtype, unpack
 from tqformat.writer import accounting, features_in_use, shard_names, split_shards
 
@@ -925,7 +925,7 @@ def test_an_invalid_transform_is_refused_at_the_latest_by_finish(tmp_path: Path)
         assert not (tmp_path / str(k)).exists()
 
 
-# ------------------------------------------------------------------------------------------------ add_files, dequantize_repo
+# ------------------------------------------------------------------------------------------------ add_files, export_safetensors
 
 
 def test_add_files(settings_repo: Path) -> None:
@@ -954,11 +954,11 @@ def test_add_files_refuses_bad_names_and_roles(settings_repo: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [5_000_000_000, 1000])
-def test_dequantize_repo(settings_repo: Path, tmp_path: Path, limit: int) -> None:
+def test_export_safetensors(settings_repo: Path, tmp_path: Path, limit: int) -> None:
     from safetensors.torch import load_file
 
     add_files(settings_repo, {"config.json": ("support", b"{}"), "LICENSE": ("document", b"x")})
-    out = dequantize_repo(settings_repo, tmp_path / "plain", max_shard_bytes=limit)
+    out = export_safetensors(settings_repo, tmp_path / "plain", max_shard_bytes=limit)
     want, state = load_state_dict(settings_repo), {}
     files = sorted(out.glob("*.safetensors"))
     for file in files:
@@ -978,22 +978,22 @@ def test_dequantize_repo(settings_repo: Path, tmp_path: Path, limit: int) -> Non
     }
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     with pytest.raises(FileExistsError):
-        dequantize_repo(settings_repo, out)
+        export_safetensors(settings_repo, out)
 
 
-def test_dequantize_repo_to_another_dtype(settings_repo: Path, tmp_path: Path) -> None:
+def test_export_safetensors_to_another_dtype(settings_repo: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    out = dequantize_repo(settings_repo, tmp_path / "plain", dtype=torch.float16)
+    out = export_safetensors(settings_repo, tmp_path / "plain", dtype=torch.float16)
     state, want = load_file(out / "model.safetensors"), load_state_dict(settings_repo)
     for name, tensor in want.items():
         assert torch.equal(state[name], tensor.half() if tensor.is_floating_point() else tensor), name
 
 
-def test_dequantize_repo_of_a_damaged_one_leaves_no_target(settings_repo: Path, tmp_path: Path) -> None:
+def test_export_safetensors_of_a_damaged_one_leaves_no_target(settings_repo: Path, tmp_path: Path) -> None:
     edit_manifest(settings_repo, lambda m: m["files"]["turboquant_weights.safetensors"].update(chunks=["0" * 64]))
     with pytest.raises(TQFormatError, match=r"BIND\.DIGEST"):
-        dequantize_repo(settings_repo, tmp_path / "plain")
+        export_safetensors(settings_repo, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
 

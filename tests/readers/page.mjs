@@ -1,5 +1,5 @@
 // Runs the inspector page in Node on a stand-in for the DOM with just what the page uses: node page.mjs PAGE ADDRESS.
-// Prints the status line after opening, after each weight is decoded, and after the digests are verified; and all text.
+// Prints the status line after opening, after all sections are opened, after each weight is decoded, and after the digests are verified; and all text.
 
 class Element {
   children = [];
@@ -59,11 +59,19 @@ async function told(pattern) {
 }
 
 await import(page);
-const opened = await told(/fetched|\[/);
+const opened = await told(/fetched\.$|\[/);
 const result = { opened, decoded: [] };
-const buttons = ids.report.find((element) => element.tag === "button");
-if (buttons.length) {
-  const [verify, decode] = buttons;
+const sections = ids.report.find((element) => element.tag === "details");
+for (const details of sections) {
+  details.listeners.toggle();
+  for (const end = Date.now() + 30_000; !details.children[1].children.length; ) {
+    if (Date.now() > end || /\[/.test(ids.status.textContent)) throw new Error(`the page says ${ids.status.textContent}`);
+    await new Promise((done) => setTimeout(done, 5));
+  }
+}
+if (sections.length) {
+  result.whole = ids.status.textContent;
+  const [verify, decode] = ids.report.find((element) => element.tag === "button");
   const [select] = ids.report.find((element) => element.tag === "select");
   for (const option of select.find((element) => element.tag === "option")) {
     select.value = option.textContent;

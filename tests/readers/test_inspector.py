@@ -35,11 +35,22 @@ def run_page(address: str) -> Any:
 def test_the_page_shows_checks_and_decodes_a_repository() -> None:
     with RangeServer(REPO) as server:
         found = run_page(server.url)
-    assert re.search(r" obeys the format: .* [0-9,]+ bytes were fetched\.$", found["opened"])
+    assert re.search(r"The manifest of .* obeys the format; .* [0-9,]+ bytes were fetched\.$", found["opened"])
+    assert re.search(r" obeys the format: .* [0-9,]+ bytes were fetched\.$", found["whole"])
     assert [line.split()[1] for line in found["decoded"]] == list(MANIFEST["tensors"])
     assert found["verified"].startswith("Digests verified")
     assert all(title in found["text"] for title in [MANIFEST["base_model"]["id"], *SECTIONS])
     assert found["text"].count(" verified") == len([name for name in MANIFEST["files"] if (REPO / name).exists()])
+
+
+@needs_node
+def test_the_page_fetches_the_manifest_alone_until_a_section_is_opened() -> None:
+    with RangeServer(REPO) as server:
+        found = run_page(server.url)
+        sizes = [
+            int(re.findall(r"([0-9,]+) bytes were", found[key])[0].replace(",", "")) for key in ("opened", "whole")
+        ]
+    assert sizes[0] == (REPO / "quant_manifest.json").stat().st_size < sizes[1]
 
 
 @needs_node
@@ -97,7 +108,7 @@ def test_the_page_shows_an_evaluation(tmp_path: Path) -> None:
 def test_an_evaluation_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
     with RangeServer(with_evaluation(tmp_path, "{}")) as server:
         found = run_page(server.url)
-    assert "obeys the format" in found["opened"] and all(title in found["text"] for title in SECTIONS)
+    assert "obeys the format:" in found["whole"] and all(title in found["text"] for title in SECTIONS)
     assert "Cannot read properties of undefined" in found["text"]
 
 
@@ -136,6 +147,9 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, way: str) -> None:
         page.goto(f"{server.url}/docs/inspector/index.html" + ("?repo=/repo" if way == "address" else ""))
         if way == "folder":
             page.set_input_files("#folder", repo)
+        page.wait_for_selector("details")
+        for heading in page.locator("summary").all():
+            heading.click()
         page.wait_for_selector("#weight")
         assert page.locator("h2").all_inner_texts() == [MANIFEST["base_model"]["id"], *SECTIONS]
         page.get_by_role("button", name="Decode").click()

@@ -307,7 +307,7 @@ def test_a_repository_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture
         path,
     )
     assert run(path, tmp_path / "out") == 1
-    assert "tqformat dequantize" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "tqformat export" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_support_files_and_provenance(make: Make, tmp_path: Path) -> None:
