@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -147,10 +148,17 @@ def main() -> None:
         elif paths:
             left_out.append(f"{way}: none of {', '.join(packages)} is installed")
     seen: list[list[dict[str, float]]] = [[] for _ in candidates]
+    failed: dict[tuple[str, Path], str] = {}
     for turn in range(args.runs):
         for (way, path), found in zip(candidates, seen, strict=True):
             print(f"turn {turn + 1} of {args.runs}: {way} {path.name}", file=sys.stderr)
-            found.append(child_of(__file__, way, str(path), str(args.prompt), str(args.tokens)))
+            try:
+                found.append(child_of(__file__, way, str(path), str(args.prompt), str(args.tokens)))
+            except subprocess.CalledProcessError as error:  # its message is above
+                failed[way, path] = f"{way}, {path.name}: it ended with status {error.returncode}"
+    left_out += failed.values()
+    seen = [found for each, found in zip(candidates, seen, strict=True) if each not in failed]
+    candidates = [each for each in candidates if each not in failed]
     middle = [{key: statistics.median(each[key] for each in found) for key in found[0]} for found in seen]
     lines = [
         f"{machine()}; {args.runs} runs; prompt {args.prompt}, {args.tokens} new tokens; {time.strftime('%d %B %Y')}",
