@@ -68,7 +68,7 @@ def run_tutorial(name: str, place: Path) -> str:
         assert language == "sh"
         command = ["bash", "-e", "-c", code]
         done = subprocess.run(
-            command, cwd=place, env=variables, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=place, env=variables, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout)

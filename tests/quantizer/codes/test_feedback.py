@@ -543,7 +543,7 @@ def test_embeddings_and_heads_have_more_bits_unless_told_otherwise(tmp_path: Pat
     for name in ("out", "own", "fast"):
         tensors = json.loads((tmp_path / name / MANIFEST).read_text())["tensors"]
         found.append([tensors[n]["effective_bits"] for n in ("model.embed_tokens.weight", "lm_head.weight")])
-    assert found == [[4, 4], [2, 2], [8, 8]]
+    assert found == [[3, 3], [2, 2], [8, 8]]
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ def test_a_calibrated_repository_conforms(
     manifest = manifest_of(out)
     assert manifest["quantization"]["method"] == method and sorted(manifest["features"]) == features
     found = {n: t["effective_bits"] for n, t in manifest["tensors"].items() if t["kind"] == "quantized"}
-    assert all(b == (bits if ".layers." in name else bits + 2) for name, b in found.items()) and len(kept) == 16
+    assert all(b == (bits if ".layers." in name else bits + 1) for name, b in found.items()) and len(kept) == 16
     with open_repo(out) as repo:
         for name, decoded in kept.items():
             assert torch.allclose(repo.dequantize(name).float(), decoded, rtol=2**-7, atol=1e-6)
