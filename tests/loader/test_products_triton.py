@@ -152,7 +152,7 @@ def test_packed_weights_take_them(on_triton: list[bool], settings_repo: Path) ->
                 x = torch.randn(2, weight.shape[1])
                 wanted = x @ exact(weight).t()
                 assert torch.allclose(functional.linear(x, weight), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max())
-    assert True in on_triton[1:] and False in on_triton[1:]
+    assert set(on_triton[1:]) == {True, False}  # some settings have a kernel here, others take torch's path
 
 
 def exact(weight: PackedWeight) -> Tensor:
