@@ -58,7 +58,7 @@ def byte_level_tokenizer() -> Any:
     return tokenizer
 
 
-def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, **tokenizer: bool) -> Path:
+def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, tied: bool = False, **tokenizer: bool) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -69,6 +69,7 @@ def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, **tokenizer
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        tie_word_embeddings=tied,
         **sizes,
     )
     model = LlamaForCausalLM(config)

@@ -1,12 +1,13 @@
 """Recovery tuning: what costs no bits is trained to give the base model's predictions, with the codes fixed.
 
 A weight is W = s ⊙ Ŵ with Ŵ as decoded and a factor s for each row, which goes into its scales (SPEC section 9).
-These factors and all vectors kept as they are (norms, biases) are trained on KL(base || quantized) over the calibration
-tokens, end to end, as knowledge distillation does it; embeddings and output layers stay. The result is a new repository of
-the same size, which any reader decodes.
+These factors, those of embeddings and output layers too, and all vectors kept as they are (norms, biases) are trained on
+KL(base || quantized) over the calibration tokens, end to end, as knowledge distillation does it. The result is a new
+repository of the same size, which any reader decodes.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from reference_quantizer.evaluation.evaluate import SUMMARY
 from reference_quantizer.job.quantize import Target, quantize, resume_key
 from reference_quantizer.model.base import DTYPES, check_same_model, load_base, running_models
 from reference_quantizer.model.machine import check_device, has_bfloat16
-from reference_quantizer.planning.plan import EMBEDDINGS, HEADS, Plan
+from reference_quantizer.planning.plan import Plan
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
     MANIFEST,
@@ -73,15 +74,15 @@ class Settings:
 
 
 class Scaled(nn.Module):
-    """s ⊙ (W x) + b for a linear layer; trains s, which begins as ones."""
+    """s ⊙ (W x) + b for a linear layer."""
 
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, factor: nn.Parameter) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)  # [rows, cols], of the products' dtype
-        self.factor = nn.Parameter(torch.ones(len(weight), device=weight.device))
+        self.factor = factor  # s [rows]
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,27 +90,40 @@ class Scaled(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def replace_layers(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> dict[str, Scaled]:
-    """Puts a Scaled in the place of each linear layer whose weight is quantized: weight name -> it.
+def scale_rows(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Puts factors, ones to begin with, on the rows of the quantized weights of linear layers and the embedding: weight name -> them [rows].
 
-    Everything else stays as it is, frozen; so do the output layer and what is tied to it.
+    Linear layers become Scaled, with weights of `dtype`; what the embedding gives is multiplied by the factors of the rows that it
+    reads. A weight that several modules share has the same factors in all. Everything else stays as it is, frozen.
     """
     model.requires_grad_(False)
-    by_parameter: dict[int, str] = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
-    output = model.get_output_embeddings()
-    found: dict[str, Scaled] = {}
+    embedding = model.get_input_embeddings()
+    names: dict[int, str] = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+    factors: dict[str, nn.Parameter] = {}
+    weights: dict[str, Tensor] = {}
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or (output is not None and module.weight is output.weight):
+        if not isinstance(module, nn.Linear) and module is not embedding:
             continue
-        name = by_parameter[id(module.weight)]
+        name = names[id(module.weight)]
         if not (entry := repo.manifest.tensors.get(name)) or not entry.stages or len(entry.shape) != 2:
             continue
-        if name not in found:
-            found[name] = Scaled(module.weight.detach().to(dtype))
+        if name not in factors:
+            factors[name] = nn.Parameter(torch.ones(len(module.weight), device=module.weight.device))
+        if module is embedding:
+            module.register_forward_hook(functools.partial(_scale_read, factors[name]))
+            continue
+        if name not in weights:
+            weights[name] = module.weight.detach().to(dtype)
         owner, _, last = path.rpartition(".")
-        found[name].bias = module.bias
-        setattr(model.get_submodule(owner), last, found[name])
-    return found
+        layer = Scaled(weights[name], factors[name])
+        layer.bias = module.bias
+        setattr(model.get_submodule(owner), last, layer)
+    return factors
+
+
+def _scale_read(factor: Tensor, _: nn.Module, args: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """The forward hook of an embedding: its `rows` [..., width] for the tokens args[0] [...], times their factors."""
+    return rows * factor[args[0]][..., None]
 
 
 def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
@@ -267,15 +281,15 @@ def tune(
     with open_repo(repo_dir) as repo, running_models():
         base = load_base(source, manifest.loader_kind, settings.dtype or "", device)
         whole = load(repo_dir, device, torch.float32)
-        parts, small = replace_layers(whole, repo, dtype), small_parameters(whole, repo)
-        _tell_frozen(repo, parts)
+        factors, small = scale_rows(whole, repo, dtype), small_parameters(whole, repo)
+        _tell_frozen(repo, factors)
         halves, model = Halves(base.requires_grad_(False), dtype), Halves(whole, dtype)
         for half in (halves, model):
             half.check(ids[0])
         digest = file_sha256(repo_dir / MANIFEST)
         job = json.dumps([__version__, asdict(settings), calibration.sha256, digest, source.identity, device])
         state = State(out.with_name(f".{out.name}.tuning"), job)
-        optimizer = make_optimizer(parts, small)
+        optimizer = make_optimizer(factors, small)
         kept = state.restore(optimizer)
         targets = Targets(halves, ids, state.path / "targets", kept.get("done"))
         before, best = _train(targets, held_out, model, optimizer, settings, state, kept, quiet)
@@ -283,7 +297,7 @@ def tune(
         record = asdict(settings) | {"tokens": best.step * settings.batch * ids.shape[1], "best_step": best.step}
         record |= {"held_out_sequences": held_out, "held_out_kl": [float(f"{x:.6g}") for x in (before, after)]}
         if after < before:
-            write_tuned(repo, repo_dir, out, parts, small, record, calibration, overwrite, **head)
+            write_tuned(repo, repo_dir, out, factors, small, record, calibration, overwrite, **head)
         shutil.rmtree(state.path)
     if not after < before:
         message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
@@ -325,9 +339,9 @@ def quantize_tuned(
     return target.path
 
 
-def _tell_frozen(repo: Repo, parts: dict[str, Any]) -> None:
+def _tell_frozen(repo: Repo, factors: dict[str, Any]) -> None:
     quantized = [name for name, entry in repo.manifest.tensors.items() if entry.stages]
-    frozen = [name for name in quantized if name not in parts and not name.endswith(EMBEDDINGS + HEADS)]
+    frozen = [name for name in quantized if name not in factors]
     if frozen:
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
         print(f"note: as they are, for they are no linear layers: {frozen[0]}{more}", file=sys.stderr)
@@ -399,13 +413,13 @@ class RelativeAdam(torch.optim.Adam):
         return loss
 
 
-def make_optimizer(parts: dict[str, Scaled], small: dict[str, nn.Parameter]) -> RelativeAdam:
+def make_optimizer(factors: dict[str, nn.Parameter], small: dict[str, nn.Parameter]) -> RelativeAdam:
     """Adam for all that is trained, with relative steps: of each factor and gain, and of a bias's root mean square.
 
     The gains of one norm may be orders of magnitude apart. Some norms multiply by 1 + p (Gemma's), so the smaller one of
     |p| and |1 + p| counts.
     """
-    groups = [{"params": [part.factor], "size": torch.ones_like(part.factor)} for part in parts.values()]
+    groups = [{"params": [factor], "size": torch.ones_like(factor)} for factor in factors.values()]
     for name, parameter in small.items():
         p = parameter.detach()
         size = p.square().mean().sqrt() if name.endswith("bias") else torch.minimum(p.abs(), (1 + p).abs())
@@ -470,7 +484,7 @@ def write_tuned(
     repo: Repo,
     repo_dir: Path,
     out: Path,
-    parts: dict[str, Scaled],
+    factors: dict[str, nn.Parameter],
     small: dict[str, nn.Parameter],
     record: dict[str, Any],
     calibration: Calibration,
@@ -509,7 +523,7 @@ def write_tuned(
                 tensor = small[name].detach().to("cpu", kept.dtype).reshape(kept.shape) if name in small else kept
                 writer.add_passthrough(name, tensor)
                 continue
-            stages = [stage | _scaled(repo, stage, parts.get(name)) for stage in entry["stages"]]
+            stages = [stage | _scaled(repo, stage, factors.get(name)) for stage in entry["stages"]]
             columns = repo._read(entry["column_scale"]) if entry.get("column_scale") else None
             facts = {k: v for k, v in entry.get("extra", {}).items() if k in ("protected", "sensitivity")}
             writer.add_quantized(name, entry["shape"], entry["dtype"], stages, columns, extra=facts)
@@ -522,15 +536,15 @@ def write_tuned(
         writer.finish()
 
 
-def _scaled(repo: Repo, stage: dict[str, Any], part: Scaled | None) -> dict[str, Any]:
+def _scaled(repo: Repo, stage: dict[str, Any], factor: Tensor | None) -> dict[str, Any]:
     """The parts of a stage; what multiplies its levels, and what is added to them, times the factor of the row."""
     keys = ("codes", "scales", "outer_scales", "offsets", "outer_offsets")
     found: dict[str, Any] = {key: repo._read(stage[key]) for key in keys if stage.get(key)}
-    for key in ("scales", "offsets") if part is not None else ():
+    for key in ("scales", "offsets") if factor is not None else ():
         key = f"outer_{key}" if f"outer_{key}" in found else key
         if key in found:
-            factor = part.factor.detach().cpu()[:, None].clamp_min(0)
+            times = factor.detach().cpu()[:, None].clamp_min(0)
             most = torch.finfo(found[key].dtype).max
-            found[key] = (found[key].float() * factor).clamp(-most, most).to(found[key].dtype)
+            found[key] = (found[key].float() * times).clamp(-most, most).to(found[key].dtype)
     stored = {"scale_dtype": "scales", "offset_dtype": "offsets"}
     return found | {key: repo.spans[stage[kind]].dtype for key, kind in stored.items() if kind in found}

@@ -54,11 +54,32 @@ def test_replaced_layers_compute_the_same(lab: Path) -> None:
     with torch.inference_mode():
         wanted = model(input_ids=IDS).logits
     with open_repo(lab / "repo") as repo:
-        parts = tune.replace_layers(model, repo)
-    assert len(parts) == 14 and all(".layers." in name for name in parts)  # 2 blocks of 7, neither embedding nor head
+        factors = tune.scale_rows(model, repo)
+    assert len(factors) == 16 and sum(".layers." in name for name in factors) == 14  # 2 blocks of 7; embedding, head
     with torch.inference_mode():
         found = model(input_ids=IDS).logits
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_factors_are_those_of_the_rows(tmp_path: Path, tied: bool) -> None:
+    """Of an embedding and of an output layer, too, be they one matrix or two: as if the weights had been multiplied."""
+    source, repo_dir = make_checkpoint(tmp_path / "base", tied=tied), tmp_path / "repo"
+    assert main(["quantize", str(source), str(repo_dir), "--bits", "4", "--preset", "fast", "--quiet"]) == 0
+    model, wanted = (load(repo_dir, dtype=torch.float32) for _ in range(2))
+    with open_repo(repo_dir) as repo:
+        factors = tune.scale_rows(model, repo)
+    assert len(factors) == 16 - tied
+    generator, ids = torch.Generator().manual_seed(0), IDS % 7 + 3
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.uniform_(0.5, 2, generator=generator)
+            wanted.get_parameter(name).mul_(factor[:, None])
+        found, logits = model(input_ids=ids).logits, wanted(input_ids=ids).logits
+    assert torch.allclose(found, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    model(input_ids=ids).logits.square().sum().backward()
+    used = factors["model.embed_tokens.weight"].grad.nonzero().flatten().tolist()
+    assert used == ([0, 1, *range(3, 64)] if tied else [*range(3, 10)])  # row 2, of padding, is zeros
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -201,14 +222,14 @@ def test_steps_are_relative_to_what_is_trained() -> None:
     gains = torch.tensor([0.0, 0.5, -0.93, -1.0, 300.0])  # with 1 + p the third one is 0.07, the fourth nothing at all
     bias = torch.tensor([3.0, -3.0, 3.0])
     small = {"norm.weight": torch.nn.Parameter(gains.clone()), "proj.bias": torch.nn.Parameter(bias.clone())}
-    part = tune.Scaled(torch.ones(2, 3))
-    optimizer = tune.make_optimizer({"proj.weight": part}, small)
+    factor = torch.nn.Parameter(torch.ones(2))
+    optimizer = tune.make_optimizer({"proj.weight": factor}, small)
     for group in optimizer.param_groups:
         group["lr"] = 0.001
         group["params"][0].grad = torch.logspace(-3, 3, len(group["params"][0]))  # Adam's first step is 1 for any
     optimizer.step()
     floor = tune.LEAST_SIZE
-    wanted = [(part.factor, torch.ones(2), torch.ones(2)), (small["proj.bias"], bias, torch.full((3,), 3.0))]
+    wanted = [(factor, torch.ones(2), torch.ones(2)), (small["proj.bias"], bias, torch.full((3,), 3.0))]
     wanted += [(small["norm.weight"], gains, torch.tensor([floor, 0.5, 0.07, floor, 300.0]))]
     for found, before, size in wanted:
         assert torch.allclose(found.detach(), before - 0.001 * size, rtol=1e-6, atol=1e-7)
