@@ -11,8 +11,9 @@ EXTRAS = {  # extra of tqformat -> the modules that it brings and that are impor
     "encoders": ("numba",),
     "conformance": ("jsonschema",),
     "gguf": ("gguf",),
+    "tasks": ("lm_eval",),
 }
-PACKAGES = {"yaml": "pyyaml"}  # whose name is not the module's
+PACKAGES = {"yaml": "pyyaml", "lm_eval": "lm-eval"}  # whose name is not the module's
 
 
 def need(where: str, *modules: str) -> None:

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from reference_quantizer.commands.options import STYLE, add_evaluation_arguments, add_job_arguments
+from reference_quantizer.commands.options import STYLE, add_evaluation_arguments, add_job_arguments, integer
 from reference_quantizer.commands.settings import evaluation_datasets, evaluation_options, evaluation_settings
 from reference_quantizer.progress import program, tell
 from reference_quantizer.release import report
@@ -32,12 +32,17 @@ Figures of two releases compare where text, windows, --bos and base are the same
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a repository, write the figures into it and print them."""
-    from reference_quantizer.evaluation import evaluate  # torch takes seconds to import
+    from reference_quantizer.evaluation import evaluate, tasks  # torch takes seconds to import
 
     options = evaluation_options(args) | {"base_revision": args.revision}
-    datasets = evaluation_datasets(args)
-    summary = evaluate.evaluate(args.source, args.repo, datasets, evaluation_settings(args), **options)
+    datasets, chosen = evaluation_datasets(args), evaluation_settings(args)
+    found = tasks.find_tasks(args.tasks, args.tasks_dir) if args.tasks else {}  # what is missing is told at once
+    summary = evaluate.evaluate(args.source, args.repo, datasets, chosen, **options)
     print(evaluate.describe(summary, evaluate.read_samples(args.repo)))
+    if found:
+        where = {"base_revision": args.revision, "cache_dir": args.cache_dir, "quiet": args.quiet}
+        results = tasks.evaluate_tasks(args.source, args.repo, found, chosen, limit=args.tasks_limit, **where)
+        print(tasks.describe(results))
     print(f"size          {report.size_line(args.repo)}")
     if is_stale(args.repo):
         tell(f"note: {CARD} is out of date now; write it again: {program()} card {shlex.quote(str(args.repo))}")
@@ -53,5 +58,11 @@ def add_command(commands: Any) -> None:
     evaluate.add_argument("repo", metavar="REPO", type=Path, help="repository directory; both files go into it")
     evaluate.add_argument("--revision", help="branch, tag or commit, where BASE is a Hub id")
     add_evaluation_arguments(evaluate)
+    tasks = evaluate.add_argument_group("tasks (put to both models by lm-eval, the extra `tasks`; task_results.json)")
+    help_ = "names, as `lm-eval ls tasks` lists them; data that are not here are fetched from the Hub"
+    tasks.add_argument("--tasks", metavar="NAME,...", type=lambda text: text.split(","), help=help_)
+    tasks.add_argument("--tasks-dir", metavar="DIR", type=Path, help="where further tasks are described (YAML)")
+    help_ = "documents of each task (default: all)"
+    tasks.add_argument("--tasks-limit", metavar="N", type=integer(1, 10**9), help=help_)
     add_job_arguments(evaluate)
     evaluate.set_defaults(run=run_evaluate)

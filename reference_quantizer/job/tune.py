@@ -30,6 +30,7 @@ from reference_quantizer.checkpoint.gguf_source import SAMPLES
 from reference_quantizer.checkpoint.source import Source, file_sha256
 from reference_quantizer.checkpoint.support import KINDS
 from reference_quantizer.evaluation.evaluate import SUMMARY
+from reference_quantizer.evaluation.tasks import RESULTS
 from reference_quantizer.job.quantize import Target, quantize, resume_key
 from reference_quantizer.model.base import DTYPES, check_same_model, load_base, running_models
 from reference_quantizer.model.machine import check_device, has_bfloat16
@@ -530,7 +531,9 @@ def write_tuned(
         for alias, original in data.get("tied_weights", {}).items():
             writer.tie(alias, original)
         for name, file in data["files"].items():
-            stale = name in (SUMMARY, SAMPLES) or name.startswith("figure_")  # they speak of the repository before
+            stale = name in (SUMMARY, SAMPLES, RESULTS) or name.startswith(
+                "figure_"
+            )  # they speak of the repository before
             if file["role"] != "payload" and not stale:
                 writer.add_file(repo_dir / name, file["role"])
         writer.finish()
