@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python -m reference_quantizer evaluate owner/name ./model-4bit --device cuda
   python -m reference_quantizer evaluate model.gguf ./model-4bit --dataset test.txt --max-length 2048
   python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt --dataset held_out.txt --floor
+  python -m reference_quantizer evaluate ./model ./model-4bit --dataset test.txt --tasks arc_easy,piqa
 
 Figures of two releases compare where text, windows, --bos and base are the same. `card` puts them into README.md.
 """

@@ -18,8 +18,8 @@ from reference_quantizer.release import report
 
 TUNE = """Train what costs no bits on the divergence from the base model, and write a new repository of the same size.
 
-That is a factor for each row's scale, norms and biases; codes, embeddings and output layers stay as they are. Both models
-are in memory at once. A step of a 135M model takes about 30 seconds of one CPU core, 100 steps less than an hour. An
+That is a factor for each row's scale, embeddings' and output layers' too, norms and biases; codes stay as they are. Both
+models are in memory at once. A step of a 135M model takes about 30 seconds of one CPU core, 100 steps less than an hour. An
 interrupted run continues when the same command is given again. Nothing is written unless the divergence on held-out
 calibration text falls.
 """
