@@ -13,6 +13,7 @@ from reference_quantizer.commands.settings import (
     find_plan,
     find_tuning_tokens,
     settings,
+    tell_time,
     tuning_steps,
     without_walk,
 )
@@ -64,9 +65,10 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
     }
     make_plan(source, settings(args))  # what is wrong with the options is told before a model is run
     args = without_walk(args, source)
+    steps = tuning_steps(args, settings(args), loader_kind)
+    tell_time(args, source, settings(args), steps)
     plan = find_plan(args, source)
     print_notes(plan, support.files_to_copy(source)[1])
-    steps = tuning_steps(args, plan.settings, loader_kind)
     calibration = find_calibration(args, source, plan)
 
     target = Target(

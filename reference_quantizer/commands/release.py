@@ -8,6 +8,7 @@ and the settings; and `.release.json` in the repository holds the digest of the 
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -31,7 +32,8 @@ from reference_quantizer.commands.settings import (
     find_loader_kind,
 )
 from reference_quantizer.model.text import read_corpora
-from reference_quantizer.progress import program
+from reference_quantizer.planning.expectations import expected_evaluation
+from reference_quantizer.progress import program, tell
 from reference_quantizer.release import base, card, report
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
@@ -165,9 +167,13 @@ def _quantize(args: argparse.Namespace, job: str) -> None:
         from reference_quantizer.evaluation.evaluate import cut_text
         from reference_quantizer.model.base import load_tokenizer
 
-        tokenizer = load_tokenizer(source.path)
+        tokenizer, windows = load_tokenizer(source.path), 0
         for corpus in read_corpora(evaluation_datasets(args), args.split, args.dataset_revision):
-            cut_text(corpus, tokenizer, evaluation_settings(args))  # a text that is too short is told at once
+            # a text that is too short is told at once
+            windows += len(cut_text(corpus, tokenizer, evaluation_settings(args))[1])
+        if args.device == "cpu":
+            scalars = sum(info.scalars for info in source.tensors.values())
+            tell(expected_evaluation(scalars, windows * args.max_length, os.cpu_count() or 1))
     args.base_model, args.license = _base_facts(args, source)
     recorded = {"job": job, "base_weights_sha256": weights_sha256(source)}
     write_repository(args, source, {"release": recorded})

@@ -211,15 +211,27 @@ def find_calibration(args: argparse.Namespace, source: Source, plan: Plan) -> "C
         need(f"--preset {plan.settings.preset}", "numba")  # told before hours of work
     from reference_quantizer.calibration.tokens import SELF, find_tokens  # torch takes seconds to import
 
-    texts, kind = tuple(args.calibration or (SELF,)), find_loader_kind(args, source)
+    texts, tokens, kind = *feedback_text(args), find_loader_kind(args, source)
     if SELF in texts and kind not in support.KINDS:
         advice = f"a model for {kind} writes no text; give some, or use --preset fast"
         raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
-    tokens = args.calibration_tokens or FEEDBACK_TOKENS["self" if SELF in texts else "given"]
-    if args.device == "cpu":
-        steps = tuning_steps(args, plan.settings, kind)
-        tell(expected_time(plan, tokens, SELF in texts, steps, os.cpu_count() or 1))
     return find_tokens(source, kind, texts, tokens, getattr(args, "cache_dir", None), args.device)
+
+
+def feedback_text(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
+    """The calibration text of a preset with error feedback, and how many tokens of it."""
+    texts = tuple(args.calibration or ("self",))
+    return texts, args.calibration_tokens or FEEDBACK_TOKENS["self" if "self" in texts else "given"]
+
+
+def tell_time(args: argparse.Namespace, source: Source, chosen: Settings, steps: int) -> None:
+    """How long a CPU takes for all that follows, `steps` of tuning included, by a preset with error feedback."""
+    if args.device != "cpu" or chosen.preset == "fast":
+        return
+    texts, tokens = feedback_text(args)
+    allocator = args.allocator if request_of(args) else None
+    scalars = sum(info.scalars for info in source.tensors.values())
+    tell(expected_time(scalars, chosen, tokens, "self" in texts, steps, allocator, os.cpu_count() or 1))
 
 
 def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -> int:

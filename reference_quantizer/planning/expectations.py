@@ -3,6 +3,7 @@
 import math
 
 from reference_quantizer.planning.plan import EMBEDDING_BITS, EMBEDDING_MARGIN, Plan, is_embedding
+from reference_quantizer.planning.settings import Settings
 
 MODEL = "SmolLM2-135M"
 RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on that model, embeddings at EMBEDDING_BITS; docs/quality.md
@@ -17,11 +18,15 @@ RATIOS = {  # (preset, bits of the decoder layers) -> the perplexity ratio on th
 SECONDS = {
     "fast": 1e-7,
     "balanced": 7e-7,
-    "best": 4e-6,
+    "best": 3.5e-6,
 }  # to encode it; the last with WINDOW, twice that for each bit more
 WINDOW = 12
+MEASURING = {"fisher": 2.5e-6, "perturbation": 5e-6}  # what a target asks for, with the default numbers of tokens
+GRADIENTS = 7e-11  # of feedback between rows, for each token, up to GRADIENT_TOKENS
+GRADIENT_TOKENS = 32768
 READING, WRITING = 9e-11, 2e-10  # for each token that the model reads, or writes itself
 TUNING = 2.2e-7  # for a step of tuning
+COMPARING = 7e-11  # for each token of an evaluation, which both models read
 BROKEN_BITS = 3  # up to which `fast` leaves a small model that babbles
 
 
@@ -52,16 +57,33 @@ def expectations(plan: Plan) -> list[str]:
     return lines
 
 
-def expected_time(plan: Plan, tokens: int, writes: bool, steps: int, cores: int) -> str:
-    """A line about how long a CPU takes to encode the plan with so many tokens of text, which the model `writes` itself or not."""
-    scalars, preset = sum(t.info.scalars for t in plan.tensors), plan.settings.preset
+def expected_time(
+    scalars: int, settings: Settings, tokens: int, writes: bool, steps: int, allocator: str | None, cores: int
+) -> str:
+    """A line about how long a CPU takes, stage by stage, to quantize so many scalars by a preset with feedback.
 
-    def minutes(preset: str, tokens: int, steps: int) -> int:
-        wider = max(0, (plan.settings.window or WINDOW) - WINDOW) if preset == "best" else 0
-        seconds = SECONDS[preset] * 2**wider + tokens * (READING + WRITING * writes) + steps * TUNING
-        return max(1, math.ceil(scalars * seconds / cores / 60))
+    With so many tokens of text, which the model `writes` itself or not, and steps of tuning. `allocator` measures sensitivities; None
+    without a target.
+    """
+    wider = max(0, (settings.window or WINDOW) - WINDOW) if settings.preset == "best" else 0
+    seconds = {  # for a weight
+        "text": tokens * WRITING * writes,
+        "sensitivities": MEASURING.get(allocator or "", 0),
+        "gradients": min(tokens, GRADIENT_TOKENS) * GRADIENTS * settings.output_feedback,
+        "codes": SECONDS[settings.preset] * 2**wider + tokens * READING,
+        "tuning": steps * TUNING,
+    }
+    stages = {stage: _minutes(scalars * value, cores) for stage, value in seconds.items() if value}
+    parts = f": {', '.join(f'{stage} {n}' for stage, n in stages.items())}" if len(stages) > 1 else ""
+    line = f"takes: about {sum(stages.values())} min on {cores} CPU core{'s' * (cores > 1)}, judging by {MODEL}{parts}"
+    fast = _minutes(scalars * SECONDS["fast"], cores)
+    return f"{line}; --preset fast takes {fast}, fewer --calibration-tokens take less"
 
-    line = (
-        f"takes: about {minutes(preset, tokens, steps)} min on {cores} CPU core{'s' * (cores > 1)}, judging by {MODEL}"
-    )
-    return f"{line}; --preset fast takes {minutes('fast', 0, 0)}, fewer --calibration-tokens take less"
+
+def expected_evaluation(scalars: int, tokens: int, cores: int) -> str:
+    """A line about how long a CPU takes to evaluate a model of so many scalars on so many tokens, those of all windows."""
+    return f"takes: about {_minutes(scalars * tokens * COMPARING, cores)} min more for the evaluation; --max-windows N takes less"
+
+
+def _minutes(seconds: float, cores: int) -> int:
+    return max(1, math.ceil(seconds / cores / 60))

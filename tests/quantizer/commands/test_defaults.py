@@ -10,10 +10,8 @@ from conftest import ROOT
 from helpers import MODELS, Make, make_checkpoint, manifest_of, sample_tensors
 
 from reference_quantizer.__main__ import main
-from reference_quantizer.checkpoint.source import Info, Source
 from reference_quantizer.commands import settings as choices
 from reference_quantizer.planning import expectations
-from reference_quantizer.planning.plan import make_plan
 from reference_quantizer.planning.settings import Settings
 from tqformat import open_repo
 
@@ -106,17 +104,26 @@ def test_few_bits_without_feedback_are_warned_of(
 
 
 def test_how_long_it_takes_is_said_for_text_and_tuning() -> None:
-    source = Source(Path(), {"w": Info("w", (2**14, 2**14), "BF16")})
-    plan = make_plan(source, Settings(preset="balanced"))
+    def line(*given: Any, **settings: Any) -> str:
+        return expectations.expected_time(2**28, Settings(**{"preset": "balanced", **settings}), *given)
 
-    def minutes(*given: Any, plan: Any = plan) -> int:
-        return int(expectations.expected_time(plan, *given).split()[2])
+    def minutes(*given: Any, **settings: Any) -> int:
+        return int(line(*given, **settings).split()[2])
 
-    plain = minutes(8192, False, 0, 2)
-    assert 2 < plain < minutes(8192, True, 0, 2) < minutes(8192, True, 100, 2) < 100
-    assert minutes(8192, False, 0, 8) <= plain / 2
-    best = [minutes(8192, False, 0, 2, plan=make_plan(source, Settings(preset="best", window=w))) for w in (8, 12, 14)]
+    plain = minutes(8192, False, 0, None, 2)
+    assert 2 < plain < minutes(8192, True, 0, None, 2) < minutes(8192, True, 100, None, 2) < 100
+    assert plain < minutes(8192, False, 0, "fisher", 2) < minutes(8192, False, 0, "perturbation", 2)
+    assert minutes(8192, False, 0, None, 8) <= plain / 2
+    assert f"about {plain} min on 2 CPU cores, judging by SmolLM2-135M; --preset" in line(8192, False, 0, None, 2)
+    told = line(8192, True, 100, "fisher", 2, preset="best", output_feedback=True)
+    stages = told.partition("SmolLM2-135M: ")[2].partition(";")[0]
+    assert [part.split()[0] for part in stages.split(", ")] == ["text", "sensitivities", "gradients", "codes", "tuning"]
+    best = [minutes(8192, False, 0, None, 2, preset="best", window=w) for w in (8, 12, 14)]
     assert best[0] == best[1] < best[2] / 3
+
+
+def test_how_long_an_evaluation_takes_is_said() -> None:
+    assert "about 165 min more" in expectations.expected_evaluation(2**28, 2**20, 2)  # 2**48 * 7e-11 / 120 = 164.2
 
 
 def test_expectations_are_the_published_figures() -> None:
