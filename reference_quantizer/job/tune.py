@@ -26,10 +26,9 @@ from torch.nn import functional
 
 from reference_quantizer import __version__
 from reference_quantizer.calibration.tokens import Calibration
-from reference_quantizer.checkpoint.gguf_source import SAMPLES
 from reference_quantizer.checkpoint.source import Source, file_sha256
 from reference_quantizer.checkpoint.support import KINDS
-from reference_quantizer.evaluation.evaluate import SUMMARY
+from reference_quantizer.evaluation.evaluate import SAMPLES, SUMMARY
 from reference_quantizer.evaluation.tasks import RESULTS
 from reference_quantizer.job.quantize import Target, quantize, resume_key
 from reference_quantizer.model.base import DTYPES, check_same_model, load_base, running_models

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import make_checkpoint, make_text
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.commands import settings as choices
+from reference_quantizer.disk import add_documents
 from reference_quantizer.job import tune
 from tqformat import load, open_repo
 from tqformat.load_quantized import MANIFEST
@@ -35,11 +37,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(lab: Path, out: Path, *options: str) -> int:
+def run(lab: Path, out: Path, *options: str, repo: Path | None = None) -> int:
     command = [
         "tune",
         str(lab / "base"),
-        str(lab / "repo"),
+        str(repo or lab / "repo"),
         str(out),
         "--calibration",
         str(lab / "text.txt"),
@@ -197,6 +199,15 @@ def test_the_best_parameters_are_kept_and_hopeless_steps_left_out(
     assert run(lab, tmp_path / "other") == 0
     same_files(tmp_path / "out", tmp_path / "again")
     assert not all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+
+
+def test_what_was_measured_of_the_repository_before_is_left_out(lab: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(lab / "repo", tmp_path / "repo")
+    measured = ("eval_summary.json", "sample_generations.json", "task_results.json")
+    add_documents(tmp_path / "repo", dict.fromkeys((*measured, "notes.txt"), b"{}"))
+    assert run(lab, out, repo=tmp_path / "repo") == 0
+    assert (out / "notes.txt").is_file() and not any((out / name).exists() for name in measured)
 
 
 def test_a_tuned_repository_can_be_tuned_again(lab: Path, tmp_path: Path) -> None:
