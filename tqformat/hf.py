@@ -109,7 +109,8 @@ def load(
     dropped = {*HUB, "adapter_kwargs", "weights_only"}  # of which nothing is left to do
     options = {key: value for key, value in options.items() if key not in dropped and not key.startswith("_from")}
     dtype = options.pop("torch_dtype", None) or dtype
-    with (Repo if chosen.dequantize else PackedRepo)(hub.fetch(name, revision, bool(trust_remote_code))) as repo:
+    path = hub.fetch(name, revision, bool(trust_remote_code))
+    with Repo(path, beside=True) if chosen.dequantize else PackedRepo(path) as repo:
         repo.check_roles("support")
         if not isinstance(config, PreTrainedConfig):
             config, options = AutoConfig.from_pretrained(repo.path, return_unused_kwargs=True, **options)
