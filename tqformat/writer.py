@@ -330,7 +330,7 @@ class RepoWriter:
                 if weight.dim() == 1:
                     writer.add_passthrough(name, weight)
                     continue
-                scales = weight.abs().amax(1, keepdim=True)                           # [rows, 1]
+                scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-9)           # [rows, 1]
                 symbols = ((weight / scales + 1) * 7.5).round().int()                 # [rows, cols], from 0 to 15
                 stage = {"bits": 4, "codebook": "even", "transform": "none", "codes": pack(symbols, 4), "scales": scales}
                 writer.add_quantized(name, weight.shape, "BF16", [stage])
