@@ -69,9 +69,11 @@ def is_ours(name: Any, config: Any, options: dict[str, Any]) -> bool:
         return False
     else:
         hub = {key: options[key] for key in (*HUB[:5], "revision") if key in options}
-        found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0].get(
-            "quantization_config"
-        )
+        try:
+            found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0]
+        except OSError:  # none there, as beside a file of GGUF; if anything else is wrong, transformers will say it
+            return False
+        found = found.get("quantization_config")
     return (found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)) == METHOD
 
 
