@@ -99,11 +99,14 @@ def load(
     chosen = TQFormatConfig(**chosen) if isinstance(chosen, dict) else chosen
     ok = isinstance(chosen, TQFormatConfig)
     require(ok, "SCHEMA.AMBIGUOUS", "quantization_config", "a TQFormatConfig", type(chosen).__name__)
+    given = [key for key in HUB if options.get(key) not in (None, False, "")]
+    parts = ", ".join(key for key in given if key in ("subfolder", "variant"))
+    require(
+        not parts, "SCHEMA.UNKNOWN_FIELD", parts, "the path or id of one repository, which has no parts or variants"
+    )
     if not Path(name).is_dir():
-        given = ", ".join(key for key in HUB if options.get(key) not in (None, False, ""))
-        require(
-            not given, "SCHEMA.UNKNOWN_FIELD", given, "settings of the Hub from its environment (HF_TOKEN, HF_HOME)"
-        )
+        advice = "settings of the Hub from its environment (HF_TOKEN, HF_HOME)"
+        require(not given, "SCHEMA.UNKNOWN_FIELD", ", ".join(given), advice)
     adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
     require(
         adapter is None, "SCHEMA.UNKNOWN_FIELD", str(adapter), "the model's own path; then model.load_adapter(path)"

@@ -125,3 +125,14 @@ def test_a_file_of_gguf_without_a_configuration_is_left_to_transformers(hf: Any,
     make_gguf(cached / "snapshots" / commit / "model.gguf")
     where = {"gguf_file": "model.gguf", "cache_dir": str(tmp_path), "local_files_only": True}
     assert isinstance(LlamaForCausalLM.from_pretrained("org/name", **where), LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("option", [{"subfolder": ".part"}, {"variant": "fp16"}])
+def test_options_that_name_other_weights_are_refused(
+    release: Path, hf: Any, tmp_path: Path, option: dict[str, str]
+) -> None:
+    copied = shutil.copytree(release, tmp_path / "copy")
+    (copied / ".part").mkdir()
+    shutil.copy(copied / "config.json", copied / ".part")
+    with pytest.raises(TQFormatError, match=rf"SCHEMA.UNKNOWN_FIELD\] {next(iter(option))}"):
+        LlamaForCausalLM.from_pretrained(copied, **option)
