@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -117,8 +117,9 @@ def load(
     path = hub.fetch(name, revision, bool(trust_remote_code))
     with Repo(path, beside=True) if chosen.dequantize else PackedRepo(path) as repo:
         repo.check_roles("support")
-        if not isinstance(config, PreTrainedConfig):
-            config, options = AutoConfig.from_pretrained(repo.path, return_unused_kwargs=True, **options)
+        if not isinstance(config, PreTrainedConfig):  # or the path of one
+            source = repo.path if config is None else config
+            config, options = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **options)
         config = copy.deepcopy(config)
         del config.quantization_config
         if dtype in (None, "auto"):

@@ -136,3 +136,9 @@ def test_options_that_name_other_weights_are_refused(
     shutil.copy(copied / "config.json", copied / ".part")
     with pytest.raises(TQFormatError, match=rf"SCHEMA.UNKNOWN_FIELD\] {next(iter(option))}"):
         LlamaForCausalLM.from_pretrained(copied, **option)
+
+
+def test_another_configuration_by_its_path(release: Path, hf: Any, tmp_path: Path) -> None:
+    config = json.loads((release / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
+    assert LlamaForCausalLM.from_pretrained(release, config=tmp_path).config.rms_norm_eps == 0.25
