@@ -116,7 +116,7 @@ def load(
     dtype = options.pop("torch_dtype", None) or dtype
     path = hub.fetch(name, revision, bool(trust_remote_code))
     with Repo(path, beside=True) if chosen.dequantize else PackedRepo(path) as repo:
-        repo.check_roles("support")
+        repo.check_roles("support", *["code"] * bool(trust_remote_code))
         if not isinstance(config, PreTrainedConfig):  # or the path of one
             source = repo.path if config is None else config
             config, options = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **options)

@@ -142,3 +142,12 @@ def test_another_configuration_by_its_path(release: Path, hf: Any, tmp_path: Pat
     config = json.loads((release / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
     assert LlamaForCausalLM.from_pretrained(release, config=tmp_path).config.rms_norm_eps == 0.25
+
+
+def test_the_digests_of_code_are_compared_before_it_is_trusted(release: Path, hf: Any, tmp_path: Path) -> None:
+    copied = shutil.copytree(release, tmp_path / "copy")
+    loader = copied / "load_quantized.py"
+    loader.write_bytes(loader.read_bytes().replace(b"SPEC", b"spec", 1))
+    AutoModelForCausalLM.from_pretrained(copied)
+    with pytest.raises(TQFormatError, match=r"BIND.DIGEST\] load_quantized.py"):
+        AutoModelForCausalLM.from_pretrained(copied, trust_remote_code=True)
