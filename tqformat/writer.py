@@ -161,6 +161,7 @@ def write_safetensors(
     tensors: Tensors,
     data: Callable[[str], Iterable[memoryview | bytes]],
     chunk_size: int | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Streams a safetensors file, the tensors in their order, `data` giving their bytes by name.
 
@@ -172,7 +173,8 @@ def write_safetensors(
         end = offset + nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    first = {} if metadata is None else {"__metadata__": metadata}
+    text = json.dumps(first | header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     whole, chunk, chunks, size = hashlib.sha256(), hashlib.sha256(), [], 0
     with naming(path), open(path, "wb") as file:
@@ -869,7 +871,8 @@ def _write_plain(
         groups = split_shards(sizes, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for shard, group in zip(shard_names("model", len(groups)), groups, strict=True):
-            write_safetensors(built / shard, lay_out({name: tensors[name]} for name in group), data)
+            inside = lay_out({name: tensors[name]} for name in group)
+            write_safetensors(built / shard, inside, data, metadata={"format": "pt"})  # transformers 4.46 fails without
             weight_map |= dict.fromkeys(group, shard)
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

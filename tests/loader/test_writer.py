@@ -955,6 +955,7 @@ def test_add_files_refuses_bad_names_and_roles(settings_repo: Path) -> None:
 
 @pytest.mark.parametrize("limit", [5_000_000_000, 1000])
 def test_export_safetensors(settings_repo: Path, tmp_path: Path, limit: int) -> None:
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     add_files(settings_repo, {"config.json": ("support", b"{}"), "LICENSE": ("document", b"x")})
@@ -963,6 +964,8 @@ def test_export_safetensors(settings_repo: Path, tmp_path: Path, limit: int) -> 
     files = sorted(out.glob("*.safetensors"))
     for file in files:
         state |= load_file(file)
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # which older tools will not do without
     assert state.keys() == want.keys()
     for name, tensor in want.items():
         assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
