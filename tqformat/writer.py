@@ -554,8 +554,12 @@ class RepoWriter:
             found, dims, (data,) = parts[name]
             ok = found in dtypes and fits(dims, shape)
             require(ok, "BIND.TENSOR", at, f"{' or '.join(dtypes)} {list(shape)}", f"{found} {list(dims)}")
-            ok = kind != "permutation" or torch.equal(data.cpu().sort().values, torch.arange(size).int())
-            require(ok, "DATA.PERMUTATION", at, f"every integer from 0 to {size - 1} once")
+            if data.is_floating_point():
+                require(bool(data.isfinite().all()), "DATA.NON_FINITE", at, "finite numbers")
+                continue
+            ok = bool((data.cpu().reshape(-1, size).sort(1).values == torch.arange(size)).all())  # in each round
+            code = "DATA.PAIRS" if kind == "givens" else "DATA.PERMUTATION"
+            require(ok, code, at, f"every integer from 0 to {size - 1} once")
         self._add("transforms", id, entry, parts)
 
     def add_codebook(
@@ -581,6 +585,7 @@ class RepoWriter:
         require(
             ok, "SCHEMA.VALUE", f"{where}.values", "[entries], [entries, p] or [rows, entries, p]", list(levels.shape)
         )
+        levels = levels if levels.dtype in (torch.float16, torch.bfloat16) else levels.float()
         require(bool(levels.isfinite().all()), "DATA.NON_FINITE", f"{where}.values", "finite numbers")
         levels = levels[:, None] if levels.dim() == 1 else levels
         entry: dict[str, Any] = {"entries": levels.shape[-2], "dimension": levels.shape[-1]}
@@ -588,11 +593,10 @@ class RepoWriter:
         if levels.dim() == 3:
             entry["rows"] = levels.shape[0]
         if stored or levels.dim() == 3 or levels.numel() > 4096:
-            levels = levels if levels.dtype in (torch.float16, torch.bfloat16) else levels.float()
             entry["tensor"] = f"{id}.levels"
             parts[entry["tensor"]] = (DTYPE_NAMES[levels.dtype], tuple(levels.shape), [levels])
         else:
-            entry["values"] = levels.float().double().flatten().tolist()
+            entry["values"] = levels.double().flatten().tolist()
         entry |= {"origin": origin} if origin else {}
         check_codebook(typed(Codebook, entry, where), where)
         self._add("codebooks", id, entry, parts)
