@@ -34,6 +34,7 @@ from .load_quantized import (
     FileName,
     Manifest,
     Name,
+    Stage,
     TQFormatError,
     Transform,
     Weight,
@@ -313,6 +314,24 @@ def _finite(tensor: torch.Tensor, dtype: str) -> bool:
     if dtype == "F8_E8M0":
         return not bool((tensor.view(torch.uint8) == 255).any())
     return bool(tensor.view(torch_dtype(dtype)).float().isfinite().all())
+
+
+def _checked_codes(chunks: Iterable[Data], s: Stage, book: Codebook, cols: int, where: str) -> Iterator[Data]:
+    """The chunks, once padding bits are seen to be zero, and symbols below `entries` [TQ-CODE-5, TQ-BOOK-4]."""
+    window, _, tr, tc = s.layout(cols)
+    n = tr * tc // book.dimension
+    size = -(-n * s.bits // 8)
+    for chunk in chunks:
+        codes = _tensor(chunk, where)
+        may_be_wrong = n * s.bits % 8 or book.entries < 1 << window
+        if may_be_wrong and codes.dtype == torch.uint8 and codes.numel() and codes.numel() % size == 0:
+            for tiles in torch.split(codes.reshape(-1, size), max(1, (1 << 20) // n)):
+                try:
+                    largest = int(unpack(tiles, n, s.bits, window).max())
+                except TQFormatError as error:
+                    raise error.inside(where.removesuffix("codes")) from None
+                require(largest < book.entries, "PACK.CODE_RANGE", where, f"symbols below {book.entries}", largest)
+        yield chunk
 
 
 class RepoWriter:
@@ -658,10 +677,14 @@ class RepoWriter:
         bits = sum(stage.bits / manifest.codebooks[stage.codebook].dimension for stage in weight.stages or ())
         entry["effective_bits"] = int(bits) if bits == int(bits) else bits
         parts: dict[str, Any] = {}
+        coded = {stage.codes: stage for stage in weight.stages or ()}
         for key, dtypes, part_shape, at in stored_tensors(manifest):
             if key not in data:
                 continue
             found, chunks = data[key]
+            if key in coded:
+                book, cols = manifest.codebooks[coded[key].codebook], weight.shape[-1]
+                chunks = _checked_codes(chunks, coded[key], book, cols, at)
             expected = " or ".join(dtypes)
             require(found in dtypes, "BIND.TENSOR", at, f"{expected} (scale_dtype or offset_dtype says which)", found)
             if ".outer_" in at:

@@ -702,6 +702,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "codes of another dtype": ({"codes": torch.zeros(4, 1)}, "codes"),
     "too few codes": ({"codes": torch.zeros(3, 1, dtype=torch.uint8)}, "expected 4 bytes"),
     "too many codes": ({"codes": torch.zeros(4, 2, dtype=torch.uint8)}, "expected 4 bytes"),
+    "a padding bit": ({"tile": [1, 4], "codes": torch.full((8, 1), 16).byte()}, r"PACK.PADDING.*stages\[0\].codes"),
     "scales in double": ({"scales": torch.ones(4, 1).double()}, "F16 or BF16 or F32"),
     "integer scales": ({"scales": torch.ones(4, 1).int()}, "F16 or BF16 or F32"),
     "too few scales": ({"scales": torch.ones(3, 1)}, "expected 16 bytes"),
@@ -737,6 +738,15 @@ def test_bad_stages_are_refused_and_leave_no_trace(writer: RepoWriter, kind: str
     assert writer.done == set()
     writer.add_quantized("w", [4, 8], "F32", [good()])
     assert torch.equal(load_state_dict(writer.finish())["w"], -torch.ones(4, 8))
+
+
+def test_a_symbol_without_an_entry_is_refused(writer: RepoWriter) -> None:
+    writer.add_codebook("ternary", [-1.0, 0.0, 1.0])
+    codes = pack(torch.tensor([[0, 1, 2, 0], [2, 2, 2, 3]]), 2)
+    stage = {"bits": 2, "codebook": "ternary", "transform": "i", "codes": codes, "scales": torch.ones(2, 1)}
+    with pytest.raises(TQFormatError, match=r"PACK.CODE_RANGE.*stages\[0\].codes: expected symbols below 3, got 3"):
+        writer.add_quantized("w", [2, 4], "F32", [stage])
+    assert writer.done == set()
 
 
 @pytest.mark.parametrize(
