@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import tqformat
-from tqformat import TQFormatError, export_gguf
+from tqformat import TQFormatError, add_files, export_gguf
 from tqformat.__main__ import main
 from tqformat.gguf_export import frequency_factors, hyperparameters
 from tqformat.gguf_tokenizer import tokenizer_fields
@@ -146,6 +146,14 @@ def test_metadata(repo: Path, tmp_path: Path) -> None:
         "tokenizer.chat_template": "{{ messages[0].content }}",
     }
     assert expected.items() <= found.items()
+
+
+@pytest.mark.parametrize(("ends", "turn"), [(2, None), (5, 5), ([2, 5], 5), (None, None)])
+def test_a_turn_may_end_with_a_token_of_its_own(repo: Path, tmp_path: Path, ends: Any, turn: int | None) -> None:
+    add_files(repo, {"generation_config.json": ("support", json.dumps({"eos_token_id": ends}).encode())})
+    export_gguf(repo, tmp_path / "model.gguf")
+    found = fields_of(tmp_path / "model.gguf")
+    assert (found["tokenizer.ggml.eos_token_id"], found.get("tokenizer.ggml.eot_token_id")) == (2, turn)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0"])
