@@ -893,7 +893,11 @@ def _write_plain(
         sizes = {name: nbytes(*tensor) for name, tensor in tensors.items()}
 
         def data(name: str) -> Iterator[memoryview]:
-            yield raw_bytes(repo.dequantize(name, device, torch_dtype(kinds[name])))
+            tensor = repo.dequantize(name, device, torch_dtype(kinds[name]))
+            if kinds[name] != names[name].dtype and not bool(tensor.isfinite().all()):  # what was not may stay so
+                ok = torch.equal(tensor.isfinite(), repo.dequantize(name, device).isfinite())
+                require(ok, "DATA.NON_FINITE", name, f"weights within {kinds[name]}; choose another type")
+            yield raw_bytes(tensor)
 
         groups = split_shards(sizes, max_shard_bytes)
         weight_map: dict[str, str] = {}

@@ -1006,6 +1006,17 @@ def test_export_safetensors_to_another_dtype(settings_repo: Path, tmp_path: Path
         assert torch.equal(state[name], tensor.half() if tensor.is_floating_point() else tensor), name
 
 
+def test_export_safetensors_to_a_dtype_that_is_too_narrow(tmp_path: Path) -> None:
+    for value, name in ((70000.0, "large"), (float("inf"), "infinite")):
+        with new_writer(tmp_path / name) as writer:
+            writer.add_passthrough("w", torch.tensor([1.0, value]))
+            writer.finish()
+    with pytest.raises(TQFormatError, match=r"DATA.NON_FINITE\] w: expected weights within F16; choose another type"):
+        export_safetensors(tmp_path / "large", tmp_path / "plain", dtype=torch.float16)
+    assert not (tmp_path / "plain").exists()
+    export_safetensors(tmp_path / "infinite", tmp_path / "plain", dtype=torch.float16)  # it was so before
+
+
 def test_export_safetensors_of_a_damaged_one_leaves_no_target(settings_repo: Path, tmp_path: Path) -> None:
     edit_manifest(settings_repo, lambda m: m["files"]["turboquant_weights.safetensors"].update(chunks=["0" * 64]))
     with pytest.raises(TQFormatError, match=r"BIND\.DIGEST"):
