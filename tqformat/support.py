@@ -14,7 +14,7 @@ ROLES = {  # role -> names, compared in lower case; the first that fits counts
     "code": ["*.py"],
     "support": [
         *("*config*.json", "*token*.json", "vocab*", "merges*.txt", "*chat_template*", "*.jinja", "normalizer.json"),
-        *("tokenizer*", "*.model", "*.spm", "*.tiktoken"),
+        *("tokenizer*", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
     ],
     "document": ["licen[cs]e*", "notice*", "copying*", "copyright*", "use_policy*", "*_license*", "*_licence*"],
 }

@@ -296,7 +296,14 @@ def test_update_is_all_or_nothing(edited: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_files_by_their_names() -> None:
     names = {
-        "support": ["config.json", "Tokenizer.json", "chat_template.jinja", "spiece.model", "preprocessor_config.json"],
+        "support": [
+            "config.json",
+            "Tokenizer.json",
+            "chat_template.jinja",
+            "spiece.model",
+            "preprocessor_config.json",
+            "tekken.json",
+        ],
         "document": ["LICENSE", "Notice.txt", "USE_POLICY.md"],
         "code": ["modeling_x.py", LOADER],
         "weights": ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.gguf"],
