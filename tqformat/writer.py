@@ -287,7 +287,10 @@ def publish(built: Path, target: Path, overwrite: bool) -> None:
 
 def _exchange(a: Path, b: Path) -> None:
     """Swaps two directories, atomically where the system can (Linux renameat2, macOS renamex_np)."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+    except TypeError:  # Windows
+        libc = None
     names = os.fsencode(a), os.fsencode(b)
     if hasattr(libc, "renameat2") and libc.renameat2(-100, names[0], -100, names[1], 2) == 0:
         return

@@ -911,6 +911,20 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
         new_writer(tmp_path / "other", loader_kind="poetry")
 
 
+def test_an_existing_target_is_replaced_without_a_system_call_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def windows(name: None, **_: Any) -> None:
+        raise TypeError("LoadLibrary() argument 1 must be str, not None")
+
+    monkeypatch.setattr("ctypes.CDLL", windows)
+    for value in (1.0, 2.0):
+        with new_writer(tmp_path / "repo", overwrite=True) as writer:
+            writer.add_passthrough("w", torch.tensor([value]))
+            writer.finish()
+    assert load_state_dict(tmp_path / "repo")["w"].item() == 2.0 and [p.name for p in tmp_path.iterdir()] == ["repo"]
+
+
 @pytest.mark.parametrize("name", ["quant_manifest.json", "README.md", "a b.json", "../x.json", ".hidden", "a/b"])
 def test_file_names_are_plain(tmp_path: Path, name: str) -> None:
     with pytest.raises((TQFormatError, ValueError)), new_writer(tmp_path / "repo") as w:
