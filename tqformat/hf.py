@@ -172,9 +172,6 @@ def from_pretrained(
     name = pretrained_model_name_or_path
     if name is not None and options.get("state_dict") is None and is_ours(name, config, options):
         return load(cls, name, *args, config=config, **options)
-    if name is None and isinstance(config, PreTrainedConfig) and is_ours(name, config, options):
-        config = copy.deepcopy(config)  # tqformat.load builds a model itself: with decoded weights, no quantizer
-        del config.quantization_config
     return _plain(cls, name, *args, config=config, **options)
 
 
