@@ -117,6 +117,15 @@ def test_a_plain_checkpoint_is_for_quantize(tmp_path: Path, capsys: pytest.Captu
     assert "names no quantization_config" in capsys.readouterr().err
 
 
+def test_a_hub_id_is_no_place_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever names the new directory like the Hub's repository replaces nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "owner/name", "owner/name"]) == 1  # offline
+    assert "the checkpoint cannot be fetched" in capsys.readouterr().err
+
+
 def test_old_files_of_gptq(tmp_path: Path) -> None:
     """AutoGPTQ once wrote its settings to a file of their own."""
     gptq_model(tmp_path / "c")
