@@ -116,7 +116,7 @@ def find_obstacle(args: argparse.Namespace, source: Source) -> str | None:
     if args.device == "cpu" and needed > free:
         needs = f"its weights take {needed / 1e9:.0f} GB of memory while it writes text, {free / 1e9:.0f} GB are free"
         return f"{needs}; give text with --calibration, for which they stay in their files"
-    return why_not_walked(source, kind, args.cache_dir if "cache_dir" in args else default_cache(), args.device)
+    return why_not_walked(source, kind, getattr(args, "cache_dir", None) or default_cache(), args.device)
 
 
 def settings(args: argparse.Namespace) -> Settings:

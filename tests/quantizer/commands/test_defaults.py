@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 from helpers import MODELS, Make, make_checkpoint, manifest_of, sample_tensors
 
-from reference_quantizer.__main__ import main
-from reference_quantizer.checkpoint.source import Info, Source
+from reference_quantizer.__main__ import _parser, main
+from reference_quantizer.checkpoint.source import Info, Source, open_source
 from reference_quantizer.commands import settings as choices
 from reference_quantizer.planning import expectations
 from reference_quantizer.planning.plan import make_plan
@@ -83,6 +83,17 @@ def test_a_model_that_is_too_large_is_fast_and_says_why(
     monkeypatch.setattr("reference_quantizer.model.machine.free_memory", lambda: 1000)
     assert main(["quantize", str(make_checkpoint(tmp_path / "base")), str(tmp_path / "out"), "--quiet"]) == 0
     assert "give text with --calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--cache-dir", "cache"]])
+def test_a_release_without_options_has_feedback(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache is the user's where none is named, also while it looks whether the blocks can be walked."""
+    monkeypatch.chdir(tmp_path)
+    base = make_checkpoint(tmp_path / "base")
+    args = _parser().parse_args(["release", str(base), str(tmp_path / "out"), *options])
+    assert choices.without_walk(args, open_source(str(base))) is args and (tmp_path / "cache").is_dir()
 
 
 def test_what_was_asked_for_is_never_replaced(tmp_path: Path, capsys: Capture) -> None:
