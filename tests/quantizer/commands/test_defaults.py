@@ -99,7 +99,7 @@ def test_a_release_without_options_has_feedback(
 def test_what_was_asked_for_is_never_replaced(tmp_path: Path, capsys: Capture) -> None:
     base = make_checkpoint(tmp_path / "base")
     MODELS["bert"][0]().save_pretrained(base)
-    for options in (["--preset", "balanced"], ["--calibration-tokens", "512"]):
+    for options in (["--preset", "balanced"], ["--calibration-tokens", "512"], ["--spill"], ["--tune-steps", "2"]):
         assert main(["quantize", str(base), str(tmp_path / "out"), "--quiet", *options]) == 1
         assert "preset is fast" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -159,6 +159,20 @@ def test_uniform_gives_every_weight_the_same_bits(make: Make, tmp_path: Path, ca
 def test_uniform_beside_what_contradicts_it(tmp_path: Path, capsys: Capture, options: list[Any]) -> None:
     assert main(["plan", str(make_checkpoint(tmp_path / "base")), "--uniform", *options]) == 1
     assert f"error [SCHEMA.VALUE] {options[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--output-feedback"], ["--calibration-inputs", "original"], ["--no-activation-order"], ["--spill"]),
+        *(["--candidate-bits", "2,3"], ["--allocator", "perturbation"]),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+    base = str(make_checkpoint(tmp_path / "base"))
+    assert main(["plan", base, "--preset", "fast", *options]) == 1
+    assert f"error [SCHEMA.VALUE] {options[0]}: " in capsys.readouterr().err
+    assert main(["plan", base, "--preset", "fast", "--calibration-inputs", "paired", "--activation-order"]) == 0
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])
