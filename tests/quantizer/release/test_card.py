@@ -666,6 +666,11 @@ def test_every_number_is_recomputed(case: tuple[str, Path]) -> None:
     check((repo / "README.md").read_text("utf-8"), *everything(repo))
 
 
+def test_decoding_is_told_as_in_the_specification(case: tuple[str, Path]) -> None:
+    (formula,) = re.findall(r"^    (W = cast\(.*)$", (ROOT / "SPEC.md").read_text("utf-8"), re.MULTILINE)
+    assert f"\n{formula}\n" in (case[1] / "README.md").read_text("utf-8")
+
+
 def test_a_changed_digit_is_noticed(case: tuple[str, Path]) -> None:
     _, repo = case
     text, wanted = (repo / "README.md").read_text("utf-8"), everything(repo)
