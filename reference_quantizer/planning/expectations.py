@@ -73,9 +73,10 @@ def expected_time(
         "codes": SECONDS[settings.preset] * 2**wider + tokens * READING,
         "tuning": steps * TUNING,
     }
-    stages = {stage: _minutes(scalars * value, cores) for stage, value in seconds.items() if value}
-    parts = f": {', '.join(f'{stage} {n}' for stage, n in stages.items())}" if len(stages) > 1 else ""
-    line = f"takes: about {sum(stages.values())} min on {cores} CPU core{'s' * (cores > 1)}, judging by {MODEL}{parts}"
+    stages = {stage: round(scalars * value / cores / 60) for stage, value in seconds.items()}
+    parts = [f"{stage} {minutes}" for stage, minutes in stages.items() if minutes]
+    line = f"takes: about {_minutes(scalars * sum(seconds.values()), cores)} min on {cores} CPU core{'s' * (cores > 1)}, judging by {MODEL}"
+    line += f": {', '.join(parts)}" if len(parts) > 1 else ""
     fast = _minutes(scalars * SECONDS["fast"], cores)
     return f"{line}; --preset fast takes {fast}, fewer --calibration-tokens take less"
 

@@ -136,6 +136,7 @@ def test_a_release_with_the_preset_best_is_tuned(lab: Lab, capsys: pytest.Captur
     options = ["--preset", "best", "--window", "6", "--calibration", text, "--tune-steps", "4", "--overwrite"]
     options += ["--protect-fragment", "embed_tokens.weight", "--protected-bits", "8"]  # tuning finds something
     code, stages, err = run(lab, capsys, *options)
+    assert "takes: about 1 min on" in err and "takes: about 1 min more for the evaluation" in err
     assert (code, stages) == (0, {"quantize", "evaluate", "card"}), err
     assert read(lab.out / MANIFEST)["quantization"]["extra"]["tuning"]["steps"] == 4
     assert run(lab, capsys, *options)[:2] == (0, set())
