@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 from test_validator import ROOT, Repo, judged, repo, stamped
@@ -110,6 +113,23 @@ def test_an_endless_loop_is_stopped(tmp_path: Path) -> None:
 
 def test_memory_is_limited(tmp_path: Path) -> None:
     assert codes(run(tmp_path, "bytearray(2**31)\n", loader_memory=2**30)) == [("LIMIT.MEMORY", None)]
+
+
+def test_a_library_that_does_not_fit_is_a_limit(tmp_path: Path) -> None:
+    (code, _), *_ = codes(run(tmp_path, HONEST, loader_memory=300 * 2**20))  # torch's libraries alone take more
+    assert code == "LIMIT.MEMORY"
+
+
+def test_a_loader_that_closes_its_pipe_and_lives_on_is_found() -> None:
+    receive, send = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process, TemporaryFile() as errors:
+        os.close(send)
+        loader = isolate.Loader(process, Path(), receive, 0.1, errors, bytearray())
+        with pytest.raises(isolate.LoaderError, match="closed its pipe") as failed:
+            loader.event()
+        process.kill()
+    os.close(receive)
+    assert failed.value.code == "DATA.DECODE"
 
 
 def test_a_missing_library_is_no_verdict(tmp_path: Path) -> None:
