@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import pytest
 from test_validator import ROOT, Repo, judged, repo, stamped
@@ -151,6 +151,7 @@ def attempt(what, act):
         pass
 here = Path({repository!r})
 attempt("network", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
+attempt("socket", lambda: socket.socket(socket.AF_UNIX).connect({unix!r}))
 attempt("write", lambda: (here / "new").write_text("x"))
 attempt("delete", lambda: (here / "config.json").unlink())
 attempt("remount", lambda: subprocess.run(["mount", "-o", "remount,rw", "/"], check=True, capture_output=True) if Path("/bin/mount").exists() else os.stat("/nowhere"))
@@ -164,9 +165,19 @@ raise ValueError(f"could {{found}}")
 
 def test_the_loader_is_isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQ_SECRET", "x")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as service,  # such as the session bus, which starts programs
+        TemporaryDirectory() as short,
+    ):
+        service.bind(f"{short}/s")
+        service.listen()
         probe = PROBE.format(
-            repository=str(tmp_path / "r"), port=server.getsockname()[1], parent=os.getpid(), outside=str(tmp_path)
+            repository=str(tmp_path / "r"),
+            port=server.getsockname()[1],
+            unix=f"{short}/s",
+            parent=os.getpid(),
+            outside=str(tmp_path),
         )
         judgement = run(tmp_path, probe)
     reason = judgement.reason("L3") or ""
