@@ -120,8 +120,9 @@ def set_limits(limits: dict[str, int]) -> None:
     }
     for name, value in wanted.items():
         hard = resource.getrlimit(name)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+        later = 1 if name == resource.RLIMIT_CPU else 0  # or SIGKILL would come in the place of SIGXCPU, which says why
+        resource.setrlimit(name, (min(value, most), min(value + later, most)))
 
 
 def main() -> None:

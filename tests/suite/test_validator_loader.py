@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -109,6 +110,12 @@ def test_a_crash_is_found(tmp_path: Path) -> None:
 def test_an_endless_loop_is_stopped(tmp_path: Path) -> None:
     assert codes(run(tmp_path, "import time\ntime.sleep(60)\n", loader_seconds=1)) == [("LIMIT.TIME", None)]
     assert codes(run(tmp_path / "b", "while True: pass\n", loader_seconds=1)) == [("LIMIT.TIME", None)]
+
+
+def test_the_limit_of_processor_time_is_told_from_other_ends() -> None:
+    program = "import loader_driver as d\nd.os.cpu_count = lambda: 1\nd.set_limits({'memory': 2**32, 'seconds': 1})\nwhile 1: 0"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(isolate.__file__).parent)
+    assert -done.returncode == signal.SIGXCPU
 
 
 def test_memory_is_limited(tmp_path: Path) -> None:
