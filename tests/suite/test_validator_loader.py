@@ -214,6 +214,11 @@ def test_a_known_release_reaches_l3_without_being_run(tmp_path: Path) -> None:
     # a stamp that is not the text's, or that claims a release
     changed = with_loader(stamped(body).replace(b"never", b"often")).write(tmp_path / "c")
     assert {code for code, _ in codes(judged(changed, known_loaders=known))} == {"BIND.LOADER"}
+    twice = stamped(body).replace(b'"version":', b'"version": "7.0", "version":')  # which of the two is it?
+    assert b"7.0" in twice
+    assert {code for code, _ in codes(judged(with_loader(twice).write(tmp_path / "t"), known_loaders=known))} == {
+        "BIND.LOADER"
+    }
     claimed = with_loader(stamped(b"pass\n", "1.0.0")).write(tmp_path / "d")
     assert codes(judged(claimed, known_loaders=known)) == [("BIND.LOADER", None)]
 
