@@ -30,7 +30,7 @@ def worst(factors: tuple[int, ...], y: np.ndarray) -> float:
     size = y.shape[1]
     x = y.astype(float) @ hadamard(factors) / math.sqrt(size)
     got = inverse_hadamard(factors, "00" * -(-size // 8), CPU)(torch.from_numpy(y)).double().numpy()
-    most = np.maximum(abs(y).max(1), abs(x).max(1))
+    most = np.maximum(np.maximum(abs(y).max(1), abs(x).max(1)), np.linalg.norm(y.astype(float), axis=1) / 4)
     return float((abs(got - x).max(1) / (2.0**-20 * most + 2.0**-139)).max())
 
 

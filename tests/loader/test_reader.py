@@ -297,6 +297,7 @@ def worst_of(inverse: Callable[..., torch.Tensor], truth: Callable[..., Any], y:
     """The largest |error| / tolerance of [TQ-NUM-4] over the blocks y."""
     exact, got = truth(y.double().numpy()), inverse(y).double().numpy()
     m = np.maximum(np.abs(y.numpy()).max(1), np.abs(exact).max(1))
+    m = np.maximum(m, np.linalg.norm(y.double().numpy(), axis=1) / 4)
     return float((np.abs(got - exact).max(1) / (m * 2.0**-20)).max())
 
 
