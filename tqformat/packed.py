@@ -38,6 +38,9 @@ from .load_quantized import MANIFEST, Repo, Stage, TQFormatError, Transform, Wei
 
 FEW = 8  # rows of an activation up to which a product is computed in float32 from the codes
 FEW_ON_CPU = 64  # the same with tqformat_kernels: up to twice as many are faster than decoding, in float32 and bfloat16
+KEPT = (
+    1 << 16
+)  # elements up to which a weight that no product takes packed, as a convolution's, stays decoded once it was
 GROUP = 1 << 19  # elements of a weight that are decoded at once
 ADVICE = "products of packed weights take torch's path, which is slow for single tokens; pip install tqformat-kernels"
 KERNELS_ABI = 3
@@ -96,13 +99,14 @@ class Parts(Repo):
     stages: list[Any] | None  # those of tqformat_kernels or products_triton, made at the first product
     whole: Any  # the weight of tqformat_kernels; None before the first product, False where it has none
     selected: dict[Any, "PackedWeight"]  # of merged weights, those that were asked for
+    decoded: dict[torch.dtype, Tensor]  # of a small weight, its values
 
     def __init__(self, repo: Repo) -> None:
         """What the weights of `repo` share; having() gives those of one weight."""
         ExitStack.__init__(self)
         self.path, self.manifest, self.spans = repo.path, repo.manifest, repo.spans
         self.tensors, self.tables, self.stages, self.whole, self.selected = {}, {}, None, None, {}
-        self._lock = threading.Lock()
+        self.decoded, self._lock = {}, threading.Lock()
         t, c = self.manifest.transforms.values(), self.manifest.codebooks.values()
         shared = [key for x in t for key in (x.matrix, x.pairs, x.angles, x.index)] + [book.tensor for book in c]
         self.tensors = {key: repo._read(key) for key in shared if key is not None}
@@ -110,7 +114,8 @@ class Parts(Repo):
 
     def having(self, tensors: dict[str, Tensor]) -> "Parts":
         parts = copy.copy(self)
-        parts.tensors, parts.stages, parts.whole, parts.selected = self.tensors | tensors, None, None, {}
+        parts.tensors, parts.stages, parts.whole = self.tensors | tensors, None, None
+        parts.selected, parts.decoded = {}, {}
         return parts
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
@@ -302,6 +307,16 @@ class PackedWeight(Tensor):
         list(self.parts.workers.map(fill, groups))
         return value
 
+    def value(self) -> Tensor:
+        """A decoded tensor of one's own, for an operation that takes no packed weight."""
+        if self.rows * self.entry.shape[-1] > KEPT:
+            return self.decode()
+        kept = self.parts.decoded
+        if self.dtype not in kept:
+            kept[self.dtype] = self.decode()
+        with torch.inference_mode(False):  # where views of it may be made that others write to
+            return kept[self.dtype].clone()
+
     def check(self) -> None:
         """Decodes all rows once, which raises TQFormatError where the loader would."""
         step = self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
@@ -388,7 +403,7 @@ class PackedWeight(Tensor):
                 raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
 
         def plain(value: Any) -> Any:
-            return value.decode() if isinstance(value, PackedWeight) else value
+            return value.value() if isinstance(value, PackedWeight) else value
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         return func(*args, **kwargs)
@@ -619,7 +634,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
         t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, PackedWeight)
     }
     for parts in [weight.parts for weight in packed]:
-        seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
+        seen |= {t.data_ptr(): t.nbytes for t in (*parts.tensors.values(), *parts.decoded.values())}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
         seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
         seen |= {id(t): t.nbytes for t in tables if hasattr(t, "nbytes") and not isinstance(t, Tensor)}

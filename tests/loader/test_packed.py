@@ -153,6 +153,22 @@ def test_what_a_packed_weight_refuses(settings_repo: Path) -> None:
         functional.linear(torch.ones(1, 47), weight)
 
 
+def test_small_weights_stay_decoded(settings_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operation without a packed form gets is its own, also in inference mode, and is decoded once."""
+    with PackedRepo(settings_repo) as repo:
+        weight = repo.dequantize("hadamard")
+    decoded, decode = [], PackedWeight.decode
+    monkeypatch.setattr(PackedWeight, "decode", lambda w, *dtype: (decoded.append(w), decode(w, *dtype))[1])
+    value = weight + 0
+    with torch.inference_mode():
+        weight.unsqueeze(0).squeeze(0).zero_()
+    (weight.t() + 0).zero_()
+    weight.view(-1).zero_()
+    assert torch.equal(weight + 0, value) and len(decoded) == 1
+    monkeypatch.setattr(packed, "KEPT", 0)
+    assert torch.equal(weight + 0, value) and len(decoded) == 2
+
+
 def test_bad_codes_are_told_when_they_are_read(settings_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with PackedRepo(settings_repo) as repo:
         name, read = repo.manifest.tensors["ternary"].stages[0].codes, repo._read  # type: ignore[index]
