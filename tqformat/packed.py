@@ -134,6 +134,27 @@ class Parts(Repo):
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
 
+    def bound(self, w: Weight, rows: int) -> float:
+        """What no decoded value exceeds, nor what it is computed from; infinity where codes must be read to know.
+
+        TQFormatError DATA.NON_FINITE where scales, offsets or levels are not finite.
+        """
+        total = 0.0
+        for i, s in enumerate(w.stages or ()):
+            book, t, where = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform], f"stages[{i}]."
+            scales, offsets = (
+                float(self._scales(s, kind, 0, rows, self.tensors[s.scales].device, where).abs().amax())
+                if getattr(s, kind)
+                else 0.0
+                for kind in ("scales", "offsets")
+            )
+            if book.rows is not None or book.entries != 1 << s.layout(w.shape[-1])[0] or t.matrix is not None:
+                return math.inf
+            total += (scales * float(self._levels(book).abs().amax()) + offsets) * t.size  # sums of T^-1 included
+        if w.column_scale is not None:
+            total *= float(self._floats(w.column_scale, "column_scale").abs().amax())
+        return total
+
     def kernel_stages(self, w: Weight, make: Callable[..., Any]) -> list[Any]:
         """The stages of a weight as `make` makes them; None for one that it has no kernel for."""
         if self.stages is None:
@@ -318,13 +339,16 @@ class PackedWeight(Tensor):
             return kept[self.dtype].clone()
 
     def check(self) -> None:
-        """Decodes all rows once, which raises TQFormatError where the loader would."""
+        """Raises TQFormatError where the loader would. Rows are decoded only if a look at their factors does not tell."""
         step = self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
         try:
             decode = self.parts._decoder(self.entry, self.device)
-            for _ in self.parts.workers.map(
-                lambda a: decode(a, min(a + step, self.rows)), range(0, max(self.rows, 1), step)
+            if (
+                not self.rows
+                or self.parts.bound(self.entry, self.rows) < min(lq.OVERFLOW[self.entry.dtype], 2.0**127) / 2
             ):
+                return
+            for _ in self.parts.workers.map(lambda a: decode(a, min(a + step, self.rows)), range(0, self.rows, step)):
                 pass
         except TQFormatError as error:
             raise error.inside(f"tensors[{self.title!r}].") from None

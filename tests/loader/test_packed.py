@@ -177,6 +177,44 @@ def test_bad_codes_are_told_when_they_are_read(settings_repo: Path, monkeypatch:
             repo.dequantize("ternary")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_not_finite_are_told(
+    value: float, settings_repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loader says of stored scales, and of the values that they give, which are decoded only where that is needed."""
+    read, check, decoded, bad = packed.Repo._read, packed.Parts._decoder, [], [""]
+
+    def decoder(parts: Any, w: Any, device: Any) -> Any:
+        decode = check(parts, w, device)
+        return lambda a, b: (decoded.append(w), decode(a, b))[1]
+
+    def told(repo: Any, name: str) -> tuple[str, str] | None:
+        try:
+            repo.dequantize(name)
+        except TQFormatError as error:
+            return error.code, error.where.split(", rows")[0]
+        return None
+
+    monkeypatch.setattr(packed.Parts, "_decoder", decoder)
+
+    def spoiled(repo: Any, key: str, *rest: Any, **flat: Any) -> torch.Tensor:
+        part = read(repo, key, *rest, **flat)
+        return torch.full_like(part, value) if key == bad[0] else part
+
+    with PackedRepo(settings_repo) as repo, open_repo(settings_repo) as loader:
+        stages = {name: w.stages for name, w in repo.manifest.tensors.items() if w.stages and name != "empty"}
+        assert all(told(repo, name) is None for name in stages)
+        assert 0 < len(decoded) < len(stages)
+        monkeypatch.setattr(packed.Repo, "_read", spoiled)
+        found = []
+        for name, (*_, last) in stages.items():
+            bad[0] = last.scales
+            if repo.spans[last.scales].dtype in ("F32", "BF16"):
+                found.append(told(repo, name))
+                assert found[-1] == told(loader, name)
+        assert ("DATA.NON_FINITE" in {code for code, _ in filter(None, found)}) and len(found) > 3
+
+
 def test_a_changed_activation_is_rotated_again(settings_repo: Path) -> None:
     with PackedRepo(settings_repo) as repo:
         weight = repo.dequantize("hadamard")
