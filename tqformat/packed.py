@@ -675,19 +675,25 @@ def load(
     **options: Any,
 ) -> Any:
     """The ready model as load_quantized.load gives it, its quantized weights packed; the arguments are the same."""
+    experts = options.get("experts_implementation")
     with PackedRepo(path, verify) as repo, lq._building:
         model = lq.build_model(repo, device, dtype, trust_remote_code, options)
-        finish(model, repo)
+        finish(model, repo, experts)
     return model
 
 
-def finish(model: Any, repo: PackedRepo) -> None:
-    """Says which weights could not stay packed, and makes save_pretrained write the repository."""
+def finish(model: Any, repo: PackedRepo, experts: Any = None) -> None:
+    """Says which weights could not stay packed, and makes save_pretrained write the repository.
+
+    `experts` is what the user asked for as experts_implementation. Without a wish packed experts run one at a time (eager):
+    the other ways are right, too, but decode all experts of a layer each time.
+    """
     packed = packed_weights(model)
     for weight in packed.values():
         weight.requires_grad_(False)
-    if any(weight.dim() > 2 for weight in packed.values()) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # which takes an expert at a time; others would decode all
+    fused = any(weight.dim() > 2 for weight in packed.values())
+    if fused and experts is None and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     left = sorted(repo.packed - {name for weight in packed.values() for name in weight.sources})
     if left:
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")

@@ -285,6 +285,19 @@ def test_merged_experts_stay_packed(name: str, repos: Callable[[str], Path], mon
     assert 3 not in decoded  # an expert at a time
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_run_as_the_user_asks(name: str, repos: Callable[[str], Path]) -> None:
+    """Without a wish one at a time; with one as it says, which decodes all of a layer's and gives the same to 1e-4."""
+    model = tqformat.load(repos(name), packed=True)
+    assert model.config._experts_implementation == "eager"
+    with torch.no_grad():
+        wanted = model(**inputs(name))[0]
+        for way in ("batched_mm", "grouped_mm"):
+            model = tqformat.load(repos(name), packed=True, experts_implementation=way)
+            assert model.config._experts_implementation == way and packed.packed_weights(model)
+            assert torch.allclose(model(**inputs(name))[0], wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_experts_that_are_coded_in_different_ways_are_decoded_and_told(
     repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
