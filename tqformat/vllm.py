@@ -74,7 +74,7 @@ def get_all_weights(self: Any, model_config: Any, model: torch.nn.Module) -> Ite
     self.counter_before_loading_weights = time.perf_counter()  # of the seconds that vLLM reports
     device = next(model.parameters()).device  # with its index: threads that decode know no current GPU
     tied = getattr(model_config.hf_config, "tie_word_embeddings", False)  # by the model's own rule [TQ-TIE-2]
-    with lq.Repo(fetch(self, model_config)) as repo:
+    with lq.Repo(fetch(self, model_config), beside=True) as repo:
         for name in [*repo.names(), *(() if tied else repo.manifest.tied_weights)]:
             if not should_skip_weight(name, self.local_expert_ids):  # experts of other ranks (enable_ep_weight_filter)
                 yield name, repo.dequantize(name, "cpu" if device.type == "meta" else device)
