@@ -392,7 +392,8 @@ class PackedWeight(Tensor):
         ours = OURS.get(func)
         if ours is not None:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(weight, PackedWeight) and len(weight.entry.shape) == 2 and type(args[0]) is not PackedWeight:
+            first = args[0] if args else kwargs.get("input")
+            if isinstance(weight, PackedWeight) and len(weight.entry.shape) == 2 and type(first) is not PackedWeight:
                 return ours(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -511,18 +512,18 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
     parts, s, cols = weight.parts, (weight.entry.stages or ())[i], weight.entry.shape[-1]
     column_scale, recent = weight.entry.column_scale, _local.__dict__.setdefault("recent", {})
     keep = not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())  # no version, a graph of its own
-    key = (id(parts.tables), s.transform, column_scale)
+    key = (id(parts.tables), s.transform, column_scale)  # the tables are kept beside z, so that their id stays theirs
     if keep and (found := recent.get(id(x))) and found[0]() is x and found[1] == x._version and key in found[2]:
-        return found[2][key]  # type: ignore[no-any-return]
+        return found[2][key][1]  # type: ignore[no-any-return]
     v = x.reshape(-1, cols).float()
     v = v if column_scale is None else v * parts.tensors[column_scale].float()
     size = parts.manifest.transforms[s.transform].size
     z = parts.forward(s, weight.device)(v.reshape(-1, size)).reshape(-1, cols)
-    if keep:
+    if keep and z.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # a view would keep x for ever
         if not found or found[0]() is not x or found[1] != x._version:
             place = id(x)
             recent[place] = (weakref.ref(x, lambda _: recent.pop(place, None)), x._version, {})
-        recent[id(x)][2][key] = z
+        recent[id(x)][2][key] = parts.tables, z
     return z
 
 

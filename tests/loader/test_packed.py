@@ -221,7 +221,20 @@ def test_a_changed_activation_is_rotated_again(settings_repo: Path) -> None:
     x = torch.randn(2, 48)
     first = functional.linear(x, weight)
     x.mul_(2)
-    assert torch.allclose(functional.linear(x, weight), 2 * first)
+    assert torch.allclose(functional.linear(input=x, weight=weight), 2 * first)
+
+
+def test_no_activation_is_kept(settings_repo: Path) -> None:
+    """Not even by the identity, whose result is the activation itself."""
+    with PackedRepo(settings_repo) as repo:
+        weights = [repo.dequantize(name) for name, w in repo.manifest.tensors.items() if w.stages and len(w.shape) == 2]
+    kinds = {repo.manifest.transforms[weight.entry.stages[0].transform].kind for weight in weights if weight.rows}
+    assert {"identity", "hadamard"} <= kinds
+    packed._local.__dict__.clear()
+    with torch.no_grad():
+        for weight in weights:
+            functional.linear(torch.randn(2, weight.entry.shape[-1]), weight)
+    assert not packed._local.__dict__.get("recent")
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
