@@ -167,8 +167,8 @@ def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch
     """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
     if t.factors is not None and t.signs is not None:
         bits = torch.tensor(list(bytes.fromhex(t.signs)))[:, None] >> torch.arange(8) & 1
-        signs = ((1.0 - 2.0 * bits.flatten()[: t.size]) / math.sqrt(t.size)).to(device)
-        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
+        signs = ((1 - 2 * bits.flatten()[: t.size]).float() / math.sqrt(t.size)).to(device)
+        matrices = [h.t().float().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
         def hadamard(
             v: Tensor,
@@ -446,8 +446,11 @@ def _coding(w: PackedWeight) -> Any:
 _local = threading.local()  # in each thread, the last rotated activations
 
 
-def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear: input [..., cols] -> [..., rows], in the dtype of the input."""
+def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None, few: int = FEW) -> Tensor:
+    """torch.nn.functional.linear: input [..., cols] -> [..., rows], in the dtype of the input.
+
+    Up to `few` rows of it are multiplied from the codes, as the module says.
+    """
     if weight.requires_grad and torch.is_grad_enabled():
         advice = "packed weights are not trained: model.requires_grad_(False), then LoRA; or load without packed=True"
         raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{weight.title!r}]", advice)
@@ -455,7 +458,7 @@ def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> T
         input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape
     )
     stages, total = range(len(weight.entry.stages or ())), None
-    for i in stages if input.numel() <= FEW * input.shape[-1] else [None]:
+    for i in stages if input.numel() <= few * input.shape[-1] else [None]:
         z = input.reshape(-1, input.shape[-1]) if i is None else rotated(input, weight, i)
         multiply: Any = _Product.apply if z.requires_grad else product
         y = multiply(z, weight, i)
