@@ -110,7 +110,10 @@ def get_all_weights(self: Any, model_config: Any, model: torch.nn.Module) -> Ite
     with (PackedRepo if places else lq.Repo)(fetch(self, model_config)) as repo:
         for name in [*repo.names(), *(() if tied else repo.manifest.tied_weights)]:
             if not should_skip_weight(name, self.local_expert_ids):  # experts of other ranks (enable_ep_weight_filter)
-                yield name, repo.dequantize(name, "cpu" if device.type == "meta" else device)
+                value = repo.dequantize(name, "cpu" if device.type == "meta" else device)
+                if isinstance(value, PackedWeight) and value.dim() > 2:  # no linear layer takes it
+                    value = value.decode()
+                yield name, value
     if decoded := [name for name, p in places.items() if not complete(p)]:
         some = ", ".join(decoded[:3]) + (", ..." if len(decoded) > 3 else "")
         logger.info("tqformat: %d of %d layers cannot stay packed here: %s", len(decoded), len(places), some)

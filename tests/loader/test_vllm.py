@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tqformat import TQFormatError, load_state_dict
+from tqformat.packed import PackedWeight
 
 
 class LinearBase(torch.nn.Module):
@@ -207,6 +208,16 @@ def method(vllm: Any) -> Callable[[Any], Any]:
     pytest.importorskip("tqformat_kernels")
     config = vllm.methods["tqformat"].from_config({"quant_method": "tqformat", "packed": True})
     return lambda layer: config.get_quant_method(layer, "a")
+
+
+def test_matrices_alone_come_packed(vllm: Any, method: Any, settings_repo: Path) -> None:
+    plain = load_state_dict(settings_repo)
+    found = weights_for(vllm, settings_repo, linear_layer(method, [3], 48))
+    assert {name for name, value in found.items() if isinstance(value, PackedWeight)} == {
+        *("plain", "hadamard", "dense", "givens", "vector", "trellis", "ternary", "stages", "empty", "offsets"),
+        *("fine", "exponents"),
+    }
+    assert all(torch.equal(value.clone() + 0, plain[name] + 0) for name, value in found.items())
 
 
 def linear_layer(method: Any, rows: list[int], cols: int, rank: int = 0) -> Any:
