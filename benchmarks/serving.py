@@ -132,6 +132,7 @@ class Server:
             quantization = {"quantization_config": {"quant_method": "tqformat", "packed": packed}}
             options += ["--hf-overrides", json.dumps(quantization)]
         cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # GiB; more ranks than NUMA nodes
+        cpu["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))  # threads that wait do so by spinning
         # What `vllm serve` starts; that command itself fails in vllm-cpu, whose distribution is not named vllm.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
         self.process = subprocess.Popen(command, env=cpu | os.environ, stdout=sys.stderr, start_new_session=True)

@@ -10,6 +10,7 @@ in place of values, as packed.py does: a rank cuts its share out of the parts. A
 setting that tqformat_kernels has no fast product for, is decoded as above.
 """
 
+import gc
 import logging
 import time
 import weakref
@@ -81,9 +82,9 @@ class TQFormatConfig(QuantizationConfig):  # type: ignore[misc]
         require(found in LOAD_FORMATS, "SCHEMA.VALUE", "load_format", expected, found)
         packed = self.packed and found != "dummy"
         if isinstance(layer, LinearBase):
-            return PackedLinearMethod() if packed else UnquantizedLinearMethod()
+            return PackedLinearMethod(prefix) if packed else UnquantizedLinearMethod()
         if packed and isinstance(layer, VocabParallelEmbedding) and not layer.num_added_embeddings:
-            return PackedEmbeddingMethod()
+            return PackedEmbeddingMethod(prefix)
         return None  # plain
 
 
@@ -139,7 +140,7 @@ def fetch(loader: Any, model_config: Any) -> Any:
 # share's first row there, of which `rows` have to come. What it cannot keep is decoded into `data`, as the rest is at the end
 # unless all rows are there. So `data` is touched only where it is needed; until then it takes no memory.
 
-_layers: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()  # of which the operators know numbers
+_layers: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()  # by the names that operators get
 
 
 def keep(param: Any, weight: Tensor, dim: int, start: int, size: int, row: int = 0) -> bool:
@@ -188,13 +189,25 @@ class _Packed:
 
     supports_pre_processed_weights = False
 
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.name = prefix
+
+    def introduce(self, layer: Any, rows: int) -> None:
+        """Lets the operators find a layer, by a name that is the same in all processes, as vLLM keeps compiled models."""
+        if self.name in _layers:
+            gc.collect()  # an earlier model may not be gone yet
+        require(
+            self.name not in _layers, "UNSUPPORTED.LIBRARY", self.name, "one packed layer of this name in a process"
+        )
+        _layers[self.name], layer.rows = layer, rows
+
     def process_weights_after_loading(self, layer: Any) -> None:
         param, used_elsewhere = layer.weight, getattr(layer, "_cpu_skip_gemm_dispatch", False)
         if complete(param) and not used_elsewhere:
             weights = [share for _, share in sorted(param.shares.items())]
             merged = merge(weights, new=False) if len(weights) > 1 else None
-            layer.packed, layer.number = weights if merged is None else [merged], id(layer)
-            _layers[layer.number] = layer
+            layer.packed = weights if merged is None else [merged]
             layer.weight = torch.nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=False)
         else:
             for row, share in param.shares.items():
@@ -203,9 +216,15 @@ class _Packed:
             super().process_weights_after_loading(layer)  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.tqformat.linear(x, bias, self.name)  # type: ignore[no-any-return]
+
+    def multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if layer.packed is None:
             return super().apply(layer, x, bias)  # type: ignore[misc, no-any-return]
-        y: Tensor = torch.ops.tqformat.packed_linear(x, layer.number)
+        found = [linear(x, weight, few=FEW) for weight in layer.packed]
+        y = found[0] if len(found) == 1 else torch.cat(found, -1)
+        if filled := layer.rows - y.shape[-1]:  # of a vocabulary
+            y = functional.pad(y, (0, filled))
         return y if bias is None else y + bias
 
 
@@ -226,6 +245,7 @@ class PackedLinearMethod(_Packed, UnquantizedLinearMethod):  # type: ignore[misc
         weight = PackedParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, attributes)
+        self.introduce(layer, len(data))
 
 
 class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):  # type: ignore[misc]
@@ -238,45 +258,38 @@ class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):  # type: ignor
 
         super().create_weights(layer, *sizes, weight_loader=load, **attributes)
         layer.weight.shares, layer.weight.rows = {}, rows
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = super().apply(layer, x)
-        y = functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))  # vLLM fills the vocabulary up
-        return y if bias is None else y + bias
+        self.introduce(layer, layer.num_embeddings_per_partition)
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        return torch.ops.tqformat.embedding(ids, self.name)  # type: ignore[no-any-return]
+
+    def look_up(self, layer: Any, ids: Tensor) -> Tensor:
         if layer.packed is None:
             return super().embedding(layer, ids)  # type: ignore[no-any-return]
-        found: Tensor = torch.ops.tqformat.packed_embedding(ids, layer.number)
-        return found
+        return functional.embedding(ids, *layer.packed).to(layer.params_dtype)
 
 
-# Operators, so that torch.compile does not look inside.
+# Operators, so that torch.compile does not look inside: whether a layer is packed is no part of a compiled model.
 
 
-@torch.library.custom_op("tqformat::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, layer: int) -> Tensor:
-    """x [..., cols] -> [..., rows], in the dtype of x."""
-    found = [linear(x, weight, few=FEW) for weight in _layers[layer].packed]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
+@torch.library.custom_op("tqformat::linear", mutates_args=())
+def _linear(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    return _layers[name].quant_method.multiply(_layers[name], x, bias)  # type: ignore[no-any-return]
 
 
-@packed_linear.register_fake
-def _(x: Tensor, layer: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sum(weight.rows for weight in _layers[layer].packed))
+@_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _layers[name].rows)
 
 
-@torch.library.custom_op("tqformat::packed_embedding", mutates_args=())
-def packed_embedding(ids: Tensor, layer: int) -> Tensor:
-    """ids [...] -> rows [..., cols] of the embedding, in the dtype of the model."""
-    (weight,) = _layers[layer].packed
-    return functional.embedding(ids, weight).to(_layers[layer].params_dtype)
+@torch.library.custom_op("tqformat::embedding", mutates_args=())
+def _embedding(ids: Tensor, name: str) -> Tensor:
+    return _layers[name].quant_method.look_up(_layers[name], ids)  # type: ignore[no-any-return]
 
 
-@packed_embedding.register_fake
-def _(ids: Tensor, layer: int) -> Tensor:
-    (weight,) = _layers[layer].packed
-    return ids.new_empty(*ids.shape, weight.shape[1], dtype=_layers[layer].params_dtype)
+@_embedding.register_fake
+def _(ids: Tensor, name: str) -> Tensor:
+    return ids.new_empty(*ids.shape, _layers[name].embedding_dim, dtype=_layers[name].params_dtype)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -46,7 +47,8 @@ class VocabParallelEmbedding(torch.nn.Module):
         self.shard_indices = SimpleNamespace(org_vocab_start_index=first)
         self.num_org_embeddings_per_partition, self.num_added_embeddings = own, added
         self.num_embeddings_per_partition = self.rows = rows
-        self.cols, self.params_dtype = cols, torch.float32
+        self.cols = self.embedding_dim = cols
+        self.params_dtype = torch.float32
 
     def weight_loader(self, param: Any, weight: Tensor) -> None:
         own = self.num_org_embeddings_per_partition
@@ -206,8 +208,8 @@ def test_load_formats_that_read_files_by_themselves_are_refused(vllm: Any) -> No
 def method(vllm: Any) -> Callable[[Any], Any]:
     """What the plugin gives a layer where packed weights are asked for."""
     pytest.importorskip("tqformat_kernels")
-    config = vllm.methods["tqformat"].from_config({"quant_method": "tqformat", "packed": True})
-    return lambda layer: config.get_quant_method(layer, "a")
+    config, names = vllm.methods["tqformat"].from_config({"packed": True}), map(str, itertools.count())
+    return lambda layer: config.get_quant_method(layer, next(names))
 
 
 def test_matrices_alone_come_packed(vllm: Any, method: Any, settings_repo: Path) -> None:
@@ -302,32 +304,59 @@ def test_embedding_and_output_layer(vllm: Any, method: Any, settings_repo: Path,
     """The second of two ranks, whose rows are filled up to four; the output layer is tied as vLLM ties it."""
     wanted = load_state_dict(settings_repo)[name][3:]
     layer, head = VocabParallelEmbedding(3, 3, 4, 48), VocabParallelEmbedding(3, 3, 4, 48)
-    quant_method: Any = method(layer)
     for one in (layer, head):
-        quant_method.create_weights(one, params_dtype=torch.float32, weight_loader=one.weight_loader)
+        one.quant_method = method(one)
+        one.quant_method.create_weights(one, params_dtype=torch.float32, weight_loader=one.weight_loader)
     head.weight = layer.weight
     layer.weight.weight_loader(layer.weight, weights_for(vllm, settings_repo, layer)[name])  # type: ignore[operator]
     for one in (layer, head):
-        quant_method.process_weights_after_loading(one)
+        one.quant_method.process_weights_after_loading(one)
         assert (one.packed is None) == (name == "vector")
     ids, x = torch.tensor([[2, 0], [1, 1]]), torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(quant_method.embedding(layer, ids), wanted[ids])
-    logits = quant_method.apply(head, x)
+    assert torch.equal(layer.quant_method.embedding(layer, ids), wanted[ids])
+    logits = head.quant_method.apply(head, x)
     assert logits.shape == (3, 4) and not logits[:, 3].any()
     assert torch.allclose(logits[:, :3], x @ wanted.T, atol=1e-4)
     assert method(VocabParallelEmbedding(3, 3, 5, 48, added=1)) is None
 
 
-def test_a_packed_layer_is_compiled(
-    vllm: Any, method: Any, settings_repo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_compiled(vllm: Any, method: Any, settings_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the same program, packed or not, with operators by names: vLLM keeps such programs for other processes."""
     monkeypatch.setitem(sys.modules, "tqformat.vllm", vllm.plugin)  # Dynamo asks for it
-    layer = linear_layer(method, [6], 48)
-    layer.weight.load_column_parallel_weight(weights_for(vllm, settings_repo, layer)["dense"])
-    layer.quant_method.process_weights_after_loading(layer)
-    compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x) * 2, backend="eager", fullgraph=True)
-    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(compiled(x), layer.quant_method.apply(layer, x) * 2)
+    x, ids = torch.randn(2, 48, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    for name in ("dense", "vector"):
+        layer, table = linear_layer(method, [6], 48), VocabParallelEmbedding(3, 3, 4, 48)
+        table.quant_method = method(table)
+        table.quant_method.create_weights(table, params_dtype=torch.float32, weight_loader=table.weight_loader)
+        weight = weights_for(vllm, settings_repo, layer)[name]
+        layer.weight.load_column_parallel_weight(weight)
+        table.weight.weight_loader(table.weight, weight)  # type: ignore[operator]
+        layer.quant_method.process_weights_after_loading(layer)
+        table.quant_method.process_weights_after_loading(table)
+        graphs: list[str] = []
+
+        def backend(graph: Any, _: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(graph.code)
+            return graph.forward
+
+        def step(layer: Any = layer, table: Any = table) -> tuple[Tensor, Tensor]:
+            y = layer.quant_method.apply(layer, x, None) * 2
+            return y, table.quant_method.embedding(table, ids)
+
+        for found, wanted in zip(torch.compile(step, backend=backend, fullgraph=True)(), step(), strict=True):
+            assert torch.equal(found, wanted)
+        (code,) = graphs
+        assert all(f"'{one.quant_method.name}')" in code for one in (layer, table)) and "weight" not in code
+
+
+def test_names_of_packed_layers_are_those_of_one_model(vllm: Any) -> None:
+    pytest.importorskip("tqformat_kernels")
+    config = vllm.methods["tqformat"].from_config({"packed": True})
+    layer = linear_layer(lambda layer: config.get_quant_method(layer, "q"), [6], 48)
+    with pytest.raises(TQFormatError, match="q: expected one packed layer of this name"):
+        linear_layer(lambda layer: config.get_quant_method(layer, "q"), [6], 48)
+    del layer
+    linear_layer(lambda layer: config.get_quant_method(layer, "q"), [6], 48)
 
 
 def test_where_packed_weights_are_refused(vllm: Any, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
