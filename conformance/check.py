@@ -118,7 +118,7 @@ def judge(subject: Subject, level: str = "L3", skip: Set[str] = frozenset()) -> 
     """Puts `subject` to every check up to `level`, but for those in `skip`."""
     judgement = Judgement(level)
     wanted = [each for id, each in CHECKS.items() if each.level <= level and id not in skip]
-    with subject.progress("checks", len(wanted), "check") as bar:
+    with subject.loader_waiting(), subject.progress("checks", len(wanted), "check") as bar:
         for each in wanted:
             bar.set_description(each.id)
             _judge(judgement, each, subject)

@@ -278,9 +278,11 @@ def decode_loader_run(repo: Subject) -> Iterator[Finding]:
         stages.setdefault(stage.weight, []).append(stage)
     left = dict(repo.manifest["tensors"])
     total = sum(math.prod(entry["shape"]) * DTYPES[entry["dtype"]] for entry in left.values())
-    limits = (options.loader_memory, options.loader_seconds, options.allow_network)
+    loader = repo.loader
+    assert loader
     try:
-        with isolate.running(program, repo.folder.path, *limits) as loader, repo.progress("loader", total) as bar:
+        with repo.progress("loader", total) as bar:
+            loader.start(program)
             if "network" not in loader.event()["given_up"] and not options.allow_network:
                 raise NotReachedError(
                     "the network cannot be shut off here; --allow-network-unisolated runs the loader all the same"

@@ -35,13 +35,21 @@ class LoaderError(Exception):
 
 @dataclass
 class Loader:
-    """A running loader: `event` reads a line, `read` the bytes after it."""
+    """A loader's process: `start` hands it the text, `event` reads a line of what it says, `read` the bytes after it."""
 
     process: subprocess.Popen[bytes]
+    file: Path  # for the text
     pipe: int
     seconds: float  # of waiting that are left
     errors: IO[bytes]
     buffer: bytearray
+
+    def start(self, program: bytes) -> None:
+        """Has the loader whose text is `program` decode: what was judged, and not a file that may change meanwhile."""
+        self.file.write_bytes(program)
+        assert self.process.stdin
+        with suppress(BrokenPipeError), self.process.stdin as go:  # if it ended by itself, `event` will say so
+            go.write(b"\n")
 
     def event(self) -> dict[str, Any]:
         """The loader's next event: isolated, tensor or end."""
@@ -98,16 +106,15 @@ class Loader:
 
 
 @contextmanager
-def running(program: bytes, repository: Path, memory: int, seconds: int, allow_network: bool) -> Iterator[Loader]:
-    """Starts the loader whose text is `program` on `repository`; it and all it started is stopped when the block ends.
+def waiting(repository: Path, memory: int, seconds: int, allow_network: bool) -> Iterator[Loader]:
+    """A process that shuts itself off, imports torch, and waits for the text of a loader for `repository`.
 
-    The text that was judged is run, from a copy: the file in the repository may be a link or change meanwhile.
+    It and all it started is stopped when the block ends.
     """
     limits = json.dumps({"memory": memory, "seconds": seconds, "allow_network": allow_network})
     driver = Path(__file__).with_name("loader_driver.py")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as errors:
         loader, empty = Path(home) / "load_quantized.py", Path(home) / "empty"
-        loader.write_bytes(program)
         empty.mkdir()
         receive, send = os.pipe()
         process = subprocess.Popen(
@@ -120,7 +127,7 @@ def running(program: bytes, repository: Path, memory: int, seconds: int, allow_n
                 "CUDA_VISIBLE_DEVICES": "",
                 "LC_ALL": "C.UTF-8",
             },
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=[send],
@@ -128,8 +135,10 @@ def running(program: bytes, repository: Path, memory: int, seconds: int, allow_n
         )
         os.close(send)
         try:
-            yield Loader(process, receive, seconds, errors, bytearray())
+            yield Loader(process, loader, receive, seconds, errors, bytearray())
         finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

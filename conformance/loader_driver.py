@@ -3,9 +3,11 @@
     loader_driver.py PIPE LOADER REPO LIMITS
 
 It gives up network, other processes, capabilities and the right to write; limits memory and time; says on the pipe what it has
-given up; and only then loads LOADER and writes each weight of REPO to the pipe: a line of JSON, then the raw bytes.
+given up; waits for a byte on its standard input (with torch imported, as loaders need it); and only then loads LOADER and
+writes each weight of REPO to the pipe: a line of JSON, then the raw bytes.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -113,6 +115,11 @@ def main() -> None:
         say(event="isolated", given_up=sorted(given_up))
         if "network" not in given_up and not limits["allow_network"]:
             return
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch")
+        if not sys.stdin.buffer.read(1):
+            return
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         try:
             specification = importlib.util.spec_from_file_location("load_quantized", loader)
             assert specification and specification.loader

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import tqdm
 
-from conformance import jsonio
+from conformance import isolate, jsonio
 from conformance.container import Header, Stored, read_header
 from conformance.findings import MANIFEST, Finding, NotReachedError, join
 from conformance.folder import CHUNK, Folder
@@ -112,6 +113,18 @@ class Subject:
     def __init__(self, folder: Folder, options: Options | None = None) -> None:
         self.folder = folder
         self.options = options or Options()
+        self.loader: isolate.Loader | None = None
+
+    @contextmanager
+    def loader_waiting(self) -> Iterator[None]:
+        """If the loader may be run, its process starts now, beside the checks that come first: importing torch takes long."""
+        o = self.options
+        if not o.run_loader:
+            yield
+            return
+        limits = (o.loader_memory, o.loader_seconds, o.allow_network)
+        with isolate.waiting(self.folder.path, *limits) as self.loader:
+            yield
 
     @cached_property
     def parsed(self) -> jsonio.Parsed:

@@ -26,6 +26,9 @@ LIBRARIES = {
 }
 
 
+RESUMED = ("quantize", "tune", "evaluate", "release")  # commands that go on where they were interrupted
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 if it worked, 1 after an error in the input, 2 for wrong usage, 130 if interrupted."""
     args = _parser().parse_args(argv)
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # not about the format, so no code of SPEC.md says it
         print(f"error: {disk.describe(error, place)}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where it stopped", file=sys.stderr)
+        again = "continues where it stopped" if args.command in RESUMED else "begins anew"
+        print(f"\ninterrupted; the same command {again}", file=sys.stderr)
         return 130
     return 1
 

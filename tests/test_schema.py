@@ -99,6 +99,8 @@ def test_the_wheel_holds_schemas_and_type_marker(tmp_path: Path) -> None:
     for package in ("tqformat", "reference_quantizer", "schemas"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conformance", source / "conformance", ignore=shutil.ignore_patterns("v1", "__pycache__"))
+    hidden = "conformance/vectors/v1/valid/repository/unlisted"  # a case of files that begin with a dot, and others
+    shutil.copytree(ROOT / hidden, source / hidden)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     built = run_python("-m", "pip", "wheel", *options, "-w", str(tmp_path / "out"), str(source))
     assert built.returncode == 0, built.stderr[-2000:]
@@ -111,4 +113,5 @@ def test_the_wheel_holds_schemas_and_type_marker(tmp_path: Path) -> None:
     assert {"tqformat/py.typed", *(f"schemas/{p.name}" for p in (ROOT / "schemas").glob("*.json"))} <= names
     data = ("codes/codebooks.npz", "release/templates/card.md.j2")
     assert {f"reference_quantizer/{name}" for name in data} <= names
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / hidden).rglob("*") if p.is_file()} <= names
     assert not [name for name in names if name.startswith("tests/")]

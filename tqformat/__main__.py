@@ -172,7 +172,7 @@ def verify(args: argparse.Namespace) -> None:
 
     start = time.monotonic()
     checks: dict[str, Any] = {}
-    with Repo(fetch(args.repo), verify=True) as repo:  # digests are computed beside decoding
+    with Repo(fetch(args.repo), beside=True) as repo:  # digests are computed beside decoding
         m = repo.manifest
         present = [
             name for name in m.files if (repo.path / name).exists() or m.files[name].role in ("payload", "support")
@@ -185,10 +185,10 @@ def verify(args: argparse.Namespace) -> None:
             checks["loader"] = read_stamp((repo.path / LOADER).read_bytes()).version
         checks["weights"] = len(repo.names())
         decoded = 0
-        for i, (name, weight) in enumerate(repo.stream(args.device) if args.decode else ()):
+        for i, name in enumerate(repo.names() if args.decode else ()):
             if sys.stderr.isatty():
                 print(f"\r\033[Kdecoded {i + 1}/{len(repo.names())} {name[:80]}", end="", file=sys.stderr)
-            decoded += weight.numel()
+            decoded += repo.dequantize(name, args.device).numel()
         checks["decoded_scalars"] = decoded
     if args.decode and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)

@@ -218,7 +218,8 @@ def _tokenizer(repo: Repo, config: dict[str, Any]) -> dict[str, Any]:
         special[key] = token["content"] if isinstance(token, dict) else token
     fields = tokenizer_fields(tokenizer, special, config["vocab_size"])
     ends = _read(repo, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
-    others = [i for i in (ends if isinstance(ends, list) else []) if i != fields.get("tokenizer.ggml.eos_token_id")]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    others = [i for i in ends if i != fields.get("tokenizer.ggml.eos_token_id")]
     if others:  # a chat's turn ends with another token than a text; llama.cpp knows more of them by their names
         fields["tokenizer.ggml.eot_token_id"] = others[0]
     template = settings.get("chat_template")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -69,9 +69,11 @@ def is_ours(name: Any, config: Any, options: dict[str, Any]) -> bool:
         return False
     else:
         hub = {key: options[key] for key in (*HUB[:5], "revision") if key in options}
-        found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0].get(
-            "quantization_config"
-        )
+        try:
+            found = PreTrainedConfig.get_config_dict(name if config is None else config, **hub)[0]
+        except OSError:  # none there, as beside a file of GGUF; if anything else is wrong, transformers will say it
+            return False
+        found = found.get("quantization_config")
     return (found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)) == METHOD
 
 
@@ -97,11 +99,14 @@ def load(
     chosen = TQFormatConfig(**chosen) if isinstance(chosen, dict) else chosen
     ok = isinstance(chosen, TQFormatConfig)
     require(ok, "SCHEMA.AMBIGUOUS", "quantization_config", "a TQFormatConfig", type(chosen).__name__)
+    given = [key for key in HUB if options.get(key) not in (None, False, "")]
+    parts = ", ".join(key for key in given if key in ("subfolder", "variant"))
+    require(
+        not parts, "SCHEMA.UNKNOWN_FIELD", parts, "the path or id of one repository, which has no parts or variants"
+    )
     if not Path(name).is_dir():
-        given = ", ".join(key for key in HUB if options.get(key) not in (None, False, ""))
-        require(
-            not given, "SCHEMA.UNKNOWN_FIELD", given, "settings of the Hub from its environment (HF_TOKEN, HF_HOME)"
-        )
+        advice = "settings of the Hub from its environment (HF_TOKEN, HF_HOME)"
+        require(not given, "SCHEMA.UNKNOWN_FIELD", ", ".join(given), advice)
     adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
     require(
         adapter is None, "SCHEMA.UNKNOWN_FIELD", str(adapter), "the model's own path; then model.load_adapter(path)"
@@ -109,10 +114,12 @@ def load(
     dropped = {*HUB, "adapter_kwargs", "weights_only"}  # of which nothing is left to do
     options = {key: value for key, value in options.items() if key not in dropped and not key.startswith("_from")}
     dtype = options.pop("torch_dtype", None) or dtype
-    with (Repo if chosen.dequantize else PackedRepo)(hub.fetch(name, revision, bool(trust_remote_code))) as repo:
-        repo.check_roles("support")
-        if not isinstance(config, PreTrainedConfig):
-            config, options = AutoConfig.from_pretrained(repo.path, return_unused_kwargs=True, **options)
+    path = hub.fetch(name, revision, bool(trust_remote_code))
+    with Repo(path, beside=True) if chosen.dequantize else PackedRepo(path) as repo:
+        repo.check_roles("support", *["code"] * bool(trust_remote_code))
+        if not isinstance(config, PreTrainedConfig):  # or the path of one
+            source = repo.path if config is None else config
+            config, options = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **options)
         config = copy.deepcopy(config)
         del config.quantization_config
         if dtype in (None, "auto"):
@@ -165,9 +172,6 @@ def from_pretrained(
     name = pretrained_model_name_or_path
     if name is not None and options.get("state_dict") is None and is_ours(name, config, options):
         return load(cls, name, *args, config=config, **options)
-    if name is None and isinstance(config, PreTrainedConfig) and is_ours(name, config, options):
-        config = copy.deepcopy(config)  # tqformat.load builds a model itself: with decoded weights, no quantizer
-        del config.quantization_config
     return _plain(cls, name, *args, config=config, **options)
 
 

@@ -33,7 +33,7 @@ def load(
     if packed:
         from .packed import load as build
     path = fetch(repo_or_hub_id, revision, trust_remote_code)
-    model = build(path, device, dtype, verify, trust_remote_code, **options)
+    model = build(path, device, dtype, verify, trust_remote_code=trust_remote_code, **options)
     model.name_or_path = model.config.name_or_path = str(repo_or_hub_id)  # the base model's name, for PEFT
     return model
 

@@ -20,6 +20,7 @@ import os
 import re
 import threading
 import typing
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -67,23 +68,17 @@ def require(ok: object, code: str, where: str, expected: str, found: object = No
 
 
 # 3 JSON ---------------------------------------------------------------------------------------------------------------
-
-
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `data` by the strict rules of SPEC section 3; raises TQFormatError JSON.* otherwise."""
     twice: list[tuple[dict[str, Any], str]] = []  # objects, and a key that they repeat
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result, seen = dict(items), set[str]()
-        for key, _ in items if len(result) < len(items) else ():
-            twice.extend([(result, key)] if key in seen else ())
-            seen.add(key)
+        if len(result := dict(items)) < len(items):
+            twice.append((result, Counter(key for key, _ in items).most_common(1)[0][0]))
         return result
 
     def integer(text: str) -> int:  # [TQ-JSON-4]
-        if len(text) > 15:
-            ok = len(text) <= 17 and abs(int(text)) < 2**53
-            require(ok, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
+        require(len(text) <= 17 and abs(int(text)) < 2**53, "JSON.NUMBER", where, "an integer within 2^53 - 1", text)
         return int(text)
 
     def real(text: str) -> float:
@@ -120,19 +115,15 @@ TORCH_NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8
 FLOATS = ("F16", "BF16", "F32")
 OVERFLOW = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf}  # what rounds to infinity
 HASHING = min(os.cpu_count() or 1, 16)  # threads that compute digests
+NARROW = 32  # the order of matrices whose products are exact enough in float32
 SMALL = ("U8", "I8", "F8_E4M3", "F8_E8M0")  # scales and offsets that outer ones multiply [TQ-NUM-1]
 FEATURES: tuple[str, ...] = ("trellis", "vector_codebook", "row_codebook", "stages", "column_scale", "tiles")
 FEATURES += ("offsets", "outer_scales", "fine_scales", "dense", "givens", "permutation")  # [TQ-VER-1]
-LOADER_KINDS = {  # [TQ-MAN-5]
-    "text-generation": "AutoModelForCausalLM",
-    "image-text-to-text": "AutoModelForImageTextToText",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-}
+LOADER_KINDS = {"text-generation": "AutoModelForCausalLM", "fill-mask": "AutoModelForMaskedLM"}  # [TQ-MAN-5]
+LOADER_KINDS |= {"image-text-to-text": "AutoModelForImageTextToText", "text2text-generation": "AutoModelForSeq2SeqLM"}
+LOADER_KINDS |= {"text-classification": "AutoModelForSequenceClassification", "feature-extraction": "AutoModel"}
+LOADER_KINDS |= {"image-classification": "AutoModelForImageClassification"}
+LOADER_KINDS |= {"automatic-speech-recognition": "AutoModelForSpeechSeq2Seq"}
 Count = Annotated[int, (0, 2**53 - 1)]
 Size = Annotated[int, (1, 2**20)]
 _NAME = r"(?!__metadata__\Z)(?![/\\])(?!(.*[/\\])?\.\.([/\\]|\Z))[^\x00-\x1f\x7f]{1,512}"
@@ -235,15 +226,14 @@ class Manifest:
     def from_dict(cls, data: dict[str, Any]) -> "Manifest":
         """The manifest in parsed JSON, with the checks of [TQ-ERR-3] that need no other file."""
         name, version, features = data.get("format"), data.get("format_version"), data.get("features")
-        text = version if isinstance(version, str) else ""
-        ok = name == "tqformat" and re.fullmatch(r"1\.(0|[1-9][0-9]*)", text)  # [TQ-MAN-3, TQ-VER-3, TQ-VER-4]
+        ok = name == "tqformat" and isinstance(version, str) and re.fullmatch(r"1\.(0|[1-9][0-9]*)", version)
         require(ok, "SCHEMA.VERSION", "format_version", "'tqformat' version 1.x", f"{name!r} version {version!r}")
         for feature in features if isinstance(features, list) else ():  # [TQ-VER-2]
             ok, wanted = feature in FEATURES or not isinstance(feature, str), f"one of {', '.join(FEATURES)}"
             require(ok, "SCHEMA.UNKNOWN_FEATURE", "features", f"{wanted} (or a newer reader)", feature)
         for key in ("files", "transforms", "codebooks", "tensors", "tied_weights"):  # [TQ-LIM-1]
-            count = len(data[key]) if isinstance(data.get(key), dict) else 0
-            require(count <= 2**20, "LIMIT.SIZE", key, "at most 2^20 entries", count)
+            ok = not isinstance(data.get(key), dict) or len(data[key]) <= 2**20
+            require(ok, "LIMIT.SIZE", key, "at most 2^20 entries")
         manifest: Manifest = typed(cls, data, "")
         require(len({*manifest.features}) == len(manifest.features), "SCHEMA.VALUE", "features", "each feature once")
         for key, file in manifest.files.items():
@@ -394,8 +384,6 @@ def check_weight(w: Weight, where: str, m: Manifest) -> None:
 
 
 # 5 Payload container --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:  # of a safetensors header; data_offsets count from its end [TQ-PAY-3]
     dtype: str
@@ -418,9 +406,8 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
     length = int.from_bytes(prefix, "little")
     ok = len(prefix) == 8 and 2 <= length <= 100_000_000 and 8 + length <= size  # [TQ-PAY-1]
     require(ok, "CONTAINER.HEADER_LENGTH", name, f"a header that fits a file of {size} bytes", length)
-    text = file.read(length).rstrip(b" ")
-    ok = text.startswith(b"{") and text.endswith(b"}")  # [TQ-PAY-2]
-    require(ok, "CONTAINER.HEADER", name, "an object followed by nothing but spaces")
+    text = file.read(length).rstrip(b" ")  # [TQ-PAY-2]
+    require(text[:1] + text[-1:] == b"{}", "CONTAINER.HEADER", name, "an object followed by nothing but spaces")
     try:
         header = parse_json(text, name)
         typed(dict[str, str], header.pop("__metadata__", {}), f"{name}: __metadata__")
@@ -447,10 +434,6 @@ def read_header(file: BinaryIO, size: int, name: str) -> dict[str, Span]:
     odd = [f"{s.dtype} at byte {s.begin}" for s in ordered if s.begin % DTYPES[s.dtype] and s.begin < s.end]
     require(not odd, "CONTAINER.ALIGNMENT", name, "tensors at multiples of their element sizes", odd)  # [TQ-PAY-8]
     return spans
-
-
-def divisors(n: int) -> tuple[int, ...]:
-    return tuple(sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)}))
 
 
 def fits(shape: tuple[int, ...], wanted: "Shape") -> bool:
@@ -480,21 +463,21 @@ def stored_tensors(m: Manifest) -> Iterator[tuple[str, tuple[str, ...], "Shape",
         for i, s in enumerate(w.stages or ()):
             rows, cols, at = math.prod(w.shape[:-1]), w.shape[-1], f"{where}.stages[{i}]"
             _, g, tr, tc = s.layout(cols)
+            n = cols // g
             tile_bytes = -(-tr * tc // m.codebooks[s.codebook].dimension * s.bits // 8)  # [TQ-CODE-4]
             yield s.codes, ("U8",), (rows * cols // (tr * tc), tile_bytes), f"{at}.codes"
             for kind in ("scales", "offsets"):
                 values, outer = getattr(s, kind), getattr(s, f"outer_{kind}")
                 if values is not None:  # [TQ-NUM-1, TQ-NUM-9]
-                    yield values, FLOATS if outer is None else SMALL, (rows, cols // g), f"{at}.{kind}"
+                    yield values, FLOATS if outer is None else SMALL, (rows, n), f"{at}.{kind}"
                 if outer is not None:  # [TQ-NUM-8]
-                    yield outer, FLOATS, ((rows, 1), divisors(cols // g)), f"{at}.outer_{kind}"
+                    parts = sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
+                    yield outer, FLOATS, ((rows, 1), parts), f"{at}.outer_{kind}"
         if w.column_scale is not None:  # [TQ-NUM-2]
             yield w.column_scale, FLOATS, (w.shape[-1],), f"{where}.column_scale"
 
 
 # 6 Codes --------------------------------------------------------------------------------------------------------------
-
-
 def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
     """The symbols, int32 [tiles, n], of `codes`, uint8 [tiles, tile_bytes] [TQ-CODE-5, TQ-CODE-6]. Inverse of writer.pack."""
     whole, rest = divmod(n * bits, 8)
@@ -521,15 +504,6 @@ def unpack(codes: "Tensor", n: int, bits: int, window: int) -> "Tensor":
 
 
 # 7 Codebooks ----------------------------------------------------------------------------------------------------------
-
-
-def symbols_at_once(n: int, bits: int, window: int, p: int) -> int:
-    """How many of a tile's n symbols one look-up takes: 4, 2 or 1; the levels 16 bytes at most, their table 256 KiB."""
-    return max(
-        k for k in (1, 2, 4) if k == 1 or (n % k == 0 and k * p <= 4 and k * p << window + k * bits - bits <= 2**16)
-    )
-
-
 def table(levels: "Tensor", bits: int, window: int, k: int) -> "Tensor":
     """Levels of k symbols by the bits that they lie in, float32 [2^(window + (k-1) bits), k * p]; NaN for no symbol.
 
@@ -549,8 +523,6 @@ def lookup(symbols: "Tensor", table: "Tensor") -> "Tensor":
 
 
 # 8 Transforms: each is built as its inverse, a function of blocks float32 [m, B] ---------------------------------------
-
-
 def _is_prime(q: int) -> bool:
     return q > 1 and all(q % k for k in range(2, math.isqrt(q) + 1))
 
@@ -590,7 +562,7 @@ def hadamard_matrices(factors: tuple[int, ...]) -> list["Tensor"]:
         e = f.bit_length() - 1
         many = -(-e // 5) if f == 1 << e else 1
         for h in [hadamard_factor(1 << (e + i) // many if f == 1 << e else f) for i in reversed(range(many))]:
-            if matrices and len(h) * len(matrices[0]) <= 32:
+            if matrices and len(h) * len(matrices[0]) <= NARROW:
                 matrices[0] = torch.kron(h, matrices[0])
             else:
                 matrices.insert(0, h)
@@ -602,23 +574,19 @@ def wide(y: "Tensor") -> "Tensor":
     return y if y.device.type == "mps" else y.double()
 
 
-def narrow(h: "Tensor") -> "Tensor":
-    """`h` in float32, if products with it are exact enough, and the program has not set TF32 or bfloat16 for products."""
-    x = torch.full((256, 64), 1 + 2.0**-20, device=h.device)
-    return h.float() if len(h) <= 32 and torch.equal(x @ torch.eye(64, device=h.device), x) else h
-
-
 def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device") -> Callable[["Tensor"], "Tensor"]:
     """y -> s * (H_f1 (x) H_f2 ...)^t y / sqrt(B) [TQ-TRAN-3, TQ-TRAN-5].
 
-    In float32, and in float64 where its rounding could leave the tolerance of [TQ-NUM-4]: products of great matrices, and
-    blocks whose sums have terms of one sign, of which the result shows a great peak.
+    In float32, and in float64 where its rounding could leave the tolerance of [TQ-NUM-4]: products of great matrices, all
+    where the program has set TF32 or bfloat16 for products, and blocks whose sums have terms of one sign: they peak.
     """
     size = math.prod(factors)
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
     s = wide((1.0 - 2.0 * bits.flatten()[:size]).to(device)) / math.sqrt(size)
     double = [wide(h.to(device)) for h in hadamard_matrices(factors)]
-    single = [narrow(h) for h in double]
+    ones = torch.full((256, 64), 1 + 2.0**-20, device=device)
+    exact = torch.equal(ones @ torch.eye(64, device=device), ones)
+    single = [h.float() if exact and len(h) <= NARROW else h for h in double]
     most, s32 = 0.5 if sum(map(len, single)) > 32 else 1.0, s.float()
 
     def rotate(y: "Tensor", matrices: list["Tensor"]) -> "Tensor":
@@ -654,8 +622,6 @@ def inverse_givens(pairs: "Tensor", angles: "Tensor") -> Callable[["Tensor"], "T
 
 
 # 9 to 13 Numbers, stages, passthrough, ties, shards: an open repository ------------------------------------------------
-
-
 def torch_dtype(name: str) -> "torch.dtype":
     """The torch dtype of a safetensors dtype name."""
     plain = name.replace("U", "uint").replace("I", "int").replace("F", "float").lower()
@@ -678,7 +644,7 @@ class Repo(ExitStack):
     Digests are computed beside that; leaving the context waits for them, and a wrong one is told before other errors.
     """
 
-    def __init__(self, path: "PathLike", verify: bool = True, settled: bool = False) -> None:
+    def __init__(self, path: "PathLike", verify: bool = True, beside: bool = False) -> None:
         super().__init__()  # closes the files
         self.path, self._verify, self._lock = Path(path), verify, threading.Lock()
         self._advice = f"; if you changed it yourself: python -m tqformat update {path}"
@@ -694,7 +660,7 @@ class Repo(ExitStack):
             extra = [key for key in sorted(os.listdir(path)) if key[0] != "." and key not in known]  # [TQ-REPO-5]
             require(not extra, "BIND.EXTRA_FILE", str(path), "only files that the manifest lists", extra, self._advice)
             self._open_payload(m)
-            if settled:
+            if not beside:
                 self.settle()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -771,18 +737,17 @@ class Repo(ExitStack):
         require((n := path.stat().st_size) == listed.size, "BIND.SIZE", name, f"{listed.size} bytes", n, advice)
         size, digests = listed.chunk_size or listed.size, listed.chunks or (listed.sha256,)  # [TQ-REPO-8]
 
-        def check(first: int) -> None:
+        def check(k: int) -> None:
+            left, digest, block = size, hashlib.sha256(), memoryview(bytearray(1 << 18))
             with open(path, "rb", buffering=0) as file:
-                for k in range(first, len(digests), HASHING):
-                    left, digest, block = size, hashlib.sha256(), memoryview(bytearray(1 << 18))
-                    file.seek(k * size)
-                    while self._verify and (n := file.readinto(block[:left])):
-                        digest.update(block[:n])
-                        left -= n
-                    wanted, found = f"sha256 {digests[k]} of the bytes from {k * size}", digest.hexdigest()
-                    require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
+                file.seek(k * size)
+                while self._verify and (n := file.readinto(block[:left])):
+                    digest.update(block[:n])
+                    left -= n
+            found, wanted = digest.hexdigest(), f"sha256 {digests[k]} of the bytes from {k * size}"
+            require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
 
-        coming = [self._hashing.submit(check, k) for k in range(min(HASHING, len(digests)) * self._verify)]
+        coming = [self._hashing.submit(check, k) for k in range(len(digests) * self._verify)]
         self._digests += coming
         for digest in () if beside else coming:
             digest.result()
@@ -795,13 +760,6 @@ class Repo(ExitStack):
     def names(self) -> list[str]:
         """The names of all weights, aliases of tied weights not among them."""
         return list(self.manifest.tensors)
-
-    def __iter__(self) -> Iterator[tuple[str, "Tensor"]]:
-        return self.stream()
-
-    def stream(self, device: Any = "cpu", dtype: "Dtype" = None) -> Iterator[tuple[str, "Tensor"]]:
-        """The name and the value of each weight, in the order of the files."""
-        return ((name, self.dequantize(name, device, dtype)) for name in self.names())
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: "Dtype" = None) -> "Tensor":
         """The weight (or alias) `name`, decoded on `device` in its shape; `dtype` converts the result [TQ-NUM-7]."""
@@ -822,8 +780,8 @@ class Repo(ExitStack):
         books = [self.manifest.codebooks[s.codebook] for s in w.stages or ()]
         height = math.lcm(*(s.layout(cols)[2] for s in w.stages or ()))
         width = height * max(cols, *(c.entries * c.dimension for c in books if c.rows is not None), 1)
-        elements = len(matrix) // height * width  # in groups of 2^19, or fewer, so that each thread has some
-        many = max(-(-elements >> 19), min(self._workers._max_workers, elements >> 17), 1)
+        elements, group = len(matrix) // height * width, 19 if device.type == "cpu" else 23  # of 2^group, or fewer,
+        many = max(-(-elements >> group), min(self._workers._max_workers, elements >> group - 2), 1)  # some a thread
         step = max(1, len(matrix) // height // many) * height
 
         def fill(a: int) -> None:
@@ -855,16 +813,13 @@ class Repo(ExitStack):
     ) -> Callable[[int, int], "Tensor"]:
         """Gives rows a to b of a stage, float32 [b - a, cols] [TQ-STAGE-1]; `rotated`: as they are before T^-1."""
         book, t = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform]
-        (window, g, tr, tc), p, bits, own = (
-            s.layout(cols),
-            book.dimension,
-            s.bits,
-            book.tensor if book.rows is not None else None,
-        )
+        (window, g, tr, tc), p, bits = s.layout(cols), book.dimension, s.bits
+        own = None if book.rows is None else book.tensor
         n, across = tr * tc // p, cols // tc
         great = t.matrix is not None or any(f > 256 and _order_kind(f) != "sylvester" for f in t.factors or ())
         inverse = self._kept(lambda: self._inverse(t, device), great, s.transform, device)
-        k = symbols_at_once(n, bits, window, p) if own is None else 1
+        many = (k for k in (4, 2) if n % k == 0 and k * p <= 4 and k * p << window + k * bits - bits <= 2**16)
+        k = next(many, 1) if own is None else 1  # symbols that one look-up takes, of a table of 256 KiB at most
 
         def make() -> "Tensor":
             return table(self._levels(book), bits, window, k).to(device)
@@ -902,8 +857,7 @@ class Repo(ExitStack):
 
     def _kept(self, make: Callable[[], Any], great: bool, *key: Any) -> Any:
         """make(), kept by its key for the next weights; of great ones one at a time (a dense matrix may take 128 MiB)."""
-        found = self._tables.get(key)
-        if found is None:
+        if (found := self._tables.get(key)) is None:
             if great or len(self._tables) > 16:
                 self._tables = {}
             found = self._tables[key] = make()
@@ -955,6 +909,9 @@ class Repo(ExitStack):
         return data.view(dtype).reshape(shape)
 
 
+open_repo = Repo
+
+
 def read_manifest(path: "PathLike") -> Manifest:
     """The checked manifest of a repository directory; needs no torch."""
     file, path = Path(path) / MANIFEST, Path(path)
@@ -966,17 +923,10 @@ def read_manifest(path: "PathLike") -> Manifest:
     return Manifest.from_dict(parse_json(file.read_bytes(), MANIFEST))
 
 
-def open_repo(path: "PathLike", verify: bool = True) -> Repo:
-    """Opens a repository directory for decoding, as a context manager; `verify` compares the payload's digests."""
-    return Repo(path, verify, settled=True)
-
-
-def load_state_dict(
-    path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True
-) -> dict[str, Any]:
+def load_state_dict(path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True) -> Extra:
     """All weights of a repository directory by name; the aliases of tied weights share their tensors [TQ-TIE-1]."""
-    with Repo(path, verify) as repo:
-        state = dict(repo.stream(device, dtype))
+    with Repo(path, verify, beside=True) as repo:
+        state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
         return state | {alias: state[source] for alias, source in repo.manifest.tied_weights.items()}
 
 
@@ -988,21 +938,14 @@ LIBRARIES = "needs transformers 5.4 or newer, accelerate and huggingface_hub (th
 _building = threading.Lock()  # transformers changes what is global while it builds a model: torch.nn.init, its logging
 
 
-def load(
-    path: "PathLike",
-    device: Any = None,
-    dtype: "Dtype" = None,
-    verify: bool = True,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> Any:
+def load(path: "PathLike", device: Any = None, dtype: "Dtype" = None, verify: bool = True, **options: Any) -> Any:
     """The ready model, in eval mode, of a repository directory; `dtype` defaults to the configuration's.
 
     It is built on `device`, the CPU by default, or as `device_map` says. Other `options` are those of transformers'
-    from_pretrained (max_memory, offload_folder, attn_implementation ...); they may be keys of the configuration, too.
+    from_pretrained (trust_remote_code, max_memory, attn_implementation ...) or keys of the configuration.
     """
-    with Repo(path, verify) as repo, _building:
-        return build_model(repo, device, dtype, trust_remote_code, options)
+    with Repo(path, verify, beside=True) as repo, _building:
+        return build_model(repo, device, dtype, options)
 
 
 def load_quantized_model(path: "PathLike" = ".", device: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -1024,11 +967,8 @@ def load_tokenizer(path: "PathLike" = ".", verify: bool = True) -> Any:
 
 
 def find_device(device: Any) -> "torch.device":
-    try:
+    with translated(f"device {device!r}", "UNSUPPORTED.DEVICE"):
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        advice = f"expected a device that this machine and this build of torch have ({str(error).splitlines()[0]})"
-        raise TQFormatError("UNSUPPORTED.DEVICE", str(device), advice) from None
 
 
 def import_transformers() -> Any:
@@ -1076,15 +1016,15 @@ class LazyWeight:
         return self.repo.dequantize(self.name, "cpu" if device is None else device, dtype)  # 0 is a GPU
 
 
-def build_model(repo: Repo, device: Any, dtype: Any, trust_remote_code: bool, options: Extra) -> Any:
+def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
     """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
     refused = ", ".join(sorted(REFUSED & options.keys()))
     require(not refused, "SCHEMA.UNKNOWN_FIELD", refused, "options that keep the weights (for the Hub, set HF_TOKEN)")
-    device_map = options.pop("device_map", None)
+    device_map, trust = options.pop("device_map", None), {"trust_remote_code": options.pop("trust_remote_code", False)}
     require(None in (device, device_map), "SCHEMA.AMBIGUOUS", "device", "device or device_map, not both")
     device_map = {"": find_device("cpu" if device is None else device)} if device_map is None else device_map
-    repo.check_roles("support", *["code"] * trust_remote_code)
-    transformers, m, trust = import_transformers(), repo.manifest, {"trust_remote_code": trust_remote_code}
+    repo.check_roles("support", *["code"] * bool(trust["trust_remote_code"]))
+    transformers, m = import_transformers(), repo.manifest
     with translated(" with ".join(["config.json", *options])):  # an option may be a key of the configuration
         options = {**options, "local_files_only": True, "return_unused_kwargs": True, **trust}
         config, options = transformers.AutoConfig.from_pretrained(repo.path, **options)
@@ -1092,9 +1032,10 @@ def build_model(repo: Repo, device: Any, dtype: Any, trust_remote_code: bool, op
         with torch.device("meta"):
             model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
     if dtype in (None, "auto"):
-        floats = [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS]
-        largest = torch_dtype(max(floats, default=(0, "F32"))[1])
-        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or largest
+        _, largest = max(
+            [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS] or [(0, "F32")]
+        )
+        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
 
     def place(device_map: Any, names: list[str]) -> Any:
         fixed = {"config": config, "state_dict": {name: LazyWeight(repo, name) for name in names}}

@@ -566,7 +566,7 @@ class PackedRepo(Repo):
     """An open repository whose quantized weights come as PackedWeights, so that build_model makes a packed model."""
 
     def __init__(self, path: "lq.PathLike", verify: bool = True) -> None:
-        super().__init__(path, verify)
+        super().__init__(path, verify, beside=True)
         self.shared, self.packed = Parts(self), set[str]()  # names that came packed
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -614,7 +614,7 @@ def load(
 ) -> Any:
     """The ready model as load_quantized.load gives it, its quantized weights packed; the arguments are the same."""
     with PackedRepo(path, verify) as repo, lq._building:
-        model = lq.build_model(repo, device, dtype, trust_remote_code, options)
+        model = lq.build_model(repo, device, dtype, {**options, "trust_remote_code": trust_remote_code})
         finish(model, repo)
     return model
 

@@ -14,7 +14,7 @@ ROLES = {  # role -> names, compared in lower case; the first that fits counts
     "code": ["*.py"],
     "support": [
         *("*config*.json", "*token*.json", "vocab*", "merges*.txt", "*chat_template*", "*.jinja", "normalizer.json"),
-        *("tokenizer*", "*.model", "*.spm", "*.tiktoken"),
+        *("tokenizer*", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
     ],
     "document": ["licen[cs]e*", "notice*", "copying*", "copyright*", "use_policy*", "*_license*", "*_licence*"],
 }
@@ -47,7 +47,7 @@ def update_files(repo: str | os.PathLike[str], dry_run: bool = False) -> list[st
             continue
         message = "the weights were changed, and only a quantizer can write them: restore this file"
         require(entry["role"] != "payload", "BIND.DIGEST", name, "the payload as it was", None, f"; {message}")
-        files[name] = entry | found
+        files[name] = {key: value for key, value in entry.items() if key not in ("chunk_size", "chunks")} | found
         lines.append(f"changed {name} ({entry['role']}), {found['size']:,} bytes")
     known = {MANIFEST, "README.md", "__pycache__", *files}
     for name in sorted(entry for entry in os.listdir(path) if entry[0] != "." and entry not in known):

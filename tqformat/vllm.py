@@ -108,7 +108,8 @@ def get_all_weights(self: Any, model_config: Any, model: torch.nn.Module) -> Ite
     device = next(model.parameters()).device  # with its index: threads that decode know no current GPU
     tied = getattr(model_config.hf_config, "tie_word_embeddings", False)  # by the model's own rule [TQ-TIE-2]
     places = {name: p for name, p in model.named_parameters() if hasattr(p, "shares")}
-    with (PackedRepo if places else lq.Repo)(fetch(self, model_config)) as repo:
+    path = fetch(self, model_config)
+    with PackedRepo(path) if places else lq.Repo(path, beside=True) as repo:
         for name in [*repo.names(), *(() if tied else repo.manifest.tied_weights)]:
             if not should_skip_weight(name, self.local_expert_ids):  # experts of other ranks (enable_ep_weight_filter)
                 value = repo.dequantize(name, "cpu" if device.type == "meta" else device)

@@ -34,6 +34,7 @@ from .load_quantized import (
     FileName,
     Manifest,
     Name,
+    Stage,
     TQFormatError,
     Transform,
     Weight,
@@ -161,6 +162,7 @@ def write_safetensors(
     tensors: Tensors,
     data: Callable[[str], Iterable[memoryview | bytes]],
     chunk_size: int | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Streams a safetensors file, the tensors in their order, `data` giving their bytes by name.
 
@@ -172,7 +174,8 @@ def write_safetensors(
         end = offset + nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    first = {} if metadata is None else {"__metadata__": metadata}
+    text = json.dumps(first | header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     whole, chunk, chunks, size = hashlib.sha256(), hashlib.sha256(), [], 0
     with naming(path), open(path, "wb") as file:
@@ -284,7 +287,10 @@ def publish(built: Path, target: Path, overwrite: bool) -> None:
 
 def _exchange(a: Path, b: Path) -> None:
     """Swaps two directories, atomically where the system can (Linux renameat2, macOS renamex_np)."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+    except TypeError:  # Windows
+        libc = None
     names = os.fsencode(a), os.fsencode(b)
     if hasattr(libc, "renameat2") and libc.renameat2(-100, names[0], -100, names[1], 2) == 0:
         return
@@ -313,6 +319,24 @@ def _finite(tensor: torch.Tensor, dtype: str) -> bool:
     return bool(tensor.view(torch_dtype(dtype)).float().isfinite().all())
 
 
+def _checked_codes(chunks: Iterable[Data], s: Stage, book: Codebook, cols: int, where: str) -> Iterator[Data]:
+    """The chunks, once padding bits are seen to be zero, and symbols below `entries` [TQ-CODE-5, TQ-BOOK-4]."""
+    window, _, tr, tc = s.layout(cols)
+    n = tr * tc // book.dimension
+    size = -(-n * s.bits // 8)
+    for chunk in chunks:
+        codes = _tensor(chunk, where)
+        may_be_wrong = n * s.bits % 8 or book.entries < 1 << window
+        if may_be_wrong and codes.dtype == torch.uint8 and codes.numel() and codes.numel() % size == 0:
+            for tiles in torch.split(codes.reshape(-1, size), max(1, (1 << 20) // n)):
+                try:
+                    largest = int(unpack(tiles, n, s.bits, window).max())
+                except TQFormatError as error:
+                    raise error.inside(where.removesuffix("codes")) from None
+                require(largest < book.entries, "PACK.CODE_RANGE", where, f"symbols below {book.entries}", largest)
+        yield chunk
+
+
 class RepoWriter:
     """Builds a repository beside `path` and renames it into place in finish(); a crash leaves the old state or the new one.
 
@@ -330,7 +354,7 @@ class RepoWriter:
                 if weight.dim() == 1:
                     writer.add_passthrough(name, weight)
                     continue
-                scales = weight.abs().amax(1, keepdim=True)                           # [rows, 1]
+                scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-9)           # [rows, 1]
                 symbols = ((weight / scales + 1) * 7.5).round().int()                 # [rows, cols], from 0 to 15
                 stage = {"bits": 4, "codebook": "even", "transform": "none", "codes": pack(symbols, 4), "scales": scales}
                 writer.add_quantized(name, weight.shape, "BF16", [stage])
@@ -552,8 +576,12 @@ class RepoWriter:
             found, dims, (data,) = parts[name]
             ok = found in dtypes and fits(dims, shape)
             require(ok, "BIND.TENSOR", at, f"{' or '.join(dtypes)} {list(shape)}", f"{found} {list(dims)}")
-            ok = kind != "permutation" or torch.equal(data.cpu().sort().values, torch.arange(size).int())
-            require(ok, "DATA.PERMUTATION", at, f"every integer from 0 to {size - 1} once")
+            if data.is_floating_point():
+                require(bool(data.isfinite().all()), "DATA.NON_FINITE", at, "finite numbers")
+                continue
+            ok = bool((data.cpu().reshape(-1, size).sort(1).values == torch.arange(size)).all())  # in each round
+            code = "DATA.PAIRS" if kind == "givens" else "DATA.PERMUTATION"
+            require(ok, code, at, f"every integer from 0 to {size - 1} once")
         self._add("transforms", id, entry, parts)
 
     def add_codebook(
@@ -579,6 +607,7 @@ class RepoWriter:
         require(
             ok, "SCHEMA.VALUE", f"{where}.values", "[entries], [entries, p] or [rows, entries, p]", list(levels.shape)
         )
+        levels = levels if levels.dtype in (torch.float16, torch.bfloat16) else levels.float()
         require(bool(levels.isfinite().all()), "DATA.NON_FINITE", f"{where}.values", "finite numbers")
         levels = levels[:, None] if levels.dim() == 1 else levels
         entry: dict[str, Any] = {"entries": levels.shape[-2], "dimension": levels.shape[-1]}
@@ -586,11 +615,10 @@ class RepoWriter:
         if levels.dim() == 3:
             entry["rows"] = levels.shape[0]
         if stored or levels.dim() == 3 or levels.numel() > 4096:
-            levels = levels if levels.dtype in (torch.float16, torch.bfloat16) else levels.float()
             entry["tensor"] = f"{id}.levels"
             parts[entry["tensor"]] = (DTYPE_NAMES[levels.dtype], tuple(levels.shape), [levels])
         else:
-            entry["values"] = levels.float().double().flatten().tolist()
+            entry["values"] = levels.double().flatten().tolist()
         entry |= {"origin": origin} if origin else {}
         check_codebook(typed(Codebook, entry, where), where)
         self._add("codebooks", id, entry, parts)
@@ -652,10 +680,14 @@ class RepoWriter:
         bits = sum(stage.bits / manifest.codebooks[stage.codebook].dimension for stage in weight.stages or ())
         entry["effective_bits"] = int(bits) if bits == int(bits) else bits
         parts: dict[str, Any] = {}
+        coded = {stage.codes: stage for stage in weight.stages or ()}
         for key, dtypes, part_shape, at in stored_tensors(manifest):
             if key not in data:
                 continue
             found, chunks = data[key]
+            if key in coded:
+                book, cols = manifest.codebooks[coded[key].codebook], weight.shape[-1]
+                chunks = _checked_codes(chunks, coded[key], book, cols, at)
             expected = " or ".join(dtypes)
             require(found in dtypes, "BIND.TENSOR", at, f"{expected} (scale_dtype or offset_dtype says which)", found)
             if ".outer_" in at:
@@ -864,12 +896,17 @@ def _write_plain(
         sizes = {name: nbytes(*tensor) for name, tensor in tensors.items()}
 
         def data(name: str) -> Iterator[memoryview]:
-            yield raw_bytes(repo.dequantize(name, device, torch_dtype(kinds[name])))
+            tensor = repo.dequantize(name, device, torch_dtype(kinds[name]))
+            if kinds[name] != names[name].dtype and not bool(tensor.isfinite().all()):  # what was not may stay so
+                ok = torch.equal(tensor.isfinite(), repo.dequantize(name, device).isfinite())
+                require(ok, "DATA.NON_FINITE", name, f"weights within {kinds[name]}; choose another type")
+            yield raw_bytes(tensor)
 
         groups = split_shards(sizes, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for shard, group in zip(shard_names("model", len(groups)), groups, strict=True):
-            write_safetensors(built / shard, lay_out({name: tensors[name]} for name in group), data)
+            inside = lay_out({name: tensors[name]} for name in group)
+            write_safetensors(built / shard, inside, data, metadata={"format": "pt"})  # transformers 4.46 fails without
             weight_map |= dict.fromkeys(group, shard)
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.checkpoint.source import Source
-from tqformat.load_quantized import LOADER_KINDS, TQFormatError
+from tqformat.load_quantized import LOADER_KINDS, FileName, TQFormatError, typed
 from tqformat.support import role_of
 
 REQUIREMENTS = "accelerate>=1.1\ntorch>=2.4\ntransformers>=5.4\n"  # what the loader imports
@@ -14,7 +14,6 @@ REQUIREMENTS = "accelerate>=1.1\ntorch>=2.4\ntransformers>=5.4\n"  # what the lo
 # Of a source they are never copied: what they say is about another set of weights, or is written anew.
 NEVER = ("quant_manifest.json", "readme.md", "load_quantized.py", "eval_summary.json", "sample_generations.json")
 FRONT_LICENSE = r"^license:[ \t]*\n?[ \t]*(?:-[ \t]*)?[\"']?([\w.+-]+)"
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # [TQ-REPO-2]
 
 KINDS = ("text-generation", "image-text-to-text")  # loader kinds that predict the next token
 ARCHITECTURES = {  # ending of a class name -> loader kind
@@ -45,7 +44,7 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
         role = _role(path.name, remote_code="auto_map" in (source.config or {}))
         if role is None:
             continue
-        if not FILE_NAME.fullmatch(path.name) or path.name.lower() in lower:
+        if not _is_allowed(path.name) or path.name.lower() in lower:
             notes.append(f"{path.name}: not copied, the format does not allow this file name")
             continue
         lower.add(path.name.lower())
@@ -53,6 +52,15 @@ def files_to_copy(source: Source) -> tuple[dict[Path, str], list[str]]:
         if role == "code":
             notes.append(f"{path.name}: copied, since config.json names code; read it before you trust it")
     return roles, notes
+
+
+def _is_allowed(name: str) -> bool:
+    """Whether a repository may hold a file of this name [TQ-REPO-2]."""
+    try:
+        typed(FileName, name, name)
+    except TQFormatError:
+        return False
+    return True
 
 
 def marked_config(config: dict[str, Any]) -> bytes:

@@ -53,7 +53,7 @@ def kept_levels(name: str, shape: tuple[int, ...], train: Callable[[], np.ndarra
         levels = np.load(path).astype(np.float32)
         if levels.shape != shape or not np.isfinite(levels).all():
             raise ValueError(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         levels = train()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

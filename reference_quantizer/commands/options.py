@@ -169,7 +169,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(group, help_)
     help_ = "what the layers are fitted to: what reaches them in the original model, in the quantized one, or both, so that each layer "
     help_ += "makes up for what the ones before it lost (default: %(default)s)"
-    group.add_argument("--calibration-inputs", choices=INPUTS, default="paired", help=help_)
+    group.add_argument("--calibration-inputs", choices=INPUTS, default=INPUTS[-1], help=help_)
     help_ = "encode columns of more power first, as GPTQ's option of this name does (default: yes)"
     group.add_argument("--activation-order", action=argparse.BooleanOptionalAction, default=True, help=help_)
     help_ = "let the rows of a weight make up for each other's errors, too, as the gradients of the model's prediction tell how; takes a "

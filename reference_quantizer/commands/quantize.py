@@ -95,9 +95,9 @@ def write_repository(args: argparse.Namespace, source: Source, extra: dict[str, 
 
 
 def check_target(out: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Nothing but a repository or an empty directory is ever replaced, and never the checkpoint."""
+    """Nothing but a repository or an empty directory is ever replaced, and never the checkpoint (which may be a Hub id)."""
     target, origin = out.resolve(), checkpoint.resolve()
-    if target.is_relative_to(origin) or origin.is_relative_to(target):
+    if origin.exists() and (target.is_relative_to(origin) or origin.is_relative_to(target)):
         raise TQFormatError("PATH.NAME", str(out), "the target and the checkpoint must not lie in each other")
     if not out.exists():
         return

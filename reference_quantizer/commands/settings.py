@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from reference_quantizer.checkpoint import support
 from reference_quantizer.checkpoint.source import Source
-from reference_quantizer.commands.options import DATASET, FEEDBACK_TOKENS, TUNING_STEPS, TUNING_TOKENS
+from reference_quantizer.commands.options import DATASET, FEEDBACK_TOKENS, INPUTS, TUNING_STEPS, TUNING_TOKENS
 from reference_quantizer.libraries import is_installed, missing_library, need
-from reference_quantizer.planning.allocate import Request, make_allocation
+from reference_quantizer.planning.allocate import ALLOCATORS, CANDIDATES, Request, make_allocation
 from reference_quantizer.planning.expectations import expected_time
 from reference_quantizer.planning.plan import (
     EMBEDDING_BITS,
@@ -93,10 +93,26 @@ def check_uniform(args: argparse.Namespace, preset: str) -> None:
         raise TQFormatError("SCHEMA.VALUE", found, advice)
 
 
+def feedback_options(args: argparse.Namespace) -> list[str]:
+    """The options by which error feedback is asked to be otherwise than by default, and which nothing else knows."""
+    asked = {
+        "--output-feedback": args.output_feedback,
+        "--calibration-inputs": args.calibration_inputs != INPUTS[-1],
+        "--no-activation-order": not args.activation_order,
+        "--spill": args.spill,
+    }
+    return [option for option, given in asked.items() if given]
+
+
 def without_walk(args: argparse.Namespace, source: Source) -> argparse.Namespace:
     """The options, with the preset `fast` where none was chosen and feedback is not possible, which a line then explains."""
-    asked = args.preset or args.calibration or args.calibration_tokens or args.output_feedback
-    if asked or default_preset(args) == "fast" or not (obstacle := find_obstacle(args, source)):
+    asked = args.preset or args.calibration or args.calibration_tokens or args.tune_steps
+    if (
+        asked
+        or feedback_options(args)
+        or default_preset(args) == "fast"
+        or not (obstacle := find_obstacle(args, source))
+    ):
         return args
     tell(f"note: no error feedback, the preset is fast: {obstacle}")
     return argparse.Namespace(**vars(args) | {"preset": "fast"})
@@ -116,7 +132,7 @@ def find_obstacle(args: argparse.Namespace, source: Source) -> str | None:
     if args.device == "cpu" and needed > free:
         needs = f"its weights take {needed / 1e9:.0f} GB of memory while it writes text, {free / 1e9:.0f} GB are free"
         return f"{needs}; give text with --calibration, for which they stay in their files"
-    return why_not_walked(source, kind, args.cache_dir if "cache_dir" in args else default_cache(), args.device)
+    return why_not_walked(source, kind, getattr(args, "cache_dir", None) or default_cache(), args.device)
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -131,10 +147,11 @@ def settings(args: argparse.Namespace) -> Settings:
     if preset == "fast" and not sized and (args.calibration or args.calibration_tokens):
         advice = "the preset fast uses no text; use --preset balanced or best, or a target"
         raise TQFormatError("SCHEMA.VALUE", "--calibration", advice)
-    if preset == "fast" and args.output_feedback:
-        raise TQFormatError(
-            "SCHEMA.VALUE", "--output-feedback", "the preset fast has no feedback; use balanced or best"
-        )
+    if preset == "fast" and (found := feedback_options(args)):
+        raise TQFormatError("SCHEMA.VALUE", found[0], "the preset fast has no feedback; use balanced or best")
+    if not sized and (args.candidate_bits, args.allocator) != (CANDIDATES, ALLOCATORS[0]):
+        option = "--allocator" if args.candidate_bits == CANDIDATES else "--candidate-bits"
+        raise TQFormatError("SCHEMA.VALUE", option, "bits are chosen for a target; add --target-bpw or --target-bytes")
     if preset == "best" and not sized and args.bits > WINDOWED_BITS:
         advice = f"trellis codes have at most {WINDOWED_BITS} bits; use --preset balanced"
         raise TQFormatError("SCHEMA.VALUE", f"--preset best --bits {args.bits}", advice)

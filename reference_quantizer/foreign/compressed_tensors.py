@@ -53,6 +53,11 @@ def _integers(name: str, parts: Parts, settings: dict[str, Any]) -> Weight:
     if packed.shape != (rows, -(-cols * bits // 32)) or not 1 <= bits <= 8:
         message = f"weight_packed {list(packed.shape)} does not hold [{rows}, {cols}]"
         raise TQFormatError("CONTAINER.SHAPE", name, message)
+    weights = [g.get("weights") or {} for g in settings.get("config_groups", {}).values() if isinstance(g, dict)]
+    stated = {w["num_bits"] for w in weights if "num_bits" in w}
+    if stated and bits not in stated:  # as where no number goes across words
+        message = f"its words hold {bits} bits for each weight, config.json says {', '.join(map(str, sorted(stated)))}"
+        raise TQFormatError("CONTAINER.SHAPE", name, f"{message}: packed in another way; start from the original model")
     zeros = parts.get(".weight_zero_point")
     if zeros is not None and zeros.dtype == torch.int32 and zeros.dim() == 2:
         zeros = words_to_fields(zeros.t(), bits, rows).t()

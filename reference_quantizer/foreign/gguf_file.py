@@ -33,6 +33,7 @@ PER_ROW = ("symbols", "scales", "outer_scales", "offsets", "outer_offsets")
 @contextlib.contextmanager
 def opened(src: str, out: Path) -> Iterator[Checkpoint]:
     """The checkpoint in the GGUF file that `src` means; a package that holds it in parts joins them beside `out`."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as work:
         file = gguf_source.find_file(src, Path(work))
         with gguf_source.opened(file) as reader:

@@ -475,7 +475,8 @@ def _more_options(quantization: dict[str, Any]) -> list[str]:
         from reference_quantizer.job.tune import Settings  # torch takes seconds to import
 
         usual = asdict(Settings(steps=tuning["steps"], dtype=tuning["dtype"]))
-        known |= {"tuning"} if usual.items() <= tuning.items() else set()
+        fast = quantization["extra"].get("preset") == "fast"  # which `quantize` does not tune
+        known |= {"tuning"} if usual.items() <= tuning.items() and not fast else set()
     unknown = {
         "calibration": calibration and "names" not in calibration.get("extra", {}),
         "extra": given - known,
@@ -492,7 +493,8 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
         arguments = ["--bits", f"{quantization['bits']:g}"]
     else:
         target, nbytes = allocation.get("target_bits"), allocation.get("extra", {}).get("target_bytes")
-        arguments = ["--target-bpw", f"{target:g}"] if target is not None else ["--target-bytes", str(nbytes)]
+        sizes = ["--target-bytes", str(nbytes)], ["--target-bpw", repr(target).removesuffix(".0")]
+        arguments = list(sizes[target is not None])
         arguments += ["--candidate-bits", ",".join(f"{bits:g}" for bits in allocation.get("candidate_bits", []))]
         arguments += ["--allocator", allocation["allocator"]]
     bare = not any(quantization.get(f"protected_{key}") for key in ("names", "fragments"))
@@ -502,13 +504,14 @@ def _width_arguments(quantization: dict[str, Any]) -> list[str]:
         if (value := quantization.get("extra", {}).get(key)) is not None:
             arguments += [f"--{key}", str(value)]
     extra = quantization.get("extra", {})
+    fast = extra.get("preset") == "fast"  # what was tuned then was so by `tune`, which has texts of its own
     arguments += ["--calibration-inputs", extra["inputs"]] if extra.get("inputs", "paired") != "paired" else []
     arguments += [] if extra.get("activation_order", True) else ["--no-activation-order"]
     if "output_feedback" in extra and extra["output_feedback"] != (extra.get("preset") == "best"):
         arguments += ["--output-feedback" if extra["output_feedback"] else "--no-output-feedback"]
-    if extra.get("preset") == "best" or extra.get("tuning"):
+    if extra.get("preset") == "best" or (extra.get("tuning") and not fast):
         arguments += ["--tune-steps", str((extra.get("tuning") or {"steps": 0})["steps"])]
-    names = calibration.get("extra", {}).get("names", [])
+    names = [] if fast and not allocation else calibration.get("extra", {}).get("names", [])
     for name in names:
         arguments += ["--calibration", name]
     return arguments + (["--calibration-tokens", str(calibration["tokens"])] if names else [])

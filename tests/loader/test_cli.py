@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,6 @@ def test_verify_finds_damage(
 
 def test_verify_decodes_unless_told_not_to(settings_repo: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A scale that is not a number is found by decoding only."""
-    from hashlib import sha256
-
     data = bytearray((settings_repo / PAYLOAD).read_bytes())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     begin = 8 + int.from_bytes(data[:8], "little") + header["conv.scales"]["data_offsets"][0]
@@ -276,6 +275,12 @@ def test_update_refuses(edited: Path, kind: str, code: str, capfd: pytest.Captur
         assert main(["embed", str(edited)]) == main(["update", str(edited)]) == main(["verify", str(edited)]) == 0
 
 
+def test_update_drops_the_chunks_of_an_edited_file(edited: Path) -> None:
+    chunks = {"chunk_size": 4096, "chunks": [sha256(b"as it was").hexdigest()]}
+    edit_manifest(edited, lambda m: m["files"]["config.json"].update(chunks))
+    assert main(["update", str(edited)]) == main(["verify", str(edited)]) == 0
+
+
 def test_update_is_all_or_nothing(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in edited.iterdir()}
 
@@ -291,7 +296,14 @@ def test_update_is_all_or_nothing(edited: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_files_by_their_names() -> None:
     names = {
-        "support": ["config.json", "Tokenizer.json", "chat_template.jinja", "spiece.model", "preprocessor_config.json"],
+        "support": [
+            "config.json",
+            "Tokenizer.json",
+            "chat_template.jinja",
+            "spiece.model",
+            "preprocessor_config.json",
+            "tekken.json",
+        ],
         "document": ["LICENSE", "Notice.txt", "USE_POLICY.md"],
         "code": ["modeling_x.py", LOADER],
         "weights": ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "config.gguf"],

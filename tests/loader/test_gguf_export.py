@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import tqformat
-from tqformat import TQFormatError, export_gguf
+from tqformat import TQFormatError, add_files, export_gguf
 from tqformat.__main__ import main
 from tqformat.gguf_export import frequency_factors, hyperparameters
 from tqformat.gguf_tokenizer import tokenizer_fields
@@ -148,6 +148,14 @@ def test_metadata(repo: Path, tmp_path: Path) -> None:
     assert expected.items() <= found.items()
 
 
+@pytest.mark.parametrize(("ends", "turn"), [(2, None), (5, 5), ([2, 5], 5), (None, None)])
+def test_a_turn_may_end_with_a_token_of_its_own(repo: Path, tmp_path: Path, ends: Any, turn: int | None) -> None:
+    add_files(repo, {"generation_config.json": ("support", json.dumps({"eos_token_id": ends}).encode())})
+    export_gguf(repo, tmp_path / "model.gguf")
+    found = fields_of(tmp_path / "model.gguf")
+    assert (found["tokenizer.ggml.eos_token_id"], found.get("tokenizer.ggml.eot_token_id")) == (2, turn)
+
+
 @pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0"])
 def test_what_is_lost_is_told(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The figures are those of the weights that transformers reads from the file; rows of 48 are no blocks of Q8_0."""
@@ -176,8 +184,8 @@ def test_the_command_says_exact_or_how_far(repo: Path, tmp_path: Path, capsys: p
 def test_a_weight_too_large_for_the_type_leaves_no_file(tmp_path: Path) -> None:
     repo = make_repo(tmp_path, "llama-tied")
     with new_writer(tmp_path / "large", "text-generation") as writer, tqformat.open_repo(repo) as source:
-        for name, weight in source:
-            writer.add_passthrough(name, weight * 1e6)
+        for name in source.names():
+            writer.add_passthrough(name, source.dequantize(name) * 1e6)
         for name in source.manifest.files:
             if name.endswith(".json"):
                 writer.add_file(repo / name, "support")

@@ -1,6 +1,7 @@
 """transformers' own from_pretrained on tqformat repositories, with tqformat.hf and without."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_python
-from helpers import Lab, manifest_of
+from helpers import Lab, make_gguf, manifest_of
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import tqformat
@@ -112,3 +113,41 @@ def test_other_checkpoints_are_left_alone(release: Path, hf: Any, tmp_path: Path
     assert not packed.packed_weights(model) and torch.equal(model.lm_head.weight, other.lm_head.weight)
     with pytest.raises(OSError, match=r"config.json|model.safetensors"):
         LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_file_of_gguf_without_a_configuration_is_left_to_transformers(hf: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    commit = "a" * 40
+    cached = tmp_path / "models--org--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    make_gguf(cached / "snapshots" / commit / "model.gguf")
+    where = {"gguf_file": "model.gguf", "cache_dir": str(tmp_path), "local_files_only": True}
+    assert isinstance(LlamaForCausalLM.from_pretrained("org/name", **where), LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("option", [{"subfolder": ".part"}, {"variant": "fp16"}])
+def test_options_that_name_other_weights_are_refused(
+    release: Path, hf: Any, tmp_path: Path, option: dict[str, str]
+) -> None:
+    copied = shutil.copytree(release, tmp_path / "copy")
+    (copied / ".part").mkdir()
+    shutil.copy(copied / "config.json", copied / ".part")
+    with pytest.raises(TQFormatError, match=rf"SCHEMA.UNKNOWN_FIELD\] {next(iter(option))}"):
+        LlamaForCausalLM.from_pretrained(copied, **option)
+
+
+def test_another_configuration_by_its_path(release: Path, hf: Any, tmp_path: Path) -> None:
+    config = json.loads((release / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
+    assert LlamaForCausalLM.from_pretrained(release, config=tmp_path).config.rms_norm_eps == 0.25
+
+
+def test_the_digests_of_code_are_compared_before_it_is_trusted(release: Path, hf: Any, tmp_path: Path) -> None:
+    copied = shutil.copytree(release, tmp_path / "copy")
+    loader = copied / "load_quantized.py"
+    loader.write_bytes(loader.read_bytes().replace(b"SPEC", b"spec", 1))
+    AutoModelForCausalLM.from_pretrained(copied)
+    with pytest.raises(TQFormatError, match=r"BIND.DIGEST\] load_quantized.py"):
+        AutoModelForCausalLM.from_pretrained(copied, trust_remote_code=True)

@@ -43,7 +43,7 @@ def test_a_wrong_digest_is_told_before_what_it_breaks(repo: Path) -> None:
     """The byte holds a code without a level, which decoding finds; the digest is the cause."""
     damage(repo, 0xFF)
     with pytest.raises(TQFormatError) as told, Repo(repo, verify=False) as opened:
-        list(opened)
+        [opened.dequantize(name) for name in opened.names()]
     assert told.value.code in ("PACK.CODE_RANGE", "DATA.NON_FINITE")
     for read in (lambda: load_state_dict(repo), lambda: open_repo(repo)):
         with pytest.raises(TQFormatError) as told:
@@ -62,7 +62,7 @@ def test_nothing_is_returned_from_a_file_whose_digest_is_wrong(repo: Path) -> No
 
 def test_an_error_of_the_caller_does_not_wait_for_digests(repo: Path) -> None:
     damage(repo, 0x00)
-    with pytest.raises(KeyError), Repo(repo):
+    with pytest.raises(KeyError), Repo(repo, beside=True):
         raise KeyError
 
 
@@ -72,7 +72,7 @@ def test_the_number_of_torch_threads_is_left_alone(repo: Path) -> None:
     torch.set_num_threads(3)
     try:
         with open_repo(repo) as opened:
-            list(opened)
+            opened.dequantize("a")
             assert opened._workers.submit(torch.get_num_threads).result() == 1
         new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
         new.start()
@@ -84,7 +84,4 @@ def test_the_number_of_torch_threads_is_left_alone(repo: Path) -> None:
 
 def test_weights_come_in_the_order_of_the_file(repo: Path) -> None:
     with open_repo(repo) as opened:
-        names = [name for name, _ in opened.stream()]
-        assert names == opened.names() == ["a", "b", "c"]
-        one = {name: opened.dequantize(name) for name in names}
-        assert all(torch.equal(weight, one[name]) for name, weight in opened)
+        assert opened.names() == ["a", "b", "c"]

@@ -702,6 +702,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "codes of another dtype": ({"codes": torch.zeros(4, 1)}, "codes"),
     "too few codes": ({"codes": torch.zeros(3, 1, dtype=torch.uint8)}, "expected 4 bytes"),
     "too many codes": ({"codes": torch.zeros(4, 2, dtype=torch.uint8)}, "expected 4 bytes"),
+    "a padding bit": ({"tile": [1, 4], "codes": torch.full((8, 1), 16).byte()}, r"PACK.PADDING.*stages\[0\].codes"),
     "scales in double": ({"scales": torch.ones(4, 1).double()}, "F16 or BF16 or F32"),
     "integer scales": ({"scales": torch.ones(4, 1).int()}, "F16 or BF16 or F32"),
     "too few scales": ({"scales": torch.ones(3, 1)}, "expected 16 bytes"),
@@ -739,6 +740,15 @@ def test_bad_stages_are_refused_and_leave_no_trace(writer: RepoWriter, kind: str
     assert torch.equal(load_state_dict(writer.finish())["w"], -torch.ones(4, 8))
 
 
+def test_a_symbol_without_an_entry_is_refused(writer: RepoWriter) -> None:
+    writer.add_codebook("ternary", [-1.0, 0.0, 1.0])
+    codes = pack(torch.tensor([[0, 1, 2, 0], [2, 2, 2, 3]]), 2)
+    stage = {"bits": 2, "codebook": "ternary", "transform": "i", "codes": codes, "scales": torch.ones(2, 1)}
+    with pytest.raises(TQFormatError, match=r"PACK.CODE_RANGE.*stages\[0\].codes: expected symbols below 3, got 3"):
+        writer.add_quantized("w", [2, 4], "F32", [stage])
+    assert writer.done == set()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [([8], "F32"), ([4, 8], "I32"), ([4, 8], "F64"), ([4, -8], "F32"), ([4, 0], "F32")]
 )
@@ -768,12 +778,15 @@ WRONG: dict[str, Any] = {  # what a caller may get wrong -> the place that the e
     "transforms['t'].pairs": ("add_transform", ("t", "givens", 2), {"pairs": torch.ones(1, 1, 2), "angles": torch.ones(1, 1)}),
     "transforms['t'].index": ("add_transform", ("t", "permutation", 2), {"index": torch.ones(2).int()}),
     "transforms['t'].index: dtype": ("add_transform", ("t", "permutation", 2), {"index": torch.arange(2)}),
+    "transforms['t'].matrix: nan": ("add_transform", ("t", "dense", 2), {"matrix": torch.full((2, 2), float("nan"))}),
+    "transforms['t'].pairs: twice": ("add_transform", ("t", "givens", 2), {"pairs": torch.zeros(1, 1, 2).int(), "angles": torch.ones(1, 1)}),
     "transforms['../t']": ("add_transform", ("../t", "identity", 1)),
     "transforms[[]]": ("add_transform", ([], "identity", 1)),
     "codebooks['b'].values: text": ("add_codebook", ("b", ["a", "b"])),
     "codebooks['b'].values: ragged": ("add_codebook", ("b", [[1.0], [1.0, 2.0]])),
     "codebooks['b'].values: rank": ("add_codebook", ("b", torch.tensor(1.0))),
     "codebooks['b'].values: nan": ("add_codebook", ("b", [1.0, float("nan")])),
+    "codebooks['b'].values: beyond F32": ("add_codebook", ("b", [1.0, 1e300]), {"stored": True}),
     "codebooks['b'].values: None": ("add_codebook", ("b", None)),
     "codebooks['b'].values: complex": ("add_codebook", ("b", torch.ones(2, dtype=torch.complex64))),
     "codebooks['b'].origin": ("add_codebook", ("b", [1.0]), {"origin": "paper"}),
@@ -898,6 +911,20 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
         new_writer(tmp_path / "other", loader_kind="poetry")
 
 
+def test_an_existing_target_is_replaced_without_a_system_call_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def windows(name: None, **_: Any) -> None:
+        raise TypeError("LoadLibrary() argument 1 must be str, not None")
+
+    monkeypatch.setattr("ctypes.CDLL", windows)
+    for value in (1.0, 2.0):
+        with new_writer(tmp_path / "repo", overwrite=True) as writer:
+            writer.add_passthrough("w", torch.tensor([value]))
+            writer.finish()
+    assert load_state_dict(tmp_path / "repo")["w"].item() == 2.0 and [p.name for p in tmp_path.iterdir()] == ["repo"]
+
+
 @pytest.mark.parametrize("name", ["quant_manifest.json", "README.md", "a b.json", "../x.json", ".hidden", "a/b"])
 def test_file_names_are_plain(tmp_path: Path, name: str) -> None:
     with pytest.raises((TQFormatError, ValueError)), new_writer(tmp_path / "repo") as w:
@@ -955,6 +982,7 @@ def test_add_files_refuses_bad_names_and_roles(settings_repo: Path) -> None:
 
 @pytest.mark.parametrize("limit", [5_000_000_000, 1000])
 def test_export_safetensors(settings_repo: Path, tmp_path: Path, limit: int) -> None:
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     add_files(settings_repo, {"config.json": ("support", b"{}"), "LICENSE": ("document", b"x")})
@@ -963,6 +991,8 @@ def test_export_safetensors(settings_repo: Path, tmp_path: Path, limit: int) -> 
     files = sorted(out.glob("*.safetensors"))
     for file in files:
         state |= load_file(file)
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # which older tools will not do without
     assert state.keys() == want.keys()
     for name, tensor in want.items():
         assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
@@ -988,6 +1018,17 @@ def test_export_safetensors_to_another_dtype(settings_repo: Path, tmp_path: Path
     state, want = load_file(out / "model.safetensors"), load_state_dict(settings_repo)
     for name, tensor in want.items():
         assert torch.equal(state[name], tensor.half() if tensor.is_floating_point() else tensor), name
+
+
+def test_export_safetensors_to_a_dtype_that_is_too_narrow(tmp_path: Path) -> None:
+    for value, name in ((70000.0, "large"), (float("inf"), "infinite")):
+        with new_writer(tmp_path / name) as writer:
+            writer.add_passthrough("w", torch.tensor([1.0, value]))
+            writer.finish()
+    with pytest.raises(TQFormatError, match=r"DATA.NON_FINITE\] w: expected weights within F16; choose another type"):
+        export_safetensors(tmp_path / "large", tmp_path / "plain", dtype=torch.float16)
+    assert not (tmp_path / "plain").exists()
+    export_safetensors(tmp_path / "infinite", tmp_path / "plain", dtype=torch.float16)  # it was so before
 
 
 def test_export_safetensors_of_a_damaged_one_leaves_no_target(settings_repo: Path, tmp_path: Path) -> None:

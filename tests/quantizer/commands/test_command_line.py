@@ -85,6 +85,19 @@ def test_hints_name_the_program_as_it_was_started(
     assert progress.program() == name
 
 
+@pytest.mark.parametrize(("command", "again"), [("evaluate", "continues where it stopped"), ("import", "begins anew")])
+def test_what_an_interrupted_command_does_next_time(
+    command: str, again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.evaluate, "run_evaluate", stopped)
+    monkeypatch.setattr(command_line.import_packed, "run_import", stopped)
+    assert command_line.main([command, "a", "b"]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted; the same command {again}\n"
+
+
 # ------------------------------------------------------------------------------------------------ libraries
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 from helpers import MODELS, Make, make_checkpoint, manifest_of, sample_tensors
 
-from reference_quantizer.__main__ import main
-from reference_quantizer.checkpoint.source import Info, Source
+from reference_quantizer.__main__ import _parser, main
+from reference_quantizer.checkpoint.source import Info, Source, open_source
 from reference_quantizer.commands import settings as choices
 from reference_quantizer.planning import expectations
 from reference_quantizer.planning.plan import make_plan
@@ -85,10 +85,21 @@ def test_a_model_that_is_too_large_is_fast_and_says_why(
     assert "give text with --calibration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["--cache-dir", "cache"]])
+def test_a_release_without_options_has_feedback(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache is the user's where none is named, also while it looks whether the blocks can be walked."""
+    monkeypatch.chdir(tmp_path)
+    base = make_checkpoint(tmp_path / "base")
+    args = _parser().parse_args(["release", str(base), str(tmp_path / "out"), *options])
+    assert choices.without_walk(args, open_source(str(base))) is args and (tmp_path / "cache").is_dir()
+
+
 def test_what_was_asked_for_is_never_replaced(tmp_path: Path, capsys: Capture) -> None:
     base = make_checkpoint(tmp_path / "base")
     MODELS["bert"][0]().save_pretrained(base)
-    for options in (["--preset", "balanced"], ["--calibration-tokens", "512"]):
+    for options in (["--preset", "balanced"], ["--calibration-tokens", "512"], ["--spill"], ["--tune-steps", "2"]):
         assert main(["quantize", str(base), str(tmp_path / "out"), "--quiet", *options]) == 1
         assert "preset is fast" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -148,6 +159,20 @@ def test_uniform_gives_every_weight_the_same_bits(make: Make, tmp_path: Path, ca
 def test_uniform_beside_what_contradicts_it(tmp_path: Path, capsys: Capture, options: list[Any]) -> None:
     assert main(["plan", str(make_checkpoint(tmp_path / "base")), "--uniform", *options]) == 1
     assert f"error [SCHEMA.VALUE] {options[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--output-feedback"], ["--calibration-inputs", "original"], ["--no-activation-order"], ["--spill"]),
+        *(["--candidate-bits", "2,3"], ["--allocator", "perturbation"]),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+    base = str(make_checkpoint(tmp_path / "base"))
+    assert main(["plan", base, "--preset", "fast", *options]) == 1
+    assert f"error [SCHEMA.VALUE] {options[0]}: " in capsys.readouterr().err
+    assert main(["plan", base, "--preset", "fast", "--calibration-inputs", "paired", "--activation-order"]) == 0
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])

@@ -94,6 +94,14 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "expected AWQ of version gemm" in error(gptq, quant_method="awq", bits=4, version="gemv")
     assert "codes of I8" in error({"a.weight": codes, "a.SCB": torch.ones(8)}, quant_method="bitsandbytes")
     sparse = {"a.weight_packed": codes.int(), "a.weight_scale": scales}
+    whole = {
+        "a.weight_packed": codes[:, ::4].int(),
+        "a.weight_scale": scales.t(),
+        "a.weight_shape": torch.tensor([8, 16]),
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 7, "strategy": "group", "group_size": 8}}}
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    assert "its words hold 8 bits for each weight, config.json says 7" in error(whole, **packed)
     assert "leaves weights out" in error(sparse, quant_method="compressed-tensors", format="marlin-24")
     text = {
         key: torch.tensor(list(value.encode()), dtype=torch.uint8) for key, value in {"p": "8bit_u8", "q": "9"}.items()
@@ -115,6 +123,15 @@ def test_a_plain_checkpoint_is_for_quantize(tmp_path: Path, capsys: pytest.Captu
     (path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     assert main(["import", str(path), str(tmp_path / "out")]) == 1
     assert "names no quantization_config" in capsys.readouterr().err
+
+
+def test_a_hub_id_is_no_place_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever names the new directory like the Hub's repository replaces nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "owner/name", "owner/name"]) == 1  # offline
+    assert "the checkpoint cannot be fetched" in capsys.readouterr().err
 
 
 def test_old_files_of_gptq(tmp_path: Path) -> None:

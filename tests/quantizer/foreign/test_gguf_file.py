@@ -23,7 +23,7 @@ def test_the_model_is_the_one_that_transformers_reads(
     import transformers
 
     make_gguf(tmp_path / NAME, kind=kind)
-    out = tmp_path / "out"
+    out = tmp_path / "made" / "out"
     assert main(["import", str(tmp_path / NAME), str(out), "--quiet"]) == 0
     told = capsys.readouterr().out
     ours = load(out)

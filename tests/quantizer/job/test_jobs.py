@@ -333,6 +333,7 @@ def test_support_files_and_provenance(make: Make, tmp_path: Path) -> None:
         "modeling_x.py",
         "picture.png",
         ".gitattributes",
+        "LICENSE.",  # no file name of the format
     ):
         (path / name).write_text("x")
     (path / "subfolder").mkdir()

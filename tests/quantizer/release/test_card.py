@@ -28,6 +28,7 @@ from PIL import Image
 from conformance import report
 from reference_quantizer import __main__ as command_line
 from reference_quantizer.commands.settings import settings as find_settings
+from reference_quantizer.commands.settings import tuning_steps
 from reference_quantizer.evaluation import samples
 from reference_quantizer.release import card, figures
 from tqformat.embed import stamped_loader
@@ -665,6 +666,11 @@ def test_every_number_is_recomputed(case: tuple[str, Path]) -> None:
     check((repo / "README.md").read_text("utf-8"), *everything(repo))
 
 
+def test_decoding_is_told_as_in_the_specification(case: tuple[str, Path]) -> None:
+    (formula,) = re.findall(r"^    (W = cast\(.*)$", (ROOT / "SPEC.md").read_text("utf-8"), re.MULTILINE)
+    assert f"\n{formula}\n" in (case[1] / "README.md").read_text("utf-8")
+
+
 def test_a_changed_digit_is_noticed(case: tuple[str, Path]) -> None:
     _, repo = case
     text, wanted = (repo / "README.md").read_text("utf-8"), everything(repo)
@@ -964,6 +970,27 @@ def test_how_calibrated_and_tuned_weights_are_told(tmp_path: Path) -> None:
     assert " --window 12 --codebook computed " in text
     assert " --no-output-feedback " in text and "2505.22988" not in text
     assert "Not repeated in these commands: the options behind `extra`" in text
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_no_command_asks_for_what_is_refused(preset: str, tmp_path: Path) -> None:
+    """`quantize` does not tune what needs no text; `tune` may have done so afterwards."""
+    tuning = {"steps": 7, "batch": 4, "learning_rate": 0.003, "seed": 0, "dtype": "float32", "tokens": 14336}
+    extra = {"preset": preset, "window": None, "tuning": tuning | {"held_out_kl": [0.5, 0.4]}}
+    texts = {"source": "texts", "texts": 1, "tokens": 512, "extra": {"names": ["a.txt"]}}
+    text = card.write_card(layered(tmp_path / "a", (4,), extra=extra, calibration=texts)).read_text("utf-8")
+    (command,) = re.findall(r"^\$ (python -m reference_quantizer quantize .*)$", text, re.MULTILINE)
+    args = parse_command(command)
+    assert find_settings(args).preset == preset
+    assert tuning_steps(args, find_settings(args), "text-generation") == (7 if preset == "balanced" else 0)
+    assert args.calibration == (["a.txt"] if preset == "balanced" else None)
+    assert ("Not repeated in these commands: the options behind `extra`" in text) == (preset == "fast")
+
+
+@pytest.mark.parametrize("target", [3.5, 4, 4.0, 3.14159265])
+def test_the_command_repeats_a_target_in_full(target: float) -> None:
+    quantization = {"bits": 4, "allocation": {"allocator": "fisher", "target_bits": target, "candidate_bits": [2, 4]}}
+    assert float(card._width_arguments(quantization)[1]) == target
 
 
 def test_the_command_of_several_texts_names_what_they_share() -> None:
