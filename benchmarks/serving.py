@@ -43,7 +43,7 @@ PROMPTS = [
 ]
 TOKENS = 16
 TIE = 0.1  # nats between the two likeliest tokens, in a model of packed weights; about five times what rounding changes
-ROUNDS, LONG = 5, 64  # of --speed: rounds, and tokens a request
+ROUNDS, LONG = 3, 64  # of --speed: rounds, and tokens a request
 PATIENCE = 600  # seconds that a server has to start
 PLAIN = """
 import json, sys, torch, tqformat
