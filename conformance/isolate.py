@@ -114,7 +114,7 @@ class Loader:
 def waiting(repository: Path, memory: int, seconds: int, allow_network: bool) -> Iterator[Loader]:
     """A process that shuts itself off, imports torch, and waits for the text of a loader for `repository`.
 
-    It and all it started is stopped when the block ends.
+    It is stopped when the block ends, and so is all it started, where the system has namespaces of processes.
     """
     limits = json.dumps({"memory": memory, "seconds": seconds, "allow_network": allow_network})
     driver = Path(__file__).with_name("loader_driver.py")

@@ -233,8 +233,8 @@ def signs_of(signs: str, size: int) -> Tensor:
 def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
     if t.factors is not None and t.signs is not None:
-        signs = (signs_of(t.signs, t.size) / math.sqrt(t.size)).to(device)
-        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
+        signs = (signs_of(t.signs, t.size).float() / math.sqrt(t.size)).to(device)
+        matrices = [h.t().float().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
         def hadamard(
             v: Tensor,
@@ -360,6 +360,51 @@ class PackedWeight(Tensor):
             part = self.parts.tensors[key]
             tensors[key] = select(part.reshape(groups, -1)).reshape(-1, *part.shape[1:]) if by_rows else part
         return self.like(parts=self.parts.having(tensors), entry=replace(self.entry, shape=tuple(shape)))
+
+    def share(self, dim: int, start: int, size: int) -> "PackedWeight | None":
+        """`size` rows (`dim` 0) or columns (1) of a matrix from `start`, packed; None where the parts cannot be cut there.
+
+        Rows are cut between tiles, columns where neither a vector, a block of the transform nor a byte of codes is divided.
+        The parts are copies, so that those of the weight itself can be forgotten.
+        """
+        if (start, size) == (0, self.shape[dim]):
+            return self
+        if dim == 1:
+            return self._columns(start, size)
+        h = self.height
+        if start % h or size % h:
+            return None
+        return self.cut(lambda part: part[start // h : (start + size) // h].clone(), (size, self.shape[1]))
+
+    def _columns(self, start: int, size: int) -> "PackedWeight | None":
+        parts, entry, (rows, cols) = self.parts, self.entry, self.shape
+        cuts: list[tuple[str, int, int, tuple[int, ...]]] = []  # part, rows and units a row as it is cut, its shape
+        if entry.column_scale is not None:
+            cuts.append((entry.column_scale, 1, cols, (-1,)))
+        stages = []
+        for s in entry.stages or ():
+            p, block = parts.manifest.codebooks[s.codebook].dimension, parts.manifest.transforms[s.transform].size
+            window, g, tr, tc = s.layout(cols)
+            if start % math.lcm(p, block) or size % math.lcm(p, block):
+                return None
+            tile_bytes = parts.tensors[s.codes].shape[1]
+            if tc == cols and window == s.bits and cols // p * s.bits % 8 == 0:  # a row of symbols fills whole bytes
+                cuts.append((s.codes, rows, tile_bytes // tr, (rows // tr, -1)))
+            else:
+                cuts.append((s.codes, rows // tr, cols // tc, (-1, tile_bytes)))
+            factors = [key for key in (s.scales, s.offsets, s.outer_scales, s.outer_offsets) if key is not None]
+            sizes = [(key, *parts.tensors[key].shape) for key in factors]
+            cuts += [(key, n, across, (n, -1)) for key, n, across in sizes if across > 1]  # one serves all columns
+            tile = (tr, size if tc == cols else tc)
+            stages.append(replace(s, vector_length=None if g == cols else g, tile=tile))
+        if any(across * start % cols or across * size % cols for _, _, across, _ in cuts) or not rows:
+            return None
+        tensors = {key: parts.tensors[key] for key in parts.own(entry)}
+        for key, n, across, shape in cuts:
+            first, end = across * start // cols, across * (start + size) // cols
+            part = tensors[key].reshape(n, across, -1)[:, first:end]
+            tensors[key] = part.clone(memory_format=torch.contiguous_format).reshape(shape)
+        return self.like(parts=parts.having(tensors), entry=replace(entry, shape=(rows, size), stages=tuple(stages)))
 
     def moved(self, device: Any, dtype: torch.dtype | None) -> Tensor:
         """On another device, with another dtype of decoded values; an empty tensor on the meta device."""

@@ -342,6 +342,33 @@ def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
         assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
 
 
+def test_shares_of_rows_and_columns(settings_repo: Path) -> None:
+    """Every setting of the format: what a rank keeps decodes to its part of the decoded weight, and multiplies as it."""
+    torch.manual_seed(0)
+    possible: dict[int, set[str]] = {0: set(), 1: set()}
+    with PackedRepo(settings_repo) as repo:
+        for weight in [weight for weight in quantized(repo) if weight.dim() == 2]:
+            value = weight.decode()
+            for dim, ranks in ((0, 2), (0, 3), (1, 2), (1, 3), (1, 6)):
+                size, rest = divmod(weight.shape[dim], ranks)
+                found = [None if rest else weight.share(dim, i * size, size) for i in range(ranks)]
+                assert all(share is None for share in found) or all(share is not None for share in found)
+                for i, share in enumerate(found):
+                    if share is not None:
+                        assert torch.equal(share.decode(), value.narrow(dim, i * size, size)), (weight.title, dim)
+                        assert share.nbytes_packed < weight.nbytes_packed or not weight.numel()
+                        x, bound = torch.randn(1, share.shape[1]), scale_of(share)
+                        y, wanted = functional.linear(x, share), x.double() @ exact(share).T
+                        assert ((y - wanted).abs() <= 2.0**-14 * x.double().norm() * bound).all(), (weight.title, dim)
+                        possible[dim].add(weight.title)
+            assert weight.share(0, 0, len(weight)) is weight
+    assert possible[0] == {
+        *("plain", "hadamard", "dense", "givens", "vector", "trellis", "stages", "offsets", "fine", "exponents"),
+        *("ternary", "empty"),
+    }
+    assert possible[1] == {"plain", "hadamard", "dense", "givens", "vector", "stages", "offsets", "exponents"}
+
+
 def test_memory_and_ties(repos: Callable[[str], Path], path: str) -> None:
     model = tqformat.load(repos("llama-tied"), packed=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
