@@ -233,8 +233,8 @@ def signs_of(signs: str, size: int) -> Tensor:
 def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
     if t.factors is not None and t.signs is not None:
-        signs = (signs_of(t.signs, t.size) / math.sqrt(t.size)).to(device)
-        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
+        signs = (signs_of(t.signs, t.size).float() / math.sqrt(t.size)).to(device)
+        matrices = [h.t().float().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
         def hadamard(
             v: Tensor,
@@ -361,6 +361,51 @@ class PackedWeight(Tensor):
             tensors[key] = select(part.reshape(groups, -1)).reshape(-1, *part.shape[1:]) if by_rows else part
         return self.like(parts=self.parts.having(tensors), entry=replace(self.entry, shape=tuple(shape)))
 
+    def share(self, dim: int, start: int, size: int) -> "PackedWeight | None":
+        """`size` rows (`dim` 0) or columns (1) of a matrix from `start`, packed; None where the parts cannot be cut there.
+
+        Rows are cut between tiles, columns where neither a vector, a block of the transform nor a byte of codes is divided.
+        The parts are copies, so that those of the weight itself can be forgotten.
+        """
+        if (start, size) == (0, self.shape[dim]):
+            return self
+        if dim == 1:
+            return self._columns(start, size)
+        h = self.height
+        if start % h or size % h:
+            return None
+        return self.cut(lambda part: part[start // h : (start + size) // h].clone(), (size, self.shape[1]))
+
+    def _columns(self, start: int, size: int) -> "PackedWeight | None":
+        parts, entry, (rows, cols) = self.parts, self.entry, self.shape
+        cuts: list[tuple[str, int, int, tuple[int, ...]]] = []  # part, rows and units a row as it is cut, its shape
+        if entry.column_scale is not None:
+            cuts.append((entry.column_scale, 1, cols, (-1,)))
+        stages = []
+        for s in entry.stages or ():
+            p, block = parts.manifest.codebooks[s.codebook].dimension, parts.manifest.transforms[s.transform].size
+            window, g, tr, tc = s.layout(cols)
+            if start % math.lcm(p, block) or size % math.lcm(p, block):
+                return None
+            tile_bytes = parts.tensors[s.codes].shape[1]
+            if tc == cols and window == s.bits and cols // p * s.bits % 8 == 0:  # a row of symbols fills whole bytes
+                cuts.append((s.codes, rows, tile_bytes // tr, (rows // tr, -1)))
+            else:
+                cuts.append((s.codes, rows // tr, cols // tc, (-1, tile_bytes)))
+            factors = [key for key in (s.scales, s.offsets, s.outer_scales, s.outer_offsets) if key is not None]
+            sizes = [(key, *parts.tensors[key].shape) for key in factors]
+            cuts += [(key, n, across, (n, -1)) for key, n, across in sizes if across > 1]  # one serves all columns
+            tile = (tr, size if tc == cols else tc)
+            stages.append(replace(s, vector_length=None if g == cols else g, tile=tile))
+        if any(across * start % cols or across * size % cols for _, _, across, _ in cuts) or not rows:
+            return None
+        tensors = {key: parts.tensors[key] for key in parts.own(entry)}
+        for key, n, across, shape in cuts:
+            first, end = across * start // cols, across * (start + size) // cols
+            part = tensors[key].reshape(n, across, -1)[:, first:end]
+            tensors[key] = part.clone(memory_format=torch.contiguous_format).reshape(shape)
+        return self.like(parts=parts.having(tensors), entry=replace(entry, shape=(rows, size), stages=tuple(stages)))
+
     def moved(self, device: Any, dtype: torch.dtype | None) -> Tensor:
         """On another device, with another dtype of decoded values; an empty tensor on the meta device."""
         device, dtype = torch.device(device or self.device), dtype or self.dtype
@@ -392,7 +437,8 @@ class PackedWeight(Tensor):
         ours = OURS.get(func)
         if ours is not None:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(weight, PackedWeight) and len(weight.entry.shape) == 2 and type(args[0]) is not PackedWeight:
+            first = args[0] if args else kwargs.get("input")
+            if isinstance(weight, PackedWeight) and len(weight.entry.shape) == 2 and type(first) is not PackedWeight:
                 return ours(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -511,18 +557,18 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
     parts, s, cols = weight.parts, (weight.entry.stages or ())[i], weight.entry.shape[-1]
     column_scale, recent = weight.entry.column_scale, _local.__dict__.setdefault("recent", {})
     keep = not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())  # no version, a graph of its own
-    key = (id(parts.tables), s.transform, column_scale)
+    key = (id(parts.tables), s.transform, column_scale)  # the tables are kept beside z, so that their id stays theirs
     if keep and (found := recent.get(id(x))) and found[0]() is x and found[1] == x._version and key in found[2]:
-        return found[2][key]  # type: ignore[no-any-return]
+        return found[2][key][1]  # type: ignore[no-any-return]
     v = x.reshape(-1, cols).float()
     v = v if column_scale is None else v * parts.tensors[column_scale].float()
     size = parts.manifest.transforms[s.transform].size
     z = parts.forward(s, weight.device)(v.reshape(-1, size)).reshape(-1, cols)
-    if keep:
+    if keep and z.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # a view would keep x for ever
         if not found or found[0]() is not x or found[1] != x._version:
             place = id(x)
             recent[place] = (weakref.ref(x, lambda _: recent.pop(place, None)), x._version, {})
-        recent[id(x)][2][key] = z
+        recent[id(x)][2][key] = parts.tables, z
     return z
 
 

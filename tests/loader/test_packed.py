@@ -221,7 +221,20 @@ def test_a_changed_activation_is_rotated_again(settings_repo: Path) -> None:
     x = torch.randn(2, 48)
     first = functional.linear(x, weight)
     x.mul_(2)
-    assert torch.allclose(functional.linear(x, weight), 2 * first)
+    assert torch.allclose(functional.linear(input=x, weight=weight), 2 * first)
+
+
+def test_no_activation_is_kept(settings_repo: Path) -> None:
+    """Not even by the identity, whose result is the activation itself."""
+    with PackedRepo(settings_repo) as repo:
+        weights = [repo.dequantize(name) for name, w in repo.manifest.tensors.items() if w.stages and len(w.shape) == 2]
+    kinds = {repo.manifest.transforms[weight.entry.stages[0].transform].kind for weight in weights if weight.rows}
+    assert {"identity", "hadamard"} <= kinds
+    packed._local.__dict__.clear()
+    with torch.no_grad():
+        for weight in weights:
+            functional.linear(torch.randn(2, weight.entry.shape[-1]), weight)
+    assert not packed._local.__dict__.get("recent")
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
@@ -327,6 +340,33 @@ def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
                 packed_titles.add(weight.title)
         assert {weight.title for weight in quantized(repo)} - packed_titles == {"row", "empty"}
         assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
+
+
+def test_shares_of_rows_and_columns(settings_repo: Path) -> None:
+    """Every setting of the format: what a rank keeps decodes to its part of the decoded weight, and multiplies as it."""
+    torch.manual_seed(0)
+    possible: dict[int, set[str]] = {0: set(), 1: set()}
+    with PackedRepo(settings_repo) as repo:
+        for weight in [weight for weight in quantized(repo) if weight.dim() == 2]:
+            value = weight.decode()
+            for dim, ranks in ((0, 2), (0, 3), (1, 2), (1, 3), (1, 6)):
+                size, rest = divmod(weight.shape[dim], ranks)
+                found = [None if rest else weight.share(dim, i * size, size) for i in range(ranks)]
+                assert all(share is None for share in found) or all(share is not None for share in found)
+                for i, share in enumerate(found):
+                    if share is not None:
+                        assert torch.equal(share.decode(), value.narrow(dim, i * size, size)), (weight.title, dim)
+                        assert share.nbytes_packed < weight.nbytes_packed or not weight.numel()
+                        x, bound = torch.randn(1, share.shape[1]), scale_of(share)
+                        y, wanted = functional.linear(x, share), x.double() @ exact(share).T
+                        assert ((y - wanted).abs() <= 2.0**-14 * x.double().norm() * bound).all(), (weight.title, dim)
+                        possible[dim].add(weight.title)
+            assert weight.share(0, 0, len(weight)) is weight
+    assert possible[0] == {
+        *("plain", "hadamard", "dense", "givens", "vector", "trellis", "stages", "offsets", "fine", "exponents"),
+        *("ternary", "empty"),
+    }
+    assert possible[1] == {"plain", "hadamard", "dense", "givens", "vector", "stages", "offsets", "exponents"}
 
 
 def test_memory_and_ties(repos: Callable[[str], Path], path: str) -> None:
