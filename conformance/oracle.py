@@ -328,9 +328,10 @@ class Part:
 
     def largest(self, size: int) -> Floats:
         """M of [TQ-NUM-4] of each element, in blocks of `size` elements."""
-        before = np.abs(self.product) + np.abs(self.offset)
-        magnitudes = np.maximum(before, np.abs(self.exact)).reshape(-1, size)
-        return np.repeat(magnitudes.max(axis=1), size).reshape(self.exact.shape)
+        before = (np.abs(self.product) + np.abs(self.offset)).reshape(-1, size)
+        largest = np.maximum(before, np.abs(self.exact).reshape(-1, size)).max(axis=1)
+        largest = np.maximum(largest, np.sqrt((before * before).sum(axis=1)) / 4)
+        return np.repeat(largest, size).reshape(self.exact.shape)
 
 
 def decode_stage(

