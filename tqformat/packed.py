@@ -197,7 +197,7 @@ class Parts(Repo):
         def transform(t: Transform) -> Any:
             if t.signs is None or t.factors is None:
                 return None
-            return kernels().Transform(signs_of(t.signs, t.size), lq.hadamard_matrices(t.factors))
+            return kernels().Transform(signs_of(t.signs, t.size), [h.float() for h in lq.hadamard_matrices(t.factors)])
 
         transforms = [
             self.once(("kernel transform", s.transform), functools.partial(transform, t))
@@ -227,13 +227,13 @@ class Parts(Repo):
 def signs_of(signs: str, size: int) -> Tensor:
     """float32 [size] [TQ-TRAN-5]."""
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
-    return 1.0 - 2.0 * bits.flatten()[:size]
+    return (1 - 2 * bits.flatten()[:size]).float()  # whatever torch's default dtype is: vLLM changes it
 
 
 def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
     if t.factors is not None and t.signs is not None:
-        signs = (signs_of(t.signs, t.size).float() / math.sqrt(t.size)).to(device)
+        signs = (signs_of(t.signs, t.size) / math.sqrt(t.size)).to(device)
         matrices = [h.t().float().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
         def hadamard(

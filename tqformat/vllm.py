@@ -38,7 +38,7 @@ from vllm.platforms import current_platform
 from . import hub
 from . import load_quantized as lq
 from .load_quantized import require
-from .packed import PackedRepo, PackedWeight, kernels, linear, merge
+from .packed import PackedRepo, PackedWeight, kernels, merge
 
 METHOD = "tqformat"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")  # the others name files, or loaders that read them by themselves
@@ -221,7 +221,7 @@ class _Packed:
     def multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if layer.packed is None:
             return super().apply(layer, x, bias)  # type: ignore[misc, no-any-return]
-        found = [linear(x, weight) for weight in layer.packed]
+        found = [functional.linear(x, weight) for weight in layer.packed]
         y = found[0] if len(found) == 1 else torch.cat(found, -1)
         if filled := layer.rows - y.shape[-1]:  # of a vocabulary
             y = functional.pad(y, (0, filled))

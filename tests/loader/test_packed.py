@@ -123,6 +123,20 @@ def test_products_of_the_vectors(file: Path) -> None:
                 assert ((got - y).abs() <= 2.0**-14 * bound + 2.0**-126).all(), p["weight"]
 
 
+def test_products_do_not_depend_on_the_default_dtype(settings_repo: Path) -> None:
+    """Which vLLM sets to that of the model while it loads and warms up."""
+    found = []
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            with PackedRepo(settings_repo) as repo:
+                x = torch.ones(2, 48, dtype=torch.float32)
+                found.append([functional.linear(x, repo.dequantize(name)) for name in ("plain", "hadamard", "stages")])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_gradients_reach_the_input(settings_repo: Path) -> None:
     torch.manual_seed(0)
     with PackedRepo(settings_repo) as repo:
