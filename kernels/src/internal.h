@@ -9,6 +9,7 @@
 #include "tqformat_kernels.h"
 
 #define TQ_MAX_BATCH 8 /* rows of z that one call of a form's product takes */
+#define TQ_ROOM 16     /* floats that a form's rotate may write behind its result */
 
 /* Computed levels are a unit times the sum of the four bytes of symbol * TQ_MULTIPLIER mod 2^32, less TQ_MIDDLE. */
 #define TQ_MULTIPLIER 0x83DCD12Du
@@ -30,6 +31,8 @@ typedef struct {
     int (*product)(const tq_stage *, const float *z, float *y, int64_t batch, int64_t row_begin, int64_t row_end);
     int (*decode)(const tq_stage *, float *out, int64_t row_begin, int64_t row_end);
     int (*row)(const tq_stage *, float *out, int64_t row);
+    /* one factor of a transform: y [f, rest] -> out [rest, f], y^t h */
+    void (*rotate)(const float *h, int64_t f, const float *y, int64_t rest, float *out);
 } tq_form;
 
 extern const tq_form tq_form_portable, tq_form_avx2, tq_form_avx512, tq_form_neon;
@@ -49,6 +52,29 @@ static inline float tq_from_half(uint16_t half) {
     float small = (float)(int32_t)rest * 0x1p-24f;
     memcpy(&few, &small, 4);
     return tq_from_bits((rest < 0x400 ? few : normal) | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* binary32 to binary16, to the nearest, ties to even. */
+static inline uint16_t tq_to_half(float value) {
+    uint32_t bits, sign;
+    memcpy(&bits, &value, 4);
+    sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (bits >= 0x47800000u) return (uint16_t)(sign | 0x7c00u);
+    if (bits < 0x38800000u) { /* subnormal there: the sum's last bit is worth 2^-24 */
+        value = tq_from_bits(bits) + 0.5f;
+        memcpy(&bits, &value, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000u));
+    }
+    return (uint16_t)(sign | (((bits + 0xfffu + (bits >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
+/* binary32 to bfloat16, to the nearest, ties to even. */
+static inline uint16_t tq_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)(value != value ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 /* OCP E4M3: no infinities, 0x7f is NaN. */
@@ -88,22 +114,22 @@ static inline float tq_factor(const tq_factors *f, int64_t n, int64_t r, int64_t
     return value;
 }
 
+/* Elements `first` to first + n - 1 as floats, of TQ_F32, TQ_F16 or TQ_BF16: loops that compilers turn into vectors. */
+static inline void tq_floats(const void *data, int32_t dtype, int64_t first, int64_t n, float *out) {
+    const uint8_t *p = (const uint8_t *)data + (dtype == TQ_F32 ? 4 : 2) * first;
+    uint16_t half;
+    if (dtype == TQ_F32) memcpy(out, p, (size_t)n * 4);
+    else if (dtype == TQ_F16)
+        for (int64_t i = 0; i < n; i++) memcpy(&half, p + 2 * i, 2), out[i] = tq_from_half(half);
+    else
+        for (int64_t i = 0; i < n; i++) memcpy(&half, p + 2 * i, 2), out[i] = tq_from_bits((uint32_t)half << 16);
+}
+
 /* The scales or offsets of row r, as [n] floats. */
 static inline void tq_factor_row(const tq_factors *f, int64_t n, int64_t r, float *out) {
-    if (f->dtype == TQ_F32 && !f->outer) {
-        memcpy(out, (const float *)f->data + r * n, (size_t)n * 4);
-        return;
-    }
-    if ((f->dtype == TQ_BF16 || f->dtype == TQ_F16) && !f->outer) { /* loops that compilers turn into vectors */
-        const uint8_t *p = (const uint8_t *)f->data + 2 * r * n;
-        uint16_t half;
-        if (f->dtype == TQ_F16)
-            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_half(half);
-        else
-            for (int64_t v = 0; v < n; v++) memcpy(&half, p + 2 * v, 2), out[v] = tq_from_bits((uint32_t)half << 16);
-        return;
-    }
-    for (int64_t v = 0; v < n; v++) out[v] = tq_factor(f, n, r, v);
+    if (f->dtype <= TQ_BF16 && !f->outer) tq_floats(f->data, f->dtype, r * n, n, out);
+    else
+        for (int64_t v = 0; v < n; v++) out[v] = tq_factor(f, n, r, v);
 }
 
 /* The 32 bits from byte i of a tile; bytes beyond its end count as 0. */

@@ -32,8 +32,7 @@
 #define UNROLL _Pragma("GCC unroll 8") /* so that arrays of sums become registers */
 #endif
 #define AHEAD 8192 /* bytes from what is read to what is fetched from memory meanwhile */
-#define CHUNK 16   /* columns that `columns` works on at a time; where it copies their tiles first, four times as many \
-                    */
+#define CHUNK 16   /* columns that `columns` works on at a time; four times as many where it copies their tiles */
 #define PAD 64     /* bytes that a vector load may pass the last symbol by */
 #define PAIRS 16   /* symbols that v_pairs takes: they begin and end at bytes */
 
@@ -80,6 +79,50 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     float rest = 0;
     for (; i < n; i++) rest += a[i] * b[i];
     return ((v_sum(sum[0]) + v_sum(sum[1])) + (v_sum(sum[2]) + v_sum(sum[3]))) + rest;
+}
+
+/* ---- transforms ---- */
+
+/* out[r, j] = sum over i of y[i, r] h[i, j] for R of r and NV vectors of j. */
+INLINE void rotate_some(int R, int NV, const float *h, int64_t step, int64_t f, const float *y, int64_t rest,
+                        float *out) {
+    vf sum[4][2];
+    UNROLL
+    for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < NV; v++) sum[r][v] = v_zero();
+    for (int64_t i = 0; i < f; i++, h += step, y += rest) {
+        vf row[2];
+        UNROLL
+        for (int v = 0; v < NV; v++) row[v] = v_load(h + v * VL);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            const vf x = v_set(y[r]);
+            UNROLL
+            for (int v = 0; v < NV; v++) sum[r][v] = v_fma(row[v], x, sum[r][v]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < NV; v++) v_store(out + r * f + v * VL, sum[r][v]);
+}
+
+/* Rows of `out` come in order and their vectors from behind: what one leaves behind a row is replaced later. */
+static void form_rotate(const float *h, int64_t f, const float *y, int64_t rest, float *out) {
+    const int64_t step = round_up(f, TQ_ROOM), vectors = (f + VL - 1) / VL;
+    for (int64_t r = 0; r < rest;) {
+        const int R = rest - r >= 4 ? 4 : 1;
+        for (int64_t v = vectors; v > 0;) {
+            const int NV = v % 2 ? 1 : 2;
+            v -= NV;
+            const float *from = h + v * VL;
+            float *to = out + r * f + v * VL;
+            if (R == 4 && NV == 2) rotate_some(4, 2, from, step, f, y + r, rest, to);
+            else if (R == 4) rotate_some(4, 1, from, step, f, y + r, rest, to);
+            else if (NV == 2) rotate_some(1, 2, from, step, f, y + r, rest, to);
+            else rotate_some(1, 1, from, step, f, y + r, rest, to);
+        }
+        r += R;
+    }
 }
 
 /* ---- general: any stage, row by row ---- */
@@ -650,4 +693,4 @@ static int form_decode(const tq_stage *s, float *out, int64_t begin, int64_t end
 #define FORM_STRING_(name) #name
 #define FORM_STRING(name) FORM_STRING_(name)
 
-const tq_form FORM_NAME(FORM) = {FORM_STRING(FORM), form_is_fast, form_product, form_decode, form_row};
+const tq_form FORM_NAME(FORM) = {FORM_STRING(FORM), form_is_fast, form_product, form_decode, form_row, form_rotate};

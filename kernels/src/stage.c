@@ -13,10 +13,14 @@
 static const int64_t SCALARS = (int64_t)1 << 53;
 
 #if defined(__x86_64__)
-/* Bit 29 of ecx: not every compiler's __builtin_cpu_supports knows the name. */
+/* Bit 29 of ecx: not every compiler's __builtin_cpu_supports knows the name. Asked once: in a virtual machine the
+ * instruction takes microseconds. */
 static int has_f16c(void) {
+    static atomic_int known; /* 0: not yet, 1: no, 2: yes */
+    int has = atomic_load_explicit(&known, memory_order_relaxed);
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    if (!has) atomic_store(&known, has = 1 + (__get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1)));
+    return has == 2;
 }
 
 static int can_run_avx2(void) {
@@ -158,6 +162,99 @@ int32_t tq_product_parallel(const tq_stage *s, const float *z, int64_t z_count, 
     if (t.parts > steps) t.parts = steps > 0 ? steps : 1;
     parallel(work, &t, (unsigned)threads, 0);
     return atomic_load(&t.error);
+}
+
+static int is_float(int32_t dtype) { return dtype >= TQ_F32 && dtype <= TQ_BF16; }
+
+static int transform_fits(const tq_transform *t, int64_t cols) {
+    int64_t size = 1, floats = 0;
+    if (t->size < 1 || t->size > cols || cols % t->size || t->count < 0 || !t->signs || (t->count && !t->factors))
+        return 0;
+    for (int32_t k = 0; k < t->count; k++) {
+        const int64_t f = t->factors[k];
+        if (f < 2 || f > t->size / size) return 0;
+        size *= f;
+        floats += f * ((f + TQ_ROOM - 1) / TQ_ROOM * TQ_ROOM);
+    }
+    return size == t->size && floats == t->matrices_count && (t->count == 0 || t->matrices);
+}
+
+int32_t tq_check_weight(const tq_weight *w) {
+    if (!w || w->count < 1 || !w->stages || !w->transforms) return TQ_SHAPE;
+    for (int32_t k = 0; k < w->count; k++) {
+        const tq_stage *s = w->stages[k];
+        if (tq_check(s) || s->rows != w->stages[0]->rows || s->cols != w->stages[0]->cols) return TQ_SHAPE;
+        if (w->transforms[k] && !transform_fits(w->transforms[k], s->cols)) return TQ_SHAPE;
+    }
+    if (w->column_scale && (!is_float(w->column_scale_dtype) ||
+                            w->column_scale_bytes != w->stages[0]->cols * size_of(w->column_scale_dtype)))
+        return TQ_SHAPE;
+    return TQ_OK;
+}
+
+/* z = T(x), block by block; scratch has twice the size of a block and TQ_ROOM, z has TQ_ROOM behind its end. */
+static void rotate(const tq_transform *t, const tq_form *form, const float *x, int64_t n, float *scratch, float *z) {
+    float *other = scratch + t->size + TQ_ROOM;
+    for (int64_t at = 0; at < n; at += t->size) {
+        float *from = scratch, *to = other;
+        const float *h = t->matrices;
+        for (int64_t i = 0; i < t->size; i++) from[i] = x[at + i] * t->signs[i];
+        for (int32_t k = 0; k < t->count; k++) {
+            const int64_t f = t->factors[k];
+            form->rotate(h, f, from, t->size / f, k + 1 < t->count ? to : z + at);
+            h += f * ((f + TQ_ROOM - 1) / TQ_ROOM * TQ_ROOM);
+            float *last = from;
+            from = to;
+            to = last;
+        }
+        if (!t->count) memcpy(z + at, from, (size_t)t->size * sizeof(float));
+    }
+}
+
+static void store(const float *from, int64_t n, void *to, int32_t dtype) {
+    uint16_t *halves = (uint16_t *)to;
+    if (dtype == TQ_F32) memcpy(to, from, (size_t)n * sizeof(float));
+    else if (dtype == TQ_F16)
+        for (int64_t i = 0; i < n; i++) halves[i] = tq_to_half(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) halves[i] = tq_to_bf16(from[i]);
+}
+
+int32_t tq_linear(const tq_weight *w, const void *x, int32_t x_dtype, int64_t x_count, void *y, int32_t y_dtype,
+                  int64_t y_count, int64_t batch, int32_t i, int32_t threads, tq_parallel parallel) {
+    const tq_form *form = get_form(i);
+    int32_t error = form ? tq_check_weight(w) : TQ_RANGE;
+    if (error) return error;
+    const int64_t rows = w->stages[0]->rows, cols = w->stages[0]->cols;
+    if (batch < 0 || batch > SCALARS / cols || (rows && batch > SCALARS / rows) || threads < 1) return TQ_RANGE;
+    if (!is_float(x_dtype) || !is_float(y_dtype) || x_count != batch * cols || y_count != batch * rows) return TQ_SHAPE;
+    if (batch == 0 || rows == 0) return TQ_OK;
+    if (!x || !y) return TQ_SHAPE;
+    /* x and z with room behind them, one block twice, the sum, and the product of a stage that is added to it */
+    const int64_t in = batch * cols + TQ_ROOM, out = batch * rows;
+    float *v = tq_alloc((size_t)(2 * in + 2 * (cols + TQ_ROOM) + (w->count > 1 ? 2 : 1) * out) * sizeof(float));
+    if (!v) return TQ_MEMORY;
+    float *turned = v + in, *scratch = turned + in, *total = scratch + 2 * (cols + TQ_ROOM);
+    tq_floats(x, x_dtype, 0, batch * cols, v);
+    if (w->column_scale) {
+        tq_floats(w->column_scale, w->column_scale_dtype, 0, cols, scratch);
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t c = 0; c < cols; c++) v[b * cols + c] *= scratch[c];
+    }
+    for (int32_t k = 0; k < w->count && !error; k++) {
+        const tq_stage *s = w->stages[k];
+        const tq_transform *t = w->transforms[k];
+        const float *z = t ? turned : v;
+        float *to = k ? total + out : total;
+        if (t && (k == 0 || t != w->transforms[k - 1])) rotate(t, form, v, batch * cols, scratch, turned);
+        if (parallel && threads > 1)
+            error = tq_product_parallel(s, z, batch * cols, to, out, batch, 0, rows, i, threads, parallel);
+        else error = tq_product(s, z, batch * cols, to, out, batch, 0, rows, i);
+        for (int64_t e = 0; k && e < out; e++) total[e] += to[e];
+    }
+    if (!error) store(total, out, y, y_dtype);
+    free(v);
+    return error;
 }
 
 int32_t tq_decode(const tq_stage *s, float *out, int64_t out_count, int64_t begin, int64_t end, int32_t i) {

@@ -1,10 +1,11 @@
 /* Products with packed weights: the C interface of tqformat-kernels.
  *
- * A tq_stage describes one stage of a quantized weight, as SPEC.md, sections 6 to 10, lays it out in memory: every
- * array is contiguous, row-major and little-endian; floats and indices are aligned to their size, codes, scales and
- * offsets need not be. Each function first checks the stage: shapes that break a rule, and lengths that do not fit the
- * shapes, are TQ_SHAPE, and nothing is read. Symbols have `window` bits and levels 2^window entries, so that no code
- * can point outside them. Nothing is kept between calls; calls may run at once, also on one stage.
+ * A tq_weight is the sum of stages, each in the coordinates of a transform. A tq_stage describes one stage of a
+ * quantized weight, as SPEC.md, sections 6 to 10, lays it out in memory: every array is contiguous, row-major and
+ * little-endian; floats and indices are aligned to their size, codes, scales and offsets need not be. Each function
+ * first checks the stage: shapes that break a rule, and lengths that do not fit the shapes, are TQ_SHAPE, and nothing
+ * is read. Symbols have `window` bits and levels 2^window entries, so that no code can point outside them. Nothing is
+ * kept between calls; calls may run at once, also on one stage.
  */
 #ifndef TQFORMAT_KERNELS_H
 #define TQFORMAT_KERNELS_H
@@ -17,7 +18,7 @@
 #define TQ_API __attribute__((visibility("default")))
 #endif
 
-#define TQ_ABI 2 /* changes with any change of a struct or of a function */
+#define TQ_ABI 3 /* changes with any change of a struct or of a function */
 
 enum { TQ_OK = 0, TQ_SHAPE = 1, TQ_RANGE = 2, TQ_MEMORY = 3 };
 
@@ -45,6 +46,25 @@ typedef struct {
     int32_t unused;
 } tq_stage;
 
+/* T of a transform of the kind hadamard, on blocks of `size` columns [TQ-TRAN-3]: y -> (H_1 (x) H_2 ...) (signs y). */
+typedef struct {
+    const float *signs; /* [size], +-1 / sqrt(size) */
+    const float
+        *matrices; /* H_1, H_2, ..., each transposed: [f, f rounded up to a multiple of 16], zeros in the rest */
+    const int32_t *factors;       /* f of each; their product is size */
+    int64_t matrices_count, size; /* size divides the columns of a weight */
+    int32_t count, unused;
+} tq_transform;
+
+/* W = (sum over stages of T^-1(scale * level + offset)) * column_scale [TQ-STAGE-2, TQ-NUM-2]. */
+typedef struct {
+    const tq_stage *const *stages;         /* all of the same rows and columns */
+    const tq_transform *const *transforms; /* of each stage; NULL for one that has none */
+    const void *column_scale;              /* [cols], or NULL for 1 */
+    int64_t column_scale_bytes;
+    int32_t column_scale_dtype, count; /* TQ_F32, TQ_F16 or TQ_BF16; stages */
+} tq_weight;
+
 /* TQ_ABI of the library. */
 TQ_API int32_t tq_abi(void);
 
@@ -70,6 +90,16 @@ typedef void (*tq_parallel)(void (*work)(void *), void *data, unsigned threads, 
 TQ_API int32_t tq_product_parallel(const tq_stage *stage, const float *z, int64_t z_count, float *y, int64_t y_count,
                                    int64_t batch, int64_t row_begin, int64_t row_end, int32_t form, int32_t threads,
                                    tq_parallel parallel);
+
+/* TQ_OK if tq_linear would take this weight. */
+TQ_API int32_t tq_check_weight(const tq_weight *weight);
+
+/* y = W x: [batch, cols] -> [batch, rows], x and y of the types TQ_F32, TQ_F16 or TQ_BF16, computed in binary32 as
+ * T(column_scale * x) and the products of the stages with it [TQ-FUSE-1]. In `threads` threads of `parallel`, as above,
+ * or in this one where that is NULL. */
+TQ_API int32_t tq_linear(const tq_weight *weight, const void *x, int32_t x_dtype, int64_t x_count, void *y,
+                         int32_t y_dtype, int64_t y_count, int64_t batch, int32_t form, int32_t threads,
+                         tq_parallel parallel);
 
 /* out[r - row_begin, c] = (scale * level + offset)[r, c], before T^-1; out is [row_end - row_begin, cols]. */
 TQ_API int32_t tq_decode(const tq_stage *stage, float *out, int64_t out_count, int64_t row_begin, int64_t row_end,

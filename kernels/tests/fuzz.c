@@ -1,6 +1,7 @@
 /* Random stages, right and wrong, through every form, in buffers of the exact size, so that a sanitizer sees any byte
  * that is read or written outside them. All forms must agree with the portable one to 2^-16 of the sum of magnitudes,
- * and 2^-126; what tq_check refuses, the other functions must refuse. Usage: fuzz SECONDS [SEED]; fuzz.sh builds it.
+ * and 2^-126; what tq_check refuses, the other functions must refuse. Right stages make weights of one or two stages
+ * with random transforms, right and wrong, of which the same is asked. Usage: fuzz SECONDS [SEED]; fuzz.sh builds it.
  */
 #include <math.h>
 #include <stdio.h>
@@ -71,6 +72,81 @@ static void fail(const char *what, const tq_stage *s) {
             (long long)s->rows, (long long)s->cols, (long long)s->tile_rows, (long long)s->tile_cols,
             (long long)s->vector_length, s->bits, s->window, s->dimension, s->levels_per_row);
     abort();
+}
+
+static long linear_taken = 0, linear_refused = 0;
+
+/* A weight of one or two stages s, all of whose arrays have the sizes that it states. */
+static void fuzz_weight(const tq_stage *s) {
+    int32_t sizes[24] = {0}; /* a wrong count may be greater; factors that are no divisors end the search */
+    tq_transform t = {.size = divisor(s->cols), .factors = sizes};
+    for (int64_t rest = t.size; rest > 1; rest /= sizes[t.count++]) {
+        do sizes[t.count] = (int32_t)divisor(rest);
+        while (sizes[t.count] == 1);
+        t.matrices_count += sizes[t.count] * (((int64_t)sizes[t.count] + 15) / 16 * 16);
+    }
+    float *signs = floats(t.size), *matrices = calloc((size_t)t.matrices_count + 1, sizeof(float)), *h = matrices;
+    for (int64_t i = 0; i < t.size; i++) signs[i] = (signs[i] < 0 ? -1 : 1) / sqrtf((float)t.size);
+    for (int32_t k = 0; k < t.count; k++)
+        for (int32_t i = 0; i < sizes[k]; i++, h += (sizes[k] + 15) / 16 * 16)
+            for (int32_t j = 0; j < sizes[k]; j++) h[j] = upto(1) ? 1 : -1;
+    t.signs = signs;
+    t.matrices = matrices;
+    const tq_transform right_t = t;
+    const tq_stage *stages[2] = {s, s};
+    const tq_transform *transforms[2] = {upto(3) ? &t : NULL, upto(1) ? &t : NULL};
+    tq_weight w = {.stages = stages, .transforms = transforms, .count = 1 + (int32_t)upto(1)};
+    void *scale = NULL;
+    if (upto(1)) {
+        w.column_scale_dtype = (int32_t)upto(TQ_BF16);
+        w.column_scale_bytes = s->cols * size_of(w.column_scale_dtype);
+        w.column_scale = scale = w.column_scale_dtype == TQ_F32 ? (void *)floats(s->cols) : bytes(w.column_scale_bytes);
+    }
+    int64_t batch = 1 + upto(9), x_count = batch * s->cols, y_count = batch * s->rows;
+    int32_t x_dtype = (int32_t)upto(TQ_BF16), y_dtype = upto(1) ? TQ_F32 : (int32_t)upto(TQ_BF16);
+    void *x = x_dtype == TQ_F32 ? (void *)floats(x_count) : bytes(x_count * size_of(x_dtype));
+    const int64_t x_bytes = x_count * size_of(x_dtype), y_bytes = y_count * size_of(y_dtype);
+    int wrong = !upto(3);
+    if (wrong) {
+        int64_t *longs[] = {&t.size, &t.matrices_count, &w.column_scale_bytes, &batch, &x_count, &y_count};
+        int32_t *ints[] = {&t.count, &w.column_scale_dtype, &x_dtype, &y_dtype, &sizes[0]};
+        if (upto(1)) *longs[upto(5)] += upto(1) ? odd() % 100000 : upto(4) - 2;
+        else *ints[upto(4)] += (int32_t)(upto(1) ? odd() % 100000 : upto(4) - 2);
+    }
+    const int claims = x_count > x_bytes / 4 || y_count > y_bytes / 4 || t.size > right_t.size || t.count > 24 ||
+                       t.matrices_count > right_t.matrices_count || w.column_scale_bytes > 2 * s->cols;
+    float *first = NULL;
+    if (wrong && claims) goto end; /* dtypes may have become wider, too */
+    double bound = 0;
+    float *u = malloc((size_t)(s->rows * s->cols + 1) * sizeof(float));
+    if (tq_decode(s, u, s->rows * s->cols, 0, s->rows, 0)) fail("decode refuses a right stage", s);
+    for (int64_t i = 0; i < s->rows * s->cols; i++) bound += fabsf(u[i]);
+    free(u);
+    for (int32_t form = 0; form < 4; form++) {
+        float *y = malloc((size_t)(y_bytes ? y_bytes : 1));
+        const int32_t error = tq_linear(&w, x, x_dtype, x_count, y, y_dtype, y_count, batch, form, 1, NULL);
+        if (!wrong && error && tq_form_name(form)) fail("a right weight is refused", s);
+        if (tq_check_weight(&w) && !error) fail("taken though tq_check_weight refuses it", s);
+        linear_taken += !error;
+        linear_refused += !!error;
+        if (error || y_dtype != TQ_F32) {
+            free(y);
+        } else if (!first) {
+            first = y;
+        } else { /* wrong types give any number, NaN too; of right ones |x| and |column_scale| are at most 1, and T
+                    makes at most sqrt(size) of that */
+            const double most = 0x1p-15 * bound * sqrt((double)right_t.size) + 0x1p-126;
+            for (int64_t i = 0; i < y_count; i++)
+                if (!wrong && !(fabs((double)y[i] - first[i]) <= most)) fail("forms differ in a layer", s);
+            free(y);
+        }
+    }
+end:
+    free(first);
+    free(x);
+    free(scale);
+    free(signs);
+    free(matrices);
 }
 
 int main(int argc, char **argv) {
@@ -199,6 +275,7 @@ int main(int argc, char **argv) {
             free(v);
             free(index);
         }
+        if (!tq_check(&right) && right.rows * right.cols <= 4096) fuzz_weight(&right);
         free(first);
         free(bound);
         free(z);
@@ -210,6 +287,7 @@ int main(int argc, char **argv) {
         free((void *)right.offsets.data);
         free((void *)right.offsets.outer);
     }
-    printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused\n", turns, taken, fast, refused);
-    return taken && refused && fast ? 0 : 1;
+    printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused; %ld layers taken, %ld refused\n", turns,
+           taken, fast, refused, linear_taken, linear_refused);
+    return taken && refused && fast && linear_taken && linear_refused ? 0 : 1;
 }

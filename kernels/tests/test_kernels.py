@@ -4,6 +4,8 @@ The reference unpacks bit by bit, as SPEC.md writes it. Products are held to gra
 [TQ-FUSE-2] asks binary32 for grade 14; decoded rows to one rounding, or to two where there is an offset.
 """
 
+import functools
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tqformat_kernels
-from tqformat_kernels import Levels, Stage
+from tqformat_kernels import Levels, Stage, Transform, Weight
 
 FORMS = list(tqformat_kernels.forms())
 
@@ -281,6 +283,89 @@ def test_every_byte_of_the_small_floats() -> None:
     finite = halves[np.isfinite(halves)][:, None]
     stage = Stage(np.zeros((finite.size, 1), np.uint8), levels, finite, shape=(finite.size, 1), bits=1)
     assert np.array_equal(stage.decode(0, finite.size), finite.astype(np.float32))
+
+
+def turned(x: np.ndarray, signs: list[int], matrices: list[np.ndarray]) -> np.ndarray:
+    """T of each block, in float64 [TQ-TRAN-3]."""
+    product = functools.reduce(np.kron, matrices, np.ones((1, 1)))
+    return (x.reshape(-1, len(signs)) * signs @ product.T / np.sqrt(len(signs))).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "factors", [(2,), (4,), (8,), (28,), (20, 4), (24, 24), (12, 8, 16), (3, 2, 5), (36,), (32, 2), ()]
+)
+def test_linear_layers(factors: tuple[int, ...], form: str) -> None:
+    """One and two stages, whose transforms differ or are the same, in all types of x; of grade 18 before y is rounded."""
+    torch = pytest.importorskip("torch")
+    rng, size = np.random.default_rng(len(factors)), math.prod(factors)
+    signs = rng.choice([-1, 1], size).tolist()
+    matrices = [
+        np.linalg.qr(rng.standard_normal((f, f)))[0].astype(np.float32) * np.sqrt(np.float32(f)) for f in factors
+    ]
+    transform, cols = Transform(signs, matrices), 2 * size
+    cases = [(Case(10, cols, 4).make(i), t) for i, t in enumerate((transform, transform, None))]
+    for n, column_scale in ((1, None), (2, rng.random(cols)), (3, None)):
+        stages, transforms = [stage for (stage, _), _ in cases[:n]], [t for _, t in cases[:n]]
+        scale = None if column_scale is None else column_scale.astype((np.float32, np.float16)[n % 2])
+        weight = Weight(stages, transforms, scale)
+        for batch, threads in ((1, 1), (3, 2), (9, None)):
+            x = rng.standard_normal((batch, cols)).astype(np.float32)
+            for dtype, digits in ((torch.float32, 24), (torch.float16, 11), (torch.bfloat16, 8)):
+                given = torch.from_numpy(x).to(dtype)
+                exact = given.double().numpy() * (1 if scale is None else scale.astype(np.float64))
+                y = np.zeros((batch, 10))
+                bound = np.zeros((batch, 10))
+                for (_, u), t in cases[:n]:
+                    z = exact if t is None else turned(exact, signs, matrices)
+                    y += z @ u.T
+                    bound += np.linalg.norm(z, axis=1)[:, None] * np.linalg.norm(u, axis=1)
+                got = weight.linear(given.reshape(batch, 1, cols), threads=threads)
+                assert got.dtype == dtype and got.shape == (batch, 1, 10)
+                most = 2.0**-18 * bound + 2.0**-digits * np.abs(y)
+                assert (np.abs(got.reshape(batch, 10).double().numpy() - y) <= most).all()
+        assert np.array_equal(weight.linear(x), weight.linear(torch.from_numpy(x)).numpy())
+
+
+def test_every_half_comes_in_and_goes_out() -> None:
+    torch = pytest.importorskip("torch")
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    one = np.zeros((1, 1), np.uint8), np.ones(2, np.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = halves.view(dtype)[:, None]
+        for scale in (1.0, 1 / 3, 0.99951171875, 2.0**-12, 3 * 2.0**-13):
+            stage = Stage(*one, np.full((1, 1), scale, np.float32), shape=(1, 1), bits=1)
+            y, exact = Weight([stage], [None]).linear(x), (x.float() * torch.tensor(scale)).to(dtype)
+            assert torch.equal(y.isnan(), exact.isnan()) and torch.equal(y.nan_to_num(0.5), exact.nan_to_num(0.5))
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    (stage, _), (other, _) = Case(3, 16, 4).make(), Case(3, 8, 4).make()
+    eight = Transform([1] * 8, [np.eye(8)])
+    weight = Weight([stage], [eight], np.ones(16, np.float32))
+    assert weight.linear(np.zeros((0, 16), np.float32)).shape == (0, 3) and eight.nbytes == 4 * (8 + 8 * 16)
+    for arguments in (
+        ([stage, other], [None, None]),
+        ([stage], [Transform([1] * 12, [np.eye(12)])]),
+        ([stage], [Transform([1] * 8, [np.eye(4)])]),
+        ([stage], [Transform([1] * 8, [np.eye(4), np.eye(4)])]),
+        ([stage], [None], np.ones(15, np.float32)),
+        ([stage], [None], np.ones(16, np.int8)),
+    ):
+        with pytest.raises(ValueError):
+            Weight(*arguments)
+    for wrong in (np.zeros((1, 15), np.float32), np.zeros((1, 16)), np.zeros((2, 32), np.float32)[:, ::2]):
+        with pytest.raises(ValueError):
+            weight.linear(wrong)
+
+
+def test_threads_of_python_give_what_torchs_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = Case(64, 96, 4).make()
+    weight, x = Weight([stage], [None]), np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)
+    wanted = weight.linear(x, threads=1)
+    for address in (tqformat_kernels._python_address, tqformat_kernels._team()):
+        monkeypatch.setattr(tqformat_kernels, "_team", lambda address=address: address)
+        assert np.array_equal(weight.linear(x, threads=4), wanted)
+        assert np.array_equal(stage.product(x, threads=4), wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:

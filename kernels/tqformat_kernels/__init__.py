@@ -1,9 +1,11 @@
 """Products with tqformat weights that stay packed, on CPUs: C functions behind a small interface.
 
-`Stage` holds the arrays of one stage of a weight, and multiplies with them or decodes rows. README.md shows its use,
+`Stage` holds the arrays of one stage of a weight, and multiplies with them or decodes rows; `Weight` is the sum of stages
+with their transforms, and computes a linear layer. README.md shows their use,
 src/tqformat_kernels.h is the C interface, SPEC.md (sections 6 to 10 and 22) says what is computed.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -18,11 +20,13 @@ from typing import Any
 import numpy as np
 
 __version__ = "1.0.0"
-__all__ = ["Levels", "Stage", "form", "forms", "set_form"]
+__all__ = ["Levels", "Stage", "Transform", "Weight", "form", "forms", "set_form"]
 
-ABI = 2
+ABI = 3
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "uint8": 3, "int8": 4, "float8_e4m3fn": 5, "float8_e8m0fnu": 6}
 SIZES = (4, 2, 2, 1, 1, 1, 1)
+FLOATS = ("float32", "float16", "bfloat16")
+ROOM = 16  # TQ_ROOM: rows of matrices are filled up to a multiple of it
 ENOUGH = 1 << 19  # weights that make a thread of Python worth waking: about 25 microseconds of work
 ENOUGH_FOR_TEAM = 1 << 17  # the same for the threads of OpenMP, which wait awake
 MULTIPLIER, MIDDLE = 0x83DCD12D, 510  # of computed levels
@@ -67,6 +71,33 @@ class _Stage(ctypes.Structure):  # tq_stage
     )
 
 
+class _Transform(ctypes.Structure):  # tq_transform
+    _fields_ = (
+        ("signs", ctypes.c_void_p),
+        ("matrices", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("matrices_count", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("count", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class _Weight(ctypes.Structure):  # tq_weight
+    _fields_ = (
+        ("stages", ctypes.POINTER(ctypes.POINTER(_Stage))),
+        ("transforms", ctypes.POINTER(ctypes.POINTER(_Transform))),
+        ("column_scale", ctypes.c_void_p),
+        ("column_scale_bytes", ctypes.c_int64),
+        ("column_scale_dtype", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+    )
+
+
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)  # tq_parallel
+
+
 def _open() -> ctypes.CDLL:
     """The compiled library, with the types of its functions."""
     if sys.byteorder != "little":
@@ -78,8 +109,9 @@ def _open() -> ctypes.CDLL:
         ("tq_form_name", ctypes.c_char_p, [i32]),
         ("tq_check", i32, [stage]),
         ("tq_is_fast", i32, [stage, i32]),
-        ("tq_product", i32, [stage, floats, i64, floats, i64, i64, i64, i64, i32]),
         ("tq_product_parallel", i32, [stage, floats, i64, floats, i64, i64, i64, i64, i32, i32, ctypes.c_void_p]),
+        ("tq_check_weight", i32, [ctypes.POINTER(_Weight)]),
+        ("tq_linear", i32, [ctypes.c_void_p, floats, i32, i64, floats, i32, i64, i64, i32, i32, ctypes.c_void_p]),
         ("tq_decode", i32, [stage, floats, i64, i64, i64, i32]),
         ("tq_rows", i32, [stage, floats, i64, ctypes.c_void_p, i64, i32]),
     ):
@@ -122,8 +154,13 @@ def _is_torch(array: Array) -> bool:
     return type(array).__module__.partition(".")[0] == "torch" or hasattr(array, "data_ptr")
 
 
+@functools.cache
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(array: Array) -> str:
-    return str(array.dtype).removeprefix("torch.")
+    return _name(array.dtype)
 
 
 def _pointer(array: Array, what: str, *dtypes: str) -> int:
@@ -131,7 +168,7 @@ def _pointer(array: Array, what: str, *dtypes: str) -> int:
     if _dtype(array) not in dtypes:
         raise ValueError(f"{what}: expected {' or '.join(dtypes)}, got {_dtype(array)}")
     if _is_torch(array):
-        if array.device.type != "cpu" or not array.is_contiguous():
+        if not (array.is_cpu and array.is_contiguous()):
             raise ValueError(f"{what}: expected a contiguous tensor on the CPU")
         return int(array.data_ptr())
     if not array.flags.c_contiguous or not array.dtype.isnative:
@@ -180,30 +217,48 @@ def _gomp_parallel() -> int | None:
         return None
 
 
-def _team() -> int | None:
-    """What divides a product among the threads of torch; None where Python's threads have to do it.
+def _threads_of_python(work: int, data: int, threads: int, flags: int) -> None:
+    """tq_parallel: work(data) in so many threads of Python, of which this is one."""
+    run, others = _Work(work), []
+    with contextlib.suppress(RuntimeError):  # an interpreter that ends starts none: this thread does all of the work
+        others = [_pool_of(threads - 1).submit(run, data) for _ in range(threads - 1)]
+    run(data)
+    for other in others:
+        other.result()
 
-    These would share the processors with torch's, which keep them busy for a while after each operation.
+
+_python_parallel = _Parallel(_threads_of_python)
+_python_address = ctypes.cast(_python_parallel, ctypes.c_void_p).value
+
+
+def _team() -> int | None:
+    """The address of what divides a product among the threads of torch, or of Python where these cannot be had.
+
+    Python's would share the processors with torch's, which keep them busy for a while after each operation.
     """
-    return _gomp_parallel() if "torch" in sys.modules and not _forked else None
+    return (_gomp_parallel() if "torch" in sys.modules and not _forked else None) or _python_address
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
+def _pool_of(threads: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    if _pool is None or _pool_size < threads:
+        _pool, _pool_size = ThreadPoolExecutor(threads, "tqformat-kernels"), threads
+    return _pool
+
+
 def _in_parts(run: Callable[[int, int], Any], begin: int, end: int, step: int, threads: int) -> None:
     """run(begin, end) on as many equal parts as threads, at multiples of step; raises for the first error number."""
-    global _pool, _pool_size
     steps = -(-(end - begin) // step)
     threads = max(1, min(threads, steps))
     borders = [min(begin + steps * i // threads * step, end) for i in range(threads + 1)]
     if threads == 1:
         errors = [run(begin, end)]
     else:
-        if _pool is None or _pool_size < threads - 1:
-            _pool, _pool_size = ThreadPoolExecutor(threads - 1, "tqformat-kernels"), threads - 1
-        others = [_pool.submit(run, *part) for part in itertools.pairwise(borders[1:])]
+        others = [_pool_of(threads - 1).submit(run, *part) for part in itertools.pairwise(borders[1:])]
         errors = [run(*borders[:2]), *(other.result() for other in others)]
     for error in errors:
         _raise(error)
@@ -348,18 +403,9 @@ class Stage:
             raise ValueError(f"z: expected [batch, {cols}], got {tuple(z.shape)}")
         address, batch = _pointer(z, "z", "float32"), int(z.shape[0])
         y = _new((batch, rows), z)
-        target, stage, number = _pointer(y, "y", "float32"), ctypes.byref(self._stage), _form
-
-        def run(begin: int, end: int) -> Any:
-            return _library.tq_product(stage, address, batch * cols, target, batch * rows, batch, begin, end, number)
-
-        # A team is always of as many threads: OpenMP ends those that a smaller one does without.
-        many = threads or (default_threads() if rows * cols >= ENOUGH_FOR_TEAM else 1)
-        if many > 1 and rows and batch and (team := _team()):
-            counts = (batch * cols, target, batch * rows, batch, 0, rows)
-            _raise(_library.tq_product_parallel(stage, address, *counts, number, many, team))
-        else:
-            _in_parts(run, 0, rows, self._stage.tile_rows, self._threads(threads, rows * batch))
+        target, many = _pointer(y, "y", "float32"), threads or _threads_for(rows * cols)
+        counts = (batch * cols, target, batch * rows, batch, 0, rows)
+        _raise(_library.tq_product_parallel(self._stage, address, *counts, _form, many, _team()))
         return y
 
     def decode(self, begin: int, end: int, threads: int | None = None) -> Array:
@@ -402,6 +448,92 @@ class Stage:
         return max(1, min(default_threads(), rows * self.shape[1] // ENOUGH)) if threads is None else threads
 
 
+def _threads_for(weights: int) -> int:
+    """A team is always of as many threads: OpenMP ends those that a smaller one does without."""
+    return default_threads() if weights >= ENOUGH_FOR_TEAM else 1
+
+
+class Transform:
+    """The transform T of the kind hadamard, y -> (H_1 (x) H_2 (x) ...) (signs * y) / sqrt(B) [TQ-TRAN-3]. Weights can share it.
+
+    signs       [B], 1 and -1; copied
+    matrices    H_1, H_2, ..., each [f, f]; the product of all f is B; copied
+    """
+
+    def __init__(self, signs: Array, matrices: Sequence[Array]) -> None:
+        self._signs = np.array(signs, dtype=np.float32) / np.float32(math.sqrt(len(signs)))
+        self._factors = np.array([len(h) for h in matrices], dtype=np.int32)
+        steps = [-(-len(h) // ROOM) * ROOM for h in matrices]
+        padded = [
+            np.pad(np.array(h, np.float32).T, ((0, 0), (0, n - len(h)))) for h, n in zip(matrices, steps, strict=True)
+        ]
+        self._matrices = np.concatenate([h.ravel() for h in padded]) if padded else np.zeros(0, np.float32)
+        self._transform = _Transform(
+            signs=self._signs.ctypes.data,
+            matrices=self._matrices.ctypes.data,
+            factors=self._factors.ctypes.data,
+            matrices_count=self._matrices.size,
+            size=self._signs.size,
+            count=len(self._factors),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return int(self._signs.nbytes + self._matrices.nbytes)
+
+
+class Weight:
+    """A quantized weight [rows, cols]: the sum of stages, each with its transform, times a scale of columns [TQ-STAGE-2].
+
+    stages          Stages of one shape
+    transforms      of each stage, a Transform or None
+    column_scale    None or [cols], float32, float16 or bfloat16; not copied
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], transforms: Sequence[Transform | None], column_scale: Array | None = None
+    ) -> None:
+        self.shape = stages[0].shape
+        self._kept = tuple(stages), tuple(transforms), column_scale
+        n = len(stages)
+        self._stages = (ctypes.POINTER(_Stage) * n)(*(ctypes.pointer(stage._stage) for stage in stages))
+        self._transforms = (ctypes.POINTER(_Transform) * n)(
+            *(None if t is None else ctypes.pointer(t._transform) for t in transforms)
+        )
+        weight = _Weight(stages=self._stages, transforms=self._transforms, count=n)
+        if column_scale is not None:
+            weight.column_scale = _pointer(column_scale, "column_scale", *FLOATS)
+            weight.column_scale_dtype = DTYPES[_dtype(column_scale)]
+            weight.column_scale_bytes = _count(column_scale.shape) * SIZES[weight.column_scale_dtype]
+        if _library.tq_check_weight(ctypes.byref(weight)):
+            raise ValueError(
+                f"stages, transforms and column_scale do not fit {self.shape} (SPEC.md, sections 9 and 12)"
+            )
+        self._weight, self._address = weight, ctypes.addressof(weight)
+
+    def linear(self, x: Array, threads: int | None = None) -> Array:
+        """y = W x: [..., cols] -> [..., rows], of the dtype of x: float32, float16 or bfloat16 (of torch); computed in binary32.
+
+        Made for few rows: each is one of z = T(column_scale * x), which is multiplied with the codes [TQ-FUSE-1].
+        """
+        rows, cols = self.shape
+        shape = (*x.shape[:-1], rows)
+        if x.shape[-1] != cols:
+            raise ValueError(f"x: expected [..., {cols}], got {tuple(x.shape)}")
+        source, number, batch = _pointer(x, "x", *FLOATS), DTYPES[_dtype(x)], _count(shape[:-1])
+        if _is_torch(x):
+            y = x.new_empty(shape)
+            target = y.data_ptr()
+        else:
+            y = np.empty(shape, x.dtype)
+            target = y.ctypes.data
+        many = threads or _threads_for(rows * cols)
+        sizes = (number, batch * cols, target, number, batch * rows, batch, _form, many)
+        _raise(_library.tq_linear(self._address, source, *sizes, _team()))
+        return y
+
+
 def _full_levels(levels: Array, window: int) -> tuple[Any, int]:
     """Levels as float32 [.., 2^window, p], filled up with zeros, and p; ValueError unless they are finite and that many."""
     if _is_torch(levels):
@@ -420,16 +552,15 @@ def _full_levels(levels: Array, window: int) -> tuple[Any, int]:
 
 
 def _factors(data: Array, outer: Array | None, what: str) -> _Factors:
-    wide = ("float32", "float16", "bfloat16")
     factors = _Factors(
-        data=_pointer(data, what, *(wide if outer is None else DTYPES)),
+        data=_pointer(data, what, *(FLOATS if outer is None else DTYPES)),
         dtype=DTYPES[_dtype(data)],
         bytes=_count(data.shape) * SIZES[DTYPES[_dtype(data)]],
     )
     if outer is not None:
         if outer.ndim != 2:
             raise ValueError(f"outer_{what}: expected two dimensions, got {outer.ndim}")
-        factors.outer = _pointer(outer, f"outer_{what}", *wide)
+        factors.outer = _pointer(outer, f"outer_{what}", *FLOATS)
         factors.outer_dtype = DTYPES[_dtype(outer)]
         factors.outer_rows, factors.outer_cols = (int(size) for size in outer.shape)
         factors.outer_bytes = _count(outer.shape) * SIZES[DTYPES[_dtype(outer)]]

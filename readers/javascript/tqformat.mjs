@@ -34,6 +34,7 @@ function check(condition, code, where, message) {
 // than the file has, and reads no more than it is asked for.
 
 export const MANIFEST = "quant_manifest.json";
+const MANIFEST_SIZE = 2 ** 26; // bytes that it has at most [TQ-LIM-1]
 const ROLES = ["payload", "support", "code", "document"];
 
 /** A directory on disk, in Node. With `links`, links to regular files are followed, as the Hub's cache needs it. */
@@ -97,7 +98,23 @@ export function address(base, { onBytes = () => {} } = {}) {
     const missing = answer.status === 206 ? "the header Content-Range" : "status 206, an answer to a range";
     throw new Error(`${name}: expected ${missing}, got status ${answer.status}`);
   }
+  /** The manifest, which is read whole: without a range, so that browsers let servers compress it to a tenth. */
+  async function whole(name) {
+    const answer = await fetch(root + encodeURIComponent(name));
+    if (answer.status === 404) return null;
+    if (!answer.ok) throw new Error(`${name}: status ${answer.status}`);
+    const reader = answer.body.getReader();
+    const parts = [];
+    let size = 0;
+    for (let next; size <= MANIFEST_SIZE && !(next = await reader.read()).done; size += next.value.length) {
+      parts.push(next.value);
+    }
+    if (size > MANIFEST_SIZE) await reader.cancel();
+    onBytes(Number(answer.headers.get("content-length")) || size); // the former counts what was sent
+    return blobs(new Map([[name, new Blob(parts)]]))(name);
+  }
   return async (name) => {
+    if (name === MANIFEST) return whole(name);
     const head = await range(name, 0, PROBE);
     if (head === null) return null;
     async function read(offset, length) {
@@ -1416,7 +1433,7 @@ function countTotals(manifest, payload) {
 export async function openManifest(source) {
   const file = await source(MANIFEST);
   check(file, "BIND.MISSING_FILE", MANIFEST, "the repository has no manifest");
-  check(file.size <= 64 * M20, "LIMIT.SIZE", MANIFEST, "a manifest has at most 64 MiB"); // [TQ-LIM-1]
+  check(file.size <= MANIFEST_SIZE, "LIMIT.SIZE", MANIFEST, "a manifest has at most 64 MiB"); // [TQ-LIM-1]
   const manifest = readManifest(await file.read(0, file.size));
   checkShards(manifest);
   return new Repository(source, manifest, new Map());

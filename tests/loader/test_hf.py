@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_python
-from helpers import Lab, make_gguf, manifest_of
+from helpers import MODELS, Lab, make_gguf, manifest_of
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import tqformat
@@ -72,6 +72,22 @@ def test_from_pretrained_is_packed(release: Path, hf: Any) -> None:
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     model, info = AutoModelForCausalLM.from_pretrained(release, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_experts_run_as_the_user_asks(hf: Any, tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    MODELS["mixtral"][0]().save_pretrained(lab.base)
+    assert main(["quantize", str(lab.base), str(tmp_path / "release"), "--preset", "fast", "--bits", "4"]) == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "release", experts_implementation="batched_mm")
+    for options, way in (
+        ({}, "eager"),
+        ({"experts_implementation": "grouped_mm"}, "grouped_mm"),
+        ({"config": config}, "batched_mm"),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "release", **options)
+        assert model.config._experts_implementation == way and any(
+            p.dim() > 2 for p in packed.packed_weights(model).values()
+        )
 
 
 def test_dequantize(release: Path, hf: Any, tmp_path: Path) -> None:

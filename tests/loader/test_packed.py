@@ -123,6 +123,20 @@ def test_products_of_the_vectors(file: Path) -> None:
                 assert ((got - y).abs() <= 2.0**-14 * bound + 2.0**-126).all(), p["weight"]
 
 
+def test_products_do_not_depend_on_the_default_dtype(settings_repo: Path) -> None:
+    """Which vLLM sets to that of the model while it loads and warms up."""
+    found = []
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            with PackedRepo(settings_repo) as repo:
+                x = torch.ones(2, 48, dtype=torch.float32)
+                found.append([functional.linear(x, repo.dequantize(name)) for name in ("plain", "hadamard", "stages")])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_gradients_reach_the_input(settings_repo: Path) -> None:
     torch.manual_seed(0)
     with PackedRepo(settings_repo) as repo:
@@ -153,6 +167,22 @@ def test_what_a_packed_weight_refuses(settings_repo: Path) -> None:
         functional.linear(torch.ones(1, 47), weight)
 
 
+def test_small_weights_stay_decoded(settings_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operation without a packed form gets is its own, also in inference mode, and is decoded once."""
+    with PackedRepo(settings_repo) as repo:
+        weight = repo.dequantize("hadamard")
+    decoded, decode = [], PackedWeight.decode
+    monkeypatch.setattr(PackedWeight, "decode", lambda w, *dtype: (decoded.append(w), decode(w, *dtype))[1])
+    value = weight + 0
+    with torch.inference_mode():
+        weight.unsqueeze(0).squeeze(0).zero_()
+    (weight.t() + 0).zero_()
+    weight.view(-1).zero_()
+    assert torch.equal(weight + 0, value) and len(decoded) == 1
+    monkeypatch.setattr(packed, "KEPT", 0)
+    assert torch.equal(weight + 0, value) and len(decoded) == 2
+
+
 def test_bad_codes_are_told_when_they_are_read(settings_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with PackedRepo(settings_repo) as repo:
         name, read = repo.manifest.tensors["ternary"].stages[0].codes, repo._read  # type: ignore[index]
@@ -161,13 +191,64 @@ def test_bad_codes_are_told_when_they_are_read(settings_repo: Path, monkeypatch:
             repo.dequantize("ternary")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_not_finite_are_told(
+    value: float, settings_repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loader says of stored scales, and of the values that they give, which are decoded only where that is needed."""
+    read, check, decoded, bad = packed.Repo._read, packed.Parts._decoder, [], [""]
+
+    def decoder(parts: Any, w: Any, device: Any) -> Any:
+        decode = check(parts, w, device)
+        return lambda a, b: (decoded.append(w), decode(a, b))[1]
+
+    def told(repo: Any, name: str) -> tuple[str, str] | None:
+        try:
+            repo.dequantize(name)
+        except TQFormatError as error:
+            return error.code, error.where.split(", rows")[0]
+        return None
+
+    monkeypatch.setattr(packed.Parts, "_decoder", decoder)
+
+    def spoiled(repo: Any, key: str, *rest: Any, **flat: Any) -> torch.Tensor:
+        part = read(repo, key, *rest, **flat)
+        return torch.full_like(part, value) if key == bad[0] else part
+
+    with PackedRepo(settings_repo) as repo, open_repo(settings_repo) as loader:
+        stages = {name: w.stages for name, w in repo.manifest.tensors.items() if w.stages and name != "empty"}
+        assert all(told(repo, name) is None for name in stages)
+        assert 0 < len(decoded) < len(stages)
+        monkeypatch.setattr(packed.Repo, "_read", spoiled)
+        found = []
+        for name, (*_, last) in stages.items():
+            bad[0] = last.scales
+            if repo.spans[last.scales].dtype in ("F32", "BF16"):
+                found.append(told(repo, name))
+                assert found[-1] == told(loader, name)
+        assert ("DATA.NON_FINITE" in {code for code, _ in filter(None, found)}) and len(found) > 3
+
+
 def test_a_changed_activation_is_rotated_again(settings_repo: Path) -> None:
     with PackedRepo(settings_repo) as repo:
         weight = repo.dequantize("hadamard")
     x = torch.randn(2, 48)
     first = functional.linear(x, weight)
     x.mul_(2)
-    assert torch.allclose(functional.linear(x, weight), 2 * first)
+    assert torch.allclose(functional.linear(input=x, weight=weight), 2 * first)
+
+
+def test_no_activation_is_kept(settings_repo: Path) -> None:
+    """Not even by the identity, whose result is the activation itself."""
+    with PackedRepo(settings_repo) as repo:
+        weights = [repo.dequantize(name) for name, w in repo.manifest.tensors.items() if w.stages and len(w.shape) == 2]
+    kinds = {repo.manifest.transforms[weight.entry.stages[0].transform].kind for weight in weights if weight.rows}
+    assert {"identity", "hadamard"} <= kinds
+    packed._local.__dict__.clear()
+    with torch.no_grad():
+        for weight in weights:
+            functional.linear(torch.randn(2, weight.entry.shape[-1]), weight)
+    assert not packed._local.__dict__.get("recent")
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
@@ -231,6 +312,19 @@ def test_merged_experts_stay_packed(name: str, repos: Callable[[str], Path], mon
     assert 3 not in decoded  # an expert at a time
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_run_as_the_user_asks(name: str, repos: Callable[[str], Path]) -> None:
+    """Without a wish one at a time; with one as it says, which decodes all of a layer's and gives the same to 1e-4."""
+    model = tqformat.load(repos(name), packed=True)
+    assert model.config._experts_implementation == "eager"
+    with torch.no_grad():
+        wanted = model(**inputs(name))[0]
+        for way in ("batched_mm", "grouped_mm"):
+            model = tqformat.load(repos(name), packed=True, experts_implementation=way)
+            assert model.config._experts_implementation == way and packed.packed_weights(model)
+            assert torch.allclose(model(**inputs(name))[0], wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_experts_that_are_coded_in_different_ways_are_decoded_and_told(
     repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +354,33 @@ def test_weights_are_merged_where_that_is_possible(settings_repo: Path) -> None:
                 packed_titles.add(weight.title)
         assert {weight.title for weight in quantized(repo)} - packed_titles == {"row", "empty"}
         assert not isinstance(torch.stack([repo.dequantize("plain"), repo.dequantize("dense")]), PackedWeight)
+
+
+def test_shares_of_rows_and_columns(settings_repo: Path) -> None:
+    """Every setting of the format: what a rank keeps decodes to its part of the decoded weight, and multiplies as it."""
+    torch.manual_seed(0)
+    possible: dict[int, set[str]] = {0: set(), 1: set()}
+    with PackedRepo(settings_repo) as repo:
+        for weight in [weight for weight in quantized(repo) if weight.dim() == 2]:
+            value = weight.decode()
+            for dim, ranks in ((0, 2), (0, 3), (1, 2), (1, 3), (1, 6)):
+                size, rest = divmod(weight.shape[dim], ranks)
+                found = [None if rest else weight.share(dim, i * size, size) for i in range(ranks)]
+                assert all(share is None for share in found) or all(share is not None for share in found)
+                for i, share in enumerate(found):
+                    if share is not None:
+                        assert torch.equal(share.decode(), value.narrow(dim, i * size, size)), (weight.title, dim)
+                        assert share.nbytes_packed < weight.nbytes_packed or not weight.numel()
+                        x, bound = torch.randn(1, share.shape[1]), scale_of(share)
+                        y, wanted = functional.linear(x, share), x.double() @ exact(share).T
+                        assert ((y - wanted).abs() <= 2.0**-14 * x.double().norm() * bound).all(), (weight.title, dim)
+                        possible[dim].add(weight.title)
+            assert weight.share(0, 0, len(weight)) is weight
+    assert possible[0] == {
+        *("plain", "hadamard", "dense", "givens", "vector", "trellis", "stages", "offsets", "fine", "exponents"),
+        *("ternary", "empty"),
+    }
+    assert possible[1] == {"plain", "hadamard", "dense", "givens", "vector", "stages", "offsets", "exponents"}
 
 
 def test_memory_and_ties(repos: Callable[[str], Path], path: str) -> None:
@@ -303,13 +424,18 @@ def test_torch_compile(repos: Callable[[str], Path]) -> None:
     assert torch.equal(plain, compiled)
 
 
-def test_inputs_that_are_shared_are_rotated_once(repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each layer four inputs: of attention and its output, of the two halves of the feed-forward part; and the head's."""
+def test_inputs_that_are_shared_are_rotated_once(
+    path: str, repos: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each layer four inputs: of attention and its output, of the two halves of the feed-forward part; and the head's.
+
+    The kernels rotate by themselves.
+    """
     model, calls = tqformat.load(repos("llama-untied"), packed=True), []
-    monkeypatch.setattr(packed.Parts, "forward", lambda *a: calls.append(a) or (lambda v: v))
+    monkeypatch.setattr(packed.Parts, "forward", lambda *a: calls.append(a) or (lambda v: v.clone()))
     with torch.no_grad():
         model(**inputs("llama-untied"))
-    assert len(calls) == 2 * 4 + 1
+    assert len(calls) == (2 * 4 + 1 if path == "torch" else 0)
     packed._local.__dict__.clear()
 
 

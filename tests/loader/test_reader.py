@@ -310,7 +310,8 @@ def test_load_state_dict_shares_tied_tensors(repo_path: Path, values: dict[str, 
     assert state["plain.alias"] is state["plain"]
     assert same({key: state[key] for key in values}, values)
     half = load_state_dict(repo_path, dtype=torch.float16)
-    assert {t.dtype for t in half.values()} == {torch.float16}
+    assert all(half[key].dtype == (torch.float16 if t.is_floating_point() else t.dtype) for key, t in state.items())
+    assert len({t.dtype for t in half.values()}) > 1  # integers keep theirs, and their values
 
 
 def test_iteration_names_and_aliases(repo_path: Path, values: dict[str, torch.Tensor]) -> None:

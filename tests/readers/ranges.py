@@ -1,5 +1,6 @@
-"""A file server on this machine's loopback that answers byte ranges, as the Hub and object stores do; it counts them."""
+"""A file server on this machine's loopback that answers byte ranges, as the Hub and object stores do, and counts bytes."""
 
+import gzip
 import re
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,25 +19,33 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not asked or not path.is_file() or not self.server.ranges:
+        if not path.is_file() or (asked and not self.server.ranges):
             return super().do_GET()
-        data, begin = path.read_bytes(), int(asked[1])
-        part = data[begin : int(asked[2]) + 1]
+        data = part = path.read_bytes()
+        if asked:
+            begin = int(asked[1])
+            part = data[begin : int(asked[2]) + 1]
+            self.send_response(206 if part else 416)
+            here = f"{begin}-{begin + len(part) - 1}" if part else "*"
+            self.send_header("Content-Range", f"bytes {here}/{len(data)}")
+        else:
+            self.send_response(200)
+            self.send_header("Content-Type", self.guess_type(path))
+            if self.server.compressed and "gzip" in self.headers.get("Accept-Encoding", ""):
+                part = gzip.compress(data)
+                self.send_header("Content-Encoding", "gzip")
         self.server.sent[path.name] = self.server.sent.get(path.name, 0) + len(part)
-        self.send_response(206 if part else 416)
-        here = f"{begin}-{begin + len(part) - 1}" if part else "*"
-        self.send_header("Content-Range", f"bytes {here}/{len(data)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         self.wfile.write(part)
 
 
 class RangeServer(ThreadingHTTPServer):
-    """Serves `directory` at `url` until it is left; `sent` has the bytes that ranges of each file took."""
+    """Serves `directory` at `url` until it is left; `sent` has the bytes that each file took. `compressed`: whole files."""
 
-    def __init__(self, directory: Path, ranges: bool = True) -> None:
+    def __init__(self, directory: Path, ranges: bool = True, compressed: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
-        self.ranges, self.sent = ranges, dict[str, int]()
+        self.ranges, self.compressed, self.sent = ranges, compressed, dict[str, int]()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> "RangeServer":

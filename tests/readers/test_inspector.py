@@ -44,13 +44,15 @@ def test_the_page_shows_checks_and_decodes_a_repository() -> None:
 
 
 @needs_node
-def test_the_page_fetches_the_manifest_alone_until_a_section_is_opened() -> None:
-    with RangeServer(REPO) as server:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_page_fetches_the_manifest_alone_until_a_section_is_opened(compressed: bool) -> None:
+    with RangeServer(REPO, compressed=compressed) as server:
         found = run_page(server.url)
         sizes = [
             int(re.findall(r"([0-9,]+) bytes were", found[key])[0].replace(",", "")) for key in ("opened", "whole")
         ]
-    assert sizes[0] == (REPO / "quant_manifest.json").stat().st_size < sizes[1]
+    sent, whole = server.sent["quant_manifest.json"], (REPO / "quant_manifest.json").stat().st_size
+    assert sizes[0] == sent < sizes[1] and (sent < whole / 2 if compressed else sent == whole)
 
 
 @needs_node

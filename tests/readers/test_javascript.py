@@ -145,7 +145,7 @@ def test_opening_by_ranges_fetches_manifest_and_headers_and_no_more(tmp_path: Pa
 def test_a_server_without_ranges_is_told_of(tmp_path: Path) -> None:
     with RangeServer(REPO, ranges=False) as server:
         found = script("print(await tq.openRepository(tq.address(args[0])).catch(String));", server.url)
-    assert found == "Error: quant_manifest.json: expected status 206, an answer to a range, got status 200"
+    assert found == "Error: turboquant_weights.safetensors: expected status 206, an answer to a range, got status 200"
 
 
 @pytest.mark.parametrize(("file", "code"), [(PAYLOAD, "BIND.DIGEST"), ("quant_manifest.json", "JSON.SYNTAX")])

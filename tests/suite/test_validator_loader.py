@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import pytest
 from test_validator import ROOT, Repo, judged, repo, stamped
@@ -108,8 +112,31 @@ def test_an_endless_loop_is_stopped(tmp_path: Path) -> None:
     assert codes(run(tmp_path / "b", "while True: pass\n", loader_seconds=1)) == [("LIMIT.TIME", None)]
 
 
+def test_the_limit_of_processor_time_is_told_from_other_ends() -> None:
+    program = "import loader_driver as d\nd.os.cpu_count = lambda: 1\nd.set_limits({'memory': 2**32, 'seconds': 1})\nwhile 1: 0"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(isolate.__file__).parent)
+    assert -done.returncode == signal.SIGXCPU
+
+
 def test_memory_is_limited(tmp_path: Path) -> None:
     assert codes(run(tmp_path, "bytearray(2**31)\n", loader_memory=2**30)) == [("LIMIT.MEMORY", None)]
+
+
+def test_a_library_that_does_not_fit_is_a_limit(tmp_path: Path) -> None:
+    (code, _), *_ = codes(run(tmp_path, HONEST, loader_memory=300 * 2**20))  # torch's libraries alone take more
+    assert code == "LIMIT.MEMORY"
+
+
+def test_a_loader_that_closes_its_pipe_and_lives_on_is_found() -> None:
+    receive, send = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process, TemporaryFile() as errors:
+        os.close(send)
+        loader = isolate.Loader(process, Path(), receive, 0.1, errors, bytearray())
+        with pytest.raises(isolate.LoaderError, match="closed its pipe") as failed:
+            loader.event()
+        process.kill()
+    os.close(receive)
+    assert failed.value.code == "DATA.DECODE"
 
 
 def test_a_missing_library_is_no_verdict(tmp_path: Path) -> None:
@@ -131,6 +158,7 @@ def attempt(what, act):
         pass
 here = Path({repository!r})
 attempt("network", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
+attempt("socket", lambda: socket.socket(socket.AF_UNIX).connect({unix!r}))
 attempt("write", lambda: (here / "new").write_text("x"))
 attempt("delete", lambda: (here / "config.json").unlink())
 attempt("remount", lambda: subprocess.run(["mount", "-o", "remount,rw", "/"], check=True, capture_output=True) if Path("/bin/mount").exists() else os.stat("/nowhere"))
@@ -144,9 +172,19 @@ raise ValueError(f"could {{found}}")
 
 def test_the_loader_is_isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQ_SECRET", "x")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as service,  # such as the session bus, which starts programs
+        TemporaryDirectory() as short,
+    ):
+        service.bind(f"{short}/s")
+        service.listen()
         probe = PROBE.format(
-            repository=str(tmp_path / "r"), port=server.getsockname()[1], parent=os.getpid(), outside=str(tmp_path)
+            repository=str(tmp_path / "r"),
+            port=server.getsockname()[1],
+            unix=f"{short}/s",
+            parent=os.getpid(),
+            outside=str(tmp_path),
         )
         judgement = run(tmp_path, probe)
     reason = judgement.reason("L3") or ""
@@ -176,6 +214,11 @@ def test_a_known_release_reaches_l3_without_being_run(tmp_path: Path) -> None:
     # a stamp that is not the text's, or that claims a release
     changed = with_loader(stamped(body).replace(b"never", b"often")).write(tmp_path / "c")
     assert {code for code, _ in codes(judged(changed, known_loaders=known))} == {"BIND.LOADER"}
+    twice = stamped(body).replace(b'"version":', b'"version": "7.0", "version":')  # which of the two is it?
+    assert b"7.0" in twice
+    assert {code for code, _ in codes(judged(with_loader(twice).write(tmp_path / "t"), known_loaders=known))} == {
+        "BIND.LOADER"
+    }
     claimed = with_loader(stamped(b"pass\n", "1.0.0")).write(tmp_path / "d")
     assert codes(judged(claimed, known_loaders=known)) == [("BIND.LOADER", None)]
 
