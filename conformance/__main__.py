@@ -149,6 +149,8 @@ def check(arguments: argparse.Namespace) -> int:
         ),
         progress=sys.stderr.isatty(),
     )
+    if arguments.run_loader and arguments.level != "L3":
+        arguments.usage_error(f"--run-loader is for level L3, and {arguments.level} was asked for")
     folder = open_folder(arguments)
     gc.disable()  # a check makes hardly a cycle; the collector would visit millions of JSON values in vain
     try:

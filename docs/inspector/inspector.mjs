@@ -64,7 +64,9 @@ function closedSection(title, make) {
   const details = h("details", {}, h("summary", {}, h("h2", {}, title)), place);
   let made = null;
   details.addEventListener("toggle", () => {
-    made ??= attempt(async () => place.replaceChildren(...[await make()].flat()));
+    made ??= attempt(async () => place.replaceChildren(...[await make()].flat())).then((done) => {
+      if (!done) made = null; // opened again, it tries again
+    });
   });
   return details;
 }
@@ -77,12 +79,14 @@ function tell(text, bad = false) {
   status.classList.toggle("bad", bad);
 }
 
-/** Runs what a button asks for; a failure is told and does not reach the console alone. */
+/** Runs what a button asks for, and says whether that worked; a failure is told and does not reach the console alone. */
 async function attempt(work) {
   try {
     await work();
+    return true;
   } catch (error) {
     tell(error.message, true);
+    return false;
   }
 }
 
@@ -392,14 +396,21 @@ function histogram(numbers, reach) {
 
 // ------------------------------------------------------------------------------------------------ opening
 
+let latest = null; // what was asked to be opened last
+
 async function open(source, name, fetched = () => "") {
+  latest = source;
   report.replaceChildren();
   tell(`Opening ${name} …`);
   await attempt(async () => {
     const outline = await openManifest(source);
+    if (latest !== source) return; // another was opened meanwhile
     let opened = null;
     async function whole() {
-      opened ??= openPayload(source, outline);
+      opened ??= openPayload(source, outline).catch((error) => {
+        opened = null; // asked again, it tries again
+        throw error;
+      });
       await opened;
       tell(`${name} obeys the format: manifest, headers and totals fit.${fetched()}`);
       return opened;

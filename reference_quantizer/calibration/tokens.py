@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,11 @@ def write_texts(model: Any, tokenizer: Any, bos: int | None, count: int, length:
 
 
 def kept_tokens(path: Path, make: Any) -> Calibration:
-    """The tokens in the cache's file `path`; if it is not there, what `make()` gives, which is then kept."""
+    """The tokens in the cache's file `path`; if it is not there or damaged, what `make()` gives, which is then kept."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return Calibration(torch.from_numpy(stored["ids"].astype(np.int64)), tuple(map(str, stored["texts"])))
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         made: Calibration = make()
         new = path.with_name(f".{path.name}.{os.getpid()}.npz")
         np.savez(new, ids=made.ids.numpy().astype("<i4"), texts=np.array(made.texts))

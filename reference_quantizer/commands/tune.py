@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_quantizer.commands.options import (
+    FEEDBACK_TOKENS,
     STYLE,
     TUNING_STEPS,
     TUNING_TOKENS,
@@ -35,7 +36,8 @@ def run_tune(args: argparse.Namespace) -> int:
     check_target(args.out, args.repo, args.overwrite)
     source = find_base(args.source, args.revision, default_cache(), args.quiet)
     manifest = report.read_manifest(args.repo)
-    texts, tokens = tuple(args.calibration or ("self",)), args.calibration_tokens or TUNING_TOKENS
+    texts = tuple(args.calibration or ("self",))  # what the model writes takes long: no more than `quantize` asks for
+    tokens = args.calibration_tokens or (TUNING_TOKENS if args.calibration else FEEDBACK_TOKENS["self"])
     calibration = find_tokens(source, manifest["loader_kind"], texts, tokens, None, args.device)
     settings = tune.Settings(args.steps, args.batch, args.learning_rate, args.seed, args.dtype)
     record = tune.tune(source, args.repo, args.out, calibration, settings, args.device, args.overwrite, args.quiet)
@@ -52,7 +54,10 @@ def add_command(commands: Any) -> None:
     tune.add_argument("repo", metavar="REPO", type=Path, help="repository directory; it is left as it is")
     tune.add_argument("out", metavar="OUT", type=Path, help="directory to create")
     tune.add_argument("--revision", help="branch, tag or commit, where BASE is a Hub id")
-    add_text_arguments(tune.add_argument_group("calibration"), f"(default: {TUNING_TOKENS})")
+    add_text_arguments(
+        tune.add_argument_group("calibration"),
+        f"(default: {TUNING_TOKENS}; {FEEDBACK_TOKENS['self']} where the model writes them)",
+    )
     help_ = "optimizer steps (default: %(default)s)"
     tune.add_argument("--steps", metavar="N", type=integer(1, 10**7), default=TUNING_STEPS, help=help_)
     help_ = "sequences of 512 tokens in a step (default: %(default)s)"

@@ -139,6 +139,10 @@ def small_parameters(model: nn.Module, repo: Repo) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------------------------------------ the divergence
 
 
+class NotTuned(TQFormatError):
+    """Tuning is not possible for this model or text, or gains nothing."""
+
+
 class _Reached(Exception):
     pass
 
@@ -187,7 +191,7 @@ class Halves:
             )
         if not torch.allclose(cut, whole, rtol=0, atol=0.02 * float(whole.abs().max())):
             message = "expected logits that follow from the last hidden states alone"
-            raise TQFormatError("BIND.MODEL", type(self.model).__name__, message)
+            raise NotTuned("BIND.MODEL", type(self.model).__name__, message)
 
     @contextlib.contextmanager
     def _body(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -277,7 +281,7 @@ def tune(
     held_out = max(1, min(HELD_OUT, len(ids) // 8))
     if len(ids) <= held_out:
         message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
-        raise TQFormatError("SCHEMA.VALUE", "--calibration-tokens", message)
+        raise NotTuned("SCHEMA.VALUE", "--calibration-tokens", message)
     with open_repo(repo_dir) as repo, running_models():
         base = load_base(source, manifest.loader_kind, settings.dtype or "", device)
         whole = load(repo_dir, device, torch.float32)
@@ -301,7 +305,7 @@ def tune(
         shutil.rmtree(state.path)
     if not after < before:
         message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
-        raise TQFormatError("SCHEMA.VALUE", "tuning", message)
+        raise NotTuned("SCHEMA.VALUE", "tuning", message)
     return record
 
 
@@ -332,7 +336,7 @@ def quantize_tuned(
     try:
         tune(source, beside.path, target.path, tokens, settings, target.device, target.overwrite, quiet, **head)
         shutil.rmtree(beside.path)
-    except TQFormatError as error:
+    except NotTuned as error:
         print(f"note: not tuned: {error.message}", file=sys.stderr)
         mark.unlink()
         publish(beside.path, target.path, target.overwrite)
@@ -494,7 +498,7 @@ def write_tuned(
     """The repository with the trained scales and vectors; codes, tables and other files are copied."""
     data = parse_json((repo_dir / MANIFEST).read_bytes(), MANIFEST)
     method = dict(data["quantization"])
-    method["extra"] = method.get("extra", {}) | {"tuning": record}
+    method["extra"] = method.get("extra", {}) | {"tuning": record | {"calibration": calibration.to_dict()}}
     method["calibration"] = method.get("calibration") or calibration.to_dict()
     extra = {key: value for key, value in data.get("extra", {}).items() if key != "release"}
     with RepoWriter(

@@ -476,7 +476,10 @@ def _more_options(quantization: dict[str, Any]) -> list[str]:
 
         usual = asdict(Settings(steps=tuning["steps"], dtype=tuning["dtype"]))
         fast = quantization["extra"].get("preset") == "fast"  # which `quantize` does not tune
-        known |= {"tuning"} if usual.items() <= tuning.items() and not fast else set()
+        texts = [
+            (each or {}).get("extra", {}).get("names") for each in (tuning.get("calibration", calibration), calibration)
+        ]
+        known |= {"tuning"} if usual.items() <= tuning.items() and not fast and texts[0] == texts[1] else set()
     unknown = {
         "calibration": calibration and "names" not in calibration.get("extra", {}),
         "extra": given - known,

@@ -184,6 +184,12 @@ def test_a_card_that_cannot_be_written(
     assert (path / "README.md").read_bytes().startswith(b"\xff card\n\n<!-- tqformat verdict -->")
 
 
+def test_a_loader_is_run_for_its_level_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(tmp_path), "--run-loader", "--level", "L2"])
+    assert ended.value.code == 2 and "--run-loader is for level L3" in capsys.readouterr().err
+
+
 def test_no_room_for_the_cases(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -435,6 +435,18 @@ def test_where_tuning_is_of_no_use_the_repository_before_it_stays(
 
 
 @pytest.mark.usefixtures("few_tokens")
+def test_an_error_while_tuning_is_an_error(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise tune.TQFormatError("BIND.DIGEST", "a file", "expected another")
+
+    monkeypatch.setattr(tune, "load_base", broken)
+    assert best(lab, tmp_path / "out", "--tune-steps", "2") == 1
+    assert "BIND.DIGEST" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("few_tokens")
 def test_a_target_still_holds_after_tuning(lab: Path, tmp_path: Path) -> None:
     command = ["quantize", str(lab / "base"), str(tmp_path / "out"), "--preset", "best", "--window", "6", "--quiet"]
     command += ["--target-bytes", "12000", "--candidate-bits", "2,3,4", "--tune-steps", "3"]
