@@ -366,7 +366,8 @@ class RepoWriter:
     `offsets`, which are added to scale * level, and `outer_scales` and `outer_offsets`, which multiply 8-bit ones;
     add_quantized takes several stages and a `column_scale`. SPEC.md, sections 4 and 9, says what they mean.
 
-    Leaving the `with` block without finish() is an error. Wrong arguments raise TQFormatError or another ValueError.
+    Leaving the `with` block without finish() is an error. Wrong arguments raise TQFormatError or another ValueError. Weights
+    are not decoded: that none overflows [TQ-NUM-6] is the caller's care, and `python -m conformance check` tells.
 
     Tensors go to a spool in `.<name>.partial` as they are added. With a `resume_key`, a text that identifies the job, a
     later writer with the same key finds them there again: `done` names the weights that need not be added once more.
