@@ -124,8 +124,9 @@ def test_the_extras_are_those_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     for extra, modules in EXTRAS.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{extra} = ["))
-        packages = set(re.findall(r'"([a-z0-9_]+)[>"]', line))
-        assert {"pyyaml" if name == "yaml" else name for name in modules} <= packages, extra
+        packages = set(re.findall(r'"([a-z0-9_-]+)[>"]', line))
+        names = {"yaml": "pyyaml", "lm_eval": "lm-eval"}
+        assert {names.get(name, name) for name in modules} <= packages, extra
 
 
 @pytest.mark.parametrize("command", ["evaluate", "release"])

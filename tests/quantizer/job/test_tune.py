@@ -364,9 +364,7 @@ def test_every_setting_takes_the_factor_of_its_row(settings_repo: Path, tmp_path
     factor = torch.tensor([0.5, 2.0, 1.0, 0.25, 4.0, 0.0])  # powers of two: exact, but for what F16 rounds
     with open_repo(settings_repo) as old:
         names = [n for n, w in old.manifest.tensors.items() if w.stages and np.prod(w.shape[:-1]) == 6]
-        parts = {name: tune.Scaled(torch.ones(6, 48)) for name in names}
-        for part in parts.values():
-            part.factor.data = factor.clone()
+        parts = {name: torch.nn.Parameter(factor.clone()) for name in names}
         calibration: Any = SimpleNamespace(to_dict=lambda: {"source": "none"})
         tune.write_tuned(old, settings_repo, tmp_path / "out", parts, {}, {}, calibration)
         with open_repo(tmp_path / "out") as new:
