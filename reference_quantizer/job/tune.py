@@ -534,9 +534,8 @@ def write_tuned(
         for alias, original in data.get("tied_weights", {}).items():
             writer.tie(alias, original)
         for name, file in data["files"].items():
-            stale = name in (SUMMARY, SAMPLES, RESULTS) or name.startswith(
-                "figure_"
-            )  # they speak of the repository before
+            # what speaks of the repository before
+            stale = name in (SUMMARY, SAMPLES, RESULTS) or name.startswith("figure_")
             if file["role"] != "payload" and not stale:
                 writer.add_file(repo_dir / name, file["role"])
         writer.finish()
