@@ -747,10 +747,11 @@ class Repo(ExitStack):
             found, wanted = digest.hexdigest(), f"sha256 {digests[k]} of the bytes from {k * size}"
             require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
 
-        coming = [self._hashing.submit(check, k) for k in range(len(digests) * self._verify)]
-        self._digests += coming
-        for digest in () if beside else coming:
-            digest.result()
+        ks = range(len(digests) * self._verify)
+        if beside:
+            self._digests += [self._hashing.submit(check, k) for k in ks]
+        else:  # one alone in this thread, as those of the payload keep the others busy
+            list((self._hashing.map if len(ks) > 1 else map)(check, ks))
         return path
 
     def check_roles(self, *roles: str) -> None:
@@ -1020,6 +1021,14 @@ class LazyWeight:
         return self.repo.dequantize(self.name, "cpu" if device is None else device, dtype)  # 0 is a GPU
 
 
+def fits_model(m: Manifest, model: Any) -> bool:
+    """Whether it is plain that each weight has its place in `model`; if it is not, transformers may still know one."""
+    known, state = {name: w.shape for name, w in m.tensors.items()}, model.state_dict()
+    tied, ignored = getattr(model, "all_tied_weights_keys", None) or (), model._keys_to_ignore_on_load_unexpected or ()
+    left = [name for name in known.keys() - state.keys() if not any(re.search(p, name) for p in ignored)]
+    return not left and all(known.get(n, t.shape if n in tied else None) == t.shape for n, t in state.items())
+
+
 def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
     """The model that config.json and the manifest's loader_kind name, with the repository's weights [TQ-MAN-5]."""
     refused = ", ".join(sorted(REFUSED & options.keys()))
@@ -1034,7 +1043,8 @@ def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
         config, options = transformers.AutoConfig.from_pretrained(repo.path, **options)
         config.__dict__.pop("quantization_config", None)  # for transformers, which is given decoded weights
         with torch.device("meta"):
-            model_class = type(getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust))
+            model = getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust)
+        model_class, sure = type(model), fits_model(m, model)
     if dtype in (None, "auto"):
         _, largest = max(
             [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS] or [(0, "F32")]
@@ -1051,17 +1061,17 @@ def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:  # first on the meta device, which allocates nothing: does every weight find its place? [TQ-SEC-4]
-        _, info = place({"": "meta"}, names)
-        if needed := [alias for alias in m.tied_weights if alias in info["missing_keys"]]:  # [TQ-TIE-2]
-            names += needed
-            _, info = place({"": "meta"}, names)
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            found = ", ".join(sorted(map(str, info[key])))
-            require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
-        if bars:
-            logging.enable_progress_bar()
-        model, _ = place(device_map, names)
+    try:  # unless names and shapes are the model's, first on the meta device, which allocates nothing [TQ-SEC-4]
+        for places in ({"": "meta"}, device_map)[sure:]:
+            if bars and places is device_map:
+                logging.enable_progress_bar()
+            model, info = place(places, names)
+            if needed := [alias for alias in m.tied_weights if alias in info["missing_keys"]]:  # [TQ-TIE-2]
+                names += needed
+                model, info = place(places, names)
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+                found = ", ".join(sorted(map(str, info[key])))
+                require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
