@@ -12,6 +12,8 @@ transformers' error that there is no model.safetensors.
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +135,23 @@ def load(
             own |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             return _plain(cls, None, *args, **own, **options)
 
-        with lq._building:  # first on the meta device and without a quantizer, for one may switch comparisons off
-            _, info = _quietly(place, {"": "meta"})
-            if needed := [alias for alias in repo.manifest.tied_weights if alias in info["missing_keys"]]:
-                names += needed
-                _, info = _quietly(place, {"": "meta"})
-            for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-                found = ", ".join(sorted(map(str, info[key])))
-                require(not found, "BIND.MODEL", cls.__name__, f"no {key.replace('_', ' ')}", found)
-            if not chosen.dequantize:
-                config.quantization_config = {"quant_method": METHOD}
-            model, info = _quietly(place, {"": "cpu"} if device_map is None else device_map)
+        def fits() -> bool:
+            with suppress(Exception), torch.device("meta"):  # what cannot be built so
+                return not args and lq.fits_model(repo.manifest, cls._from_config(copy.deepcopy(config)))
+            return False
+
+        last = {"": "cpu"} if device_map is None else device_map
+        with lq._building, _quiet():  # unless names and shapes are the model's, first on the meta device and without a
+            for places in [last] if fits() else [{"": "meta"}, last]:  # quantizer, for one may switch comparisons off
+                if places is last and not chosen.dequantize:
+                    config.quantization_config = {"quant_method": METHOD}
+                model, info = place(places)
+                if needed := [alias for alias in repo.manifest.tied_weights if alias in info["missing_keys"]]:
+                    names += needed
+                    model, info = place(places)
+                for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+                    found = ", ".join(sorted(map(str, info[key])))
+                    require(not found, "BIND.MODEL", cls.__name__, f"no {key.replace('_', ' ')}", found)
         if isinstance(repo, PackedRepo):
             finish(model, repo, experts)
     if model.can_generate():
@@ -154,11 +162,12 @@ def load(
     return (model, info) if output_loading_info else model
 
 
-def _quietly(make: Any, device_map: Any) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return make(device_map)
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

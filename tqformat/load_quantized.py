@@ -748,10 +748,9 @@ class Repo(ExitStack):
             require(found == digests[k] or not self._verify, "BIND.DIGEST", name, wanted, found, advice)
 
         ks = range(len(digests) * self._verify)
-        if beside:
-            self._digests += [self._hashing.submit(check, k) for k in ks]
-        else:  # one alone in this thread, as those of the payload keep the others busy
-            list((self._hashing.map if len(ks) > 1 else map)(check, ks))
+        self._digests += [self._hashing.submit(check, k) for k in ks if beside]
+        for k in () if beside else ks:  # here, as those of the payload may keep the other threads busy
+            check(k)
         return path
 
     def check_roles(self, *roles: str) -> None:
@@ -1022,11 +1021,12 @@ class LazyWeight:
 
 
 def fits_model(m: Manifest, model: Any) -> bool:
-    """Whether it is plain that each weight has its place in `model`; if it is not, transformers may still know one."""
-    known, state = {name: w.shape for name, w in m.tensors.items()}, model.state_dict()
-    tied, ignored = getattr(model, "all_tied_weights_keys", None) or (), model._keys_to_ignore_on_load_unexpected or ()
-    left = [name for name in known.keys() - state.keys() if not any(re.search(p, name) for p in ignored)]
-    return not left and all(known.get(n, t.shape if n in tied else None) == t.shape for n, t in state.items())
+    """Whether each weight plainly has its place in `model`; where that is not plain, transformers may still know one."""
+    wanted = {name: getattr(t, "shape", None) for name, t in model.state_dict().items()}
+    found = {name: wanted.get(name) for name in getattr(model, "all_tied_weights_keys", None) or ()}
+    found |= {name: w.shape for name, w in m.tensors.items()}
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)")
+    return wanted == {name: shape for name, shape in found.items() if name in wanted or not ignored.search(name)}
 
 
 def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
@@ -1046,10 +1046,8 @@ def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
             model = getattr(transformers, LOADER_KINDS[m.loader_kind]).from_config(config, **trust)
         model_class, sure = type(model), fits_model(m, model)
     if dtype in (None, "auto"):
-        _, largest = max(
-            [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS] or [(0, "F32")]
-        )
-        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(largest)
+        sizes = [(math.prod(w.shape), w.dtype) for w in m.tensors.values() if w.dtype in FLOATS] or [(0, "F32")]
+        dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch_dtype(max(sizes)[1])
 
     def place(device_map: Any, names: list[str]) -> Any:
         fixed = {"config": config, "state_dict": {name: LazyWeight(repo, name) for name in names}}
@@ -1058,13 +1056,10 @@ def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
             return model_class.from_pretrained(None, dtype=dtype, device_map=device_map, **fixed, **options)
 
     logging, names = transformers.utils.logging, repo.names()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:  # unless names and shapes are the model's, first on the meta device, which allocates nothing [TQ-SEC-4]
         for places in ({"": "meta"}, device_map)[sure:]:
-            if bars and places is device_map:
-                logging.enable_progress_bar()
             model, info = place(places, names)
             if needed := [alias for alias in m.tied_weights if alias in info["missing_keys"]]:  # [TQ-TIE-2]
                 names += needed
@@ -1074,7 +1069,6 @@ def build_model(repo: Repo, device: Any, dtype: Any, options: Extra) -> Any:
                 require(not found, "BIND.MODEL", model_class.__name__, f"no {key.replace('_', ' ')}", found)
     finally:
         logging.set_verbosity(verbosity)
-        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
     offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     require(offloaded or not left, "BIND.MODEL", model_class.__name__, "every weight to be loaded", left)

@@ -151,7 +151,9 @@ class Parts(Repo):
             )
             if book.rows is not None or book.entries != 1 << s.layout(w.shape[-1])[0] or t.matrix is not None:
                 return math.inf
-            total += (scales * float(self._levels(book).abs().amax()) + offsets) * t.size  # sums of T^-1 included
+            if (key := ("largest level", s.codebook)) not in self.tables:
+                self.tables[key] = float(self._levels(book).abs().amax())
+            total += (scales * self.tables[key] + offsets) * t.size  # sums of T^-1 included
         if w.column_scale is not None:
             total *= float(self._floats(w.column_scale, "column_scale").abs().amax())
         return total
@@ -692,10 +694,11 @@ class PackedRepo(Repo):
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         source = self.manifest.tied_weights.get(name, name)
-        w = self.manifest.tensors.get(source)
-        if w is None or w.stages is None:
+        w, shared, place = self.manifest.tensors.get(source), self.shared, lq.find_device(device)
+        if w is not None and w.data is not None:
+            return self._read(w.data).view(lq.torch_dtype(w.dtype)).to(place, dtype)
+        if w is None:
             return super().dequantize(name, device, dtype)
-        shared, place = self.shared, lq.find_device(device)
         tensors = {
             key: (shared.tensors[key] if key in shared.tensors else self._read(key)).to(place) for key in shared.own(w)
         }
@@ -776,7 +779,8 @@ def save_pretrained(model: Any, save_directory: "lq.PathLike", *, source: Path, 
     target = Path(save_directory)
     target.mkdir(parents=True, exist_ok=True)
     with Repo(source) as repo:
-        names = [name for name in repo.manifest.files if (source / name).exists()]
-        for path in [*(repo.check_file(name) for name in names), source / "README.md", source / MANIFEST]:
+        files = [(name, file.role) for name, file in repo.manifest.files.items() if (source / name).exists()]
+        paths = [source / name if role == "payload" else repo.check_file(name) for name, role in files]
+        for path in [*paths, source / "README.md", source / MANIFEST]:
             if path.exists() and path.resolve() != (target / path.name).resolve():
                 shutil.copyfile(path, target / path.name)

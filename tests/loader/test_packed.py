@@ -196,7 +196,7 @@ def test_numbers_that_are_not_finite_are_told(
     value: float, settings_repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the loader says of stored scales, and of the values that they give, which are decoded only where that is needed."""
-    read, check, decoded, bad = packed.Repo._read, packed.Parts._decoder, [], [""]
+    check, decoded, bad = packed.Parts._decoder, [], [""]
 
     def decoder(parts: Any, w: Any, device: Any) -> Any:
         decode = check(parts, w, device)
@@ -211,15 +211,21 @@ def test_numbers_that_are_not_finite_are_told(
 
     monkeypatch.setattr(packed.Parts, "_decoder", decoder)
 
-    def spoiled(repo: Any, key: str, *rest: Any, **flat: Any) -> torch.Tensor:
-        part = read(repo, key, *rest, **flat)
-        return torch.full_like(part, value) if key == bad[0] else part
+    def spoil(kind: Any) -> None:
+        read = kind._read
+
+        def spoiled(repo: Any, key: str, *rest: Any, **flat: Any) -> torch.Tensor:
+            part = read(repo, key, *rest, **flat)
+            return torch.full_like(part, value) if key == bad[0] else part
+
+        monkeypatch.setattr(kind, "_read", spoiled)
 
     with PackedRepo(settings_repo) as repo, open_repo(settings_repo) as loader:
         stages = {name: w.stages for name, w in repo.manifest.tensors.items() if w.stages and name != "empty"}
         assert all(told(repo, name) is None for name in stages)
         assert 0 < len(decoded) < len(stages)
-        monkeypatch.setattr(packed.Repo, "_read", spoiled)
+        spoil(packed.Repo)
+        spoil(PackedRepo)
         found = []
         for name, (*_, last) in stages.items():
             bad[0] = last.scales
