@@ -3,8 +3,9 @@
     python benchmarks/generate.py BASE --repo REPO... [--gguf FILE...] [--runs 5] [--prompt 32] [--tokens 64] [--out FILE.md]
 
 BASE is the plain checkpoint that the releases come from. Greedy decoding of one sequence; every run is a fresh process, and
-the candidates take turns. Seconds to the first token count from the path to the first token, imports before; tokens a second
-are those after it; the peak is that of the process's resident memory, libraries included, of which the first row tells how
+the candidates take turns. Seconds to load count from the path to the model, those to the first token from the path to that
+token, imports before both; "weights read" reads one weight of each page of the mapped file, too; tokens a second are those
+after the first; the peak is that of the process's resident memory, libraries included, of which the first row tells how
 much they are. Peers that are not in the extras of this package are installed by hand, with --no-deps: bitsandbytes (NF4 in
 transformers), ik-llama-cpp-python or llama-cpp-python (GGUF files). What is not there is listed as left out.
 """
@@ -56,6 +57,13 @@ def plain(path: str) -> Any:
     return model_class(path).from_pretrained(path, dtype=torch.bfloat16)
 
 
+def plain_read(path: str) -> Any:
+    model = plain(path)
+    for weight in model.state_dict().values():
+        weight.reshape(-1)[:: 4096 // weight.element_size()].sum()
+    return model
+
+
 def nf4(path: str) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
@@ -95,6 +103,7 @@ def llama(path: str, prompt: list[int]) -> Generate:
 WAYS: dict[str, Callable[[str, list[int]], Generate]] = {
     "libraries alone": libraries,
     "bf16, transformers": transformers_model(plain),
+    "bf16, weights read": transformers_model(plain_read),
     "decoded": transformers_model(ours(packed=False)),
     "packed": transformers_model(ours(packed=True)),
     "NF4, bitsandbytes": transformers_model(nf4),
@@ -109,12 +118,14 @@ def measure(way: str, path: str, prompt: str, tokens: str) -> dict[str, float]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if way == "bf16, transformers" or (Path(path) / "config.json").exists():
+    if way.startswith("bf16") or (Path(path) / "config.json").exists():
         model_class(path)
+        import tqformat.packed  # noqa: F401
     torch.ones(2**16).sum().item()  # starts torch's threads
     peak_memory(reset=True)
     start = time.perf_counter()
     generate = WAYS[way](path, [100 + i for i in range(int(prompt))])
+    load = time.perf_counter() - start
     generate(1)
     first = time.perf_counter() - start
     spent = []
@@ -123,7 +134,7 @@ def measure(way: str, path: str, prompt: str, tokens: str) -> dict[str, float]:
         generate(count)
         spent.append(time.perf_counter() - start)
     speed = (int(tokens) - 1) / (spent[1] - spent[0]) if way != "libraries alone" else 0.0
-    return {"first": first, "speed": speed, "peak": peak_memory()}
+    return {"load": load, "first": first, "speed": speed, "peak": peak_memory()}
 
 
 def main() -> None:
@@ -138,6 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     left_out = []
     candidates = [("libraries alone", args.base), ("bf16, transformers", args.base)]
+    candidates += [("bf16, weights read", args.base)]
     candidates += [(way, repo) for repo in args.repo for way in ("decoded", "packed")]
     for way, packages, paths in (
         ("NF4, bitsandbytes", ("bitsandbytes",), [args.base]),
@@ -165,15 +177,16 @@ def main() -> None:
         "",
     ]
     lines += [
-        "| what | file | tokens a second (range) | against bf16 | seconds to the first token | peak, MiB |",
-        "|---|---|---|---:|---:|---:|",
+        "| what | file | tokens a second (range) | against bf16 | seconds to load | to the first token | peak, MiB |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for (way, path), found, row in zip(candidates, seen, middle, strict=True):
         low, high = (end(each["speed"] for each in found) for end in (min, max))
         speed, ratio = f"{row['speed']:.1f} ({low:.1f} to {high:.1f})", f"{row['speed'] / middle[1]['speed']:.2f}"
         if way == "libraries alone":
             speed = ratio = ""
-        lines.append(f"| {way} | {path.name} | {speed} | {ratio} | {row['first']:.2f} | {row['peak'] / 2**20:.0f} |")
+        times = f"{row['load']:.2f} | {row['first']:.2f}"
+        lines.append(f"| {way} | {path.name} | {speed} | {ratio} | {times} | {row['peak'] / 2**20:.0f} |")
     lines += ["", *(f"Left out: {reason}." for reason in left_out)]
     table = "\n".join(lines).rstrip() + "\n"
     if args.out:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,43 @@ def test_weights_on_disk(options: dict[str, Any], repos: Callable[..., tuple[Pat
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, reference("llama-untied", plain)(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_names_are_gone_over_once(
+    name: str, packed: bool, repos: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [], transformers.LlamaForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "from_pretrained", lambda *a, **k: (calls.append(k), plain(*a, **k))[1]
+    )
+    tqformat.load(repos(name)[0], packed=packed)
+    assert [str(call["device_map"][""]) for call in calls] == ["cpu"]
+    monkeypatch.setattr(load_quantized, "fits_model", lambda *_: False)
+    tqformat.load(repos(name)[0], packed=packed)
+    assert [str(call["device_map"][""]) for call in calls[1:]] == ["meta", "cpu"]
+
+
+def test_which_repositories_fit_a_model_plainly() -> None:
+    def fits(change: Callable[[dict[str, Any]], Any] = lambda _: None, tie: bool = False) -> bool:
+        model = llama(tie_word_embeddings=tie)
+        tied = {"lm_head.weight"} if tie else set()
+        found = {name: SimpleNamespace(shape=tuple(t.shape)) for name, t in model.state_dict().items()}
+        found = {name: w for name, w in found.items() if name not in tied}
+        change(found)
+        model._keys_to_ignore_on_load_unexpected = [r"^mtp\."]
+        manifest: Any = SimpleNamespace(tensors=found)
+        return load_quantized.fits_model(manifest, model)
+
+    other = SimpleNamespace(shape=(3, 5))
+    assert fits() and fits(tie=True) and fits(lambda found: found.update({"mtp.x": other}))
+    assert not fits(lambda found: found.pop("lm_head.weight"))
+    assert not fits(lambda found: found.update({"extra.mtp.x": other}))
+    for tie in (False, True):
+        assert not fits(lambda found: found.pop("model.norm.weight"), tie)
+        assert not fits(lambda found: found.update({"model.norm.weight": other}), tie)
+    assert not fits(lambda found: found.update({"lm_head.weight": other}), tie=True)
 
 
 def test_each_weight_is_decoded_where_it_goes(

@@ -62,6 +62,22 @@ def test_values_are_the_loaders(settings_repo: Path) -> None:
         assert repo.dequantize("plain.alias").title == "plain"
 
 
+def test_parts_are_views_of_the_file(settings_repo: Path) -> None:
+    """Of one mapping, at the places that the header names; what is written to them does not reach the file."""
+    file = settings_repo / "turboquant_weights.safetensors"
+    before = file.read_bytes()
+    with PackedRepo(settings_repo) as repo:
+        weight, norm = repo.dequantize("plain"), repo.dequantize("norm")
+        keys = [*weight.parts.own(weight.entry)]  # type: ignore[attr-defined]
+        parts = [weight.parts.tensors[key] for key in keys]  # type: ignore[attr-defined]
+        parts.append(norm)
+        keys.append(repo.manifest.tensors["norm"].data or "")
+        starts = {part.data_ptr() - repo.spans[key].begin for key, part in zip(keys, parts, strict=True)}
+        assert len(parts) > 2 and len(starts) == 1
+    norm.zero_()
+    assert file.read_bytes() == before
+
+
 def test_rows_are_looked_up(settings_repo: Path) -> None:
     with PackedRepo(settings_repo) as repo:
         for weight in quantized(repo):

@@ -1,6 +1,7 @@
 """Decoding in threads, digests beside it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from conftest import new_writer
 
-from tqformat import TQFormatError, load_state_dict, open_repo
-from tqformat.load_quantized import Repo
+from tqformat import TQFormatError, add_files, load_state_dict, open_repo
+from tqformat.load_quantized import HASHING, Repo
 
 
 @pytest.fixture
@@ -64,6 +65,18 @@ def test_an_error_of_the_caller_does_not_wait_for_digests(repo: Path) -> None:
     damage(repo, 0x00)
     with pytest.raises(KeyError), Repo(repo, beside=True):
         raise KeyError
+
+
+def test_a_support_file_does_not_wait_for_the_payload(repo: Path) -> None:
+    add_files(repo, {"config.json": ("support", b"{}")})
+    go_on = threading.Event()
+    with Repo(repo, beside=True) as opened, ThreadPoolExecutor(1) as other:
+        for _ in range(HASHING):
+            opened._hashing.submit(go_on.wait)
+        try:
+            assert other.submit(opened.check_file, "config.json").result(60).read_bytes() == b"{}"
+        finally:
+            go_on.set()
 
 
 def test_the_number_of_torch_threads_is_left_alone(repo: Path) -> None:
