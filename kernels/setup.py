@@ -40,7 +40,7 @@ class PlatformWheel(bdist_wheel):
 
 
 sources = ["src/stage.c", *(f"src/{name}" for name in FORMS)]
-headers = ["src/tqformat_kernels.h", "src/internal.h", "src/kernels.h"]
+headers = ["src/tqformat_kernels.h", "src/internal.h", "src/kernels.h", "src/search.h"]
 setup(
     ext_modules=[Extension("tqformat_kernels._library", sources, depends=headers)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

@@ -44,7 +44,7 @@ KEPT = (
 )  # elements up to which a weight that no product takes packed, as a convolution's, stays decoded once it was
 GROUP = 1 << 19  # elements of a weight that are decoded at once
 ADVICE = "products of packed weights take torch's path, which is slow for single tokens; pip install tqformat-kernels"
-KERNELS_ABI = 3
+KERNELS_ABI = 4
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 aten = torch.ops.aten
 

@@ -70,5 +70,16 @@ static inline vf v_lookup16(vtable t, vi index) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), high);
 }
 
+static inline void v_choose(vf other, vi j, vf *best, vi *branch) {
+    const __m256 less = _mm256_cmp_ps(other, *best, _CMP_LT_OQ);
+    *branch = _mm256_blendv_epi8(*branch, j, _mm256_castps_si256(less));
+    *best = _mm256_min_ps(other, *best);
+}
+static inline void v_store_bytes(uint8_t *p, vi a) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+}
+
+#include "search.h"
 #include "kernels.h"
 #endif

@@ -119,5 +119,12 @@ static inline void v_bytes_lookup(const vbytes *table, __m512i symbols, int bits
     level[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(b, d));
 }
 
+static inline void v_choose(vf other, vi j, vf *best, vi *branch) {
+    *branch = _mm512_mask_mov_epi32(*branch, _mm512_cmp_ps_mask(other, *best, _CMP_LT_OQ), j);
+    *best = _mm512_min_ps(other, *best);
+}
+static inline void v_store_bytes(uint8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+
+#include "search.h"
 #include "kernels.h"
 #endif

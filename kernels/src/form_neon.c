@@ -62,5 +62,17 @@ static inline vf v_lookup16(vtable t, vi index) { /* level i is bytes 4 i to 4 i
 }
 static inline vf v_lookup8(vtable t, vi index) { return v_lookup16(t, index); }
 
+static inline void v_choose(vf other, vi j, vf *best, vi *branch) {
+    const uint32x4_t less = vcltq_f32(other, *best);
+    *branch = vbslq_u32(less, j, *branch);
+    *best = vbslq_f32(less, other, *best);
+}
+static inline void v_store_bytes(uint8_t *p, vi a) {
+    const uint16x4_t words = vmovn_u32(a);
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+    memcpy(p, &four, 4);
+}
+
+#include "search.h"
 #include "kernels.h"
 #endif

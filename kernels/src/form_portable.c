@@ -78,4 +78,13 @@ static inline vf v_lookup16(vtable t, vi index) {
 }
 static inline vf v_lookup8(vtable t, vi index) { return v_lookup16(t, index); }
 
+static inline void v_choose(vf other, vi j, vf *best, vi *branch) {
+    EACH if (other.lane[i] < best->lane[i]) {
+        best->lane[i] = other.lane[i];
+        branch->lane[i] = j.lane[i];
+    }
+}
+static inline void v_store_bytes(uint8_t *p, vi a) { EACH p[i] = (uint8_t)a.lane[i]; }
+
+#include "search.h"
 #include "kernels.h"

@@ -33,6 +33,7 @@ typedef struct {
     int (*row)(const tq_stage *, float *out, int64_t row);
     /* one factor of a transform: y [f, rest] -> out [rest, f], y^t h */
     void (*rotate)(const float *h, int64_t f, const float *y, int64_t rest, float *out);
+    int (*search)(const tq_search *);
 } tq_form;
 
 extern const tq_form tq_form_portable, tq_form_avx2, tq_form_avx512, tq_form_neon;

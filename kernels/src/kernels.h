@@ -693,4 +693,4 @@ static int form_decode(const tq_stage *s, float *out, int64_t begin, int64_t end
 #define FORM_STRING_(name) #name
 #define FORM_STRING(name) FORM_STRING_(name)
 
-const tq_form FORM_NAME(FORM) = {FORM_STRING(FORM), form_is_fast, form_product, form_decode, form_row, form_rotate};
+const tq_form FORM_NAME(FORM) = {FORM_STRING(FORM), form_is_fast, form_product, form_decode, form_row, form_rotate, form_search};

@@ -277,3 +277,15 @@ int32_t tq_rows(const tq_stage *s, float *out, int64_t out_count, const int64_t 
     for (int64_t k = 0; k < count && !error; k++) error = form->row(s, out + k * s->cols, index[k]);
     return error;
 }
+
+int32_t tq_encode(const tq_search *s, int32_t i) {
+    const tq_form *form = get_form(i);
+    if (!form) return TQ_RANGE;
+    if (!s || s->bits < 1 || s->bits > 8 || s->window < s->bits + 4 || s->window > 16) return TQ_SHAPE;
+    if (s->rows < 1 || s->rows > 1 << 22 || s->cols < 0 || s->cols > 1 << 28 || s->rows * s->bits < s->window)
+        return TQ_SHAPE;
+    if (s->groups < 1 || s->cols % s->groups || s->overlap < 1 || s->overlap > 1 << 16) return TQ_SHAPE;
+    if (s->cols == 0) return TQ_OK;
+    if (!s->targets || !s->scales || !s->roots || !s->levels || !s->symbols) return TQ_SHAPE;
+    return form->search(s);
+}

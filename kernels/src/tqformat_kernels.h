@@ -18,7 +18,7 @@
 #define TQ_API __attribute__((visibility("default")))
 #endif
 
-#define TQ_ABI 3 /* changes with any change of a struct or of a function */
+#define TQ_ABI 4 /* changes with any change of a struct or of a function */
 
 enum { TQ_OK = 0, TQ_SHAPE = 1, TQ_RANGE = 2, TQ_MEMORY = 3 };
 
@@ -65,6 +65,19 @@ typedef struct {
     int32_t column_scale_dtype, count; /* TQ_F32, TQ_F16 or TQ_BF16; stages */
 } tq_weight;
 
+/* What a quantizer asks for: the codes of a tile [rows, 1] in each of `cols` columns, rows along memory. */
+typedef struct {
+    float *targets;      /* [cols, rows], changed where there is feedback */
+    const float *scales; /* [groups, rows]: a column's targets are levels times these; 0 asks for nothing */
+    const float *roots;  /* [groups, rows]: the squares say what an error in units of the scale counts */
+    const float *upper;  /* [cols, cols], upper triangular, the diagonal not 0; or NULL for no feedback */
+    const float *levels; /* [2^window] */
+    uint16_t *symbols;   /* [cols, rows], the result */
+    int64_t rows, cols, groups; /* groups divides cols */
+    int64_t overlap;            /* symbols on either side of a tile's begin by which its state there is found */
+    int32_t bits, window;       /* a trellis: 1 to 8, and at least 4 more than bits, up to 16 */
+} tq_search;
+
 /* TQ_ABI of the library. */
 TQ_API int32_t tq_abi(void);
 
@@ -108,5 +121,11 @@ TQ_API int32_t tq_decode(const tq_stage *stage, float *out, int64_t out_count, i
 /* The same for the rows index[0], index[1], ...; out is [count, cols]. An index that is no row is TQ_RANGE. */
 TQ_API int32_t tq_rows(const tq_stage *stage, float *out, int64_t out_count, const int64_t *index, int64_t count,
                        int32_t form);
+
+/* The symbols whose levels are nearest to the targets, as a tail-biting path of a trellis [TQ-CODE-6] found by the
+ * Viterbi algorithm in two runs (QTIP, arXiv:2406.11235, algorithm 4), column by column. What a column c misses, times
+ * upper[c, j] / upper[c, c], is then taken off each column j behind it (GPTQ, arXiv:2210.17323, algorithm 1). Sizes are
+ * checked, the lengths of the arrays follow from them. */
+TQ_API int32_t tq_encode(const tq_search *search, int32_t form);
 
 #endif

@@ -149,6 +149,47 @@ end:
     free(matrices);
 }
 
+static long searches = 0, searches_refused = 0;
+
+/* A search of random sizes, right and wrong; the symbols must be a tail-biting path, and targets must be left alone where
+ * there is no feedback. */
+static void fuzz_search(void) {
+    tq_search s = {.bits = (int32_t)(1 + upto(7)), .overlap = 1 + upto(20), .cols = upto(6), .groups = 1};
+    s.window = s.bits + 4 + (int32_t)upto(upto(15) ? 2 : 12 - s.bits);
+    s.rows = (s.window + s.bits - 1) / s.bits + upto(40);
+    if (s.cols) s.groups = divisor(s.cols);
+    const int64_t n = s.rows * s.cols, states = (int64_t)1 << (s.window - s.bits);
+    float *targets = floats(n), *scales = floats(s.groups * s.rows), *roots = floats(s.groups * s.rows);
+    float *levels = floats((int64_t)1 << s.window), *upper = floats(s.cols * s.cols); /* a diagonal of 0 is no matter */
+    uint16_t *symbols = bytes(2 * n);
+    s.targets = targets, s.scales = scales, s.roots = roots, s.levels = levels, s.symbols = symbols;
+    s.upper = upto(1) ? upper : NULL;
+    const int wrong = !upto(3);
+    if (wrong) switch (upto(9)) {
+            case 0: s.bits = upto(1) ? 0 : 9; break;
+            case 1: s.window = s.bits + 3; break;
+            case 2: s.window = upto(1) ? 17 : INT32_MAX; break;
+            case 3: s.bits = (int32_t)-upto(INT32_MAX); break;
+            case 4: s.rows = (s.window - 1) / s.bits; break;
+            case 5: s.rows = -upto(1) * INT64_MAX; break;
+            case 6: s.cols = -1 - upto(INT64_MAX / 2); break;
+            case 7: s.groups = -upto(INT64_MAX - 1); break;
+            case 8: s.overlap = -upto(INT64_MAX - 1); break;
+            default: s.overlap = (1 << 16) + 1 + upto(INT64_MAX >> 1);
+        }
+    for (int32_t form = -1; form < 4; form++) {
+        const int32_t error = tq_encode(&s, form);
+        if (!wrong == !!error && tq_form_name(form)) fail("a search is wrongly taken or refused", &(tq_stage){0});
+        searches += !error, searches_refused += !!error;
+        for (int64_t i = 0; !error && !wrong && i < n; i++) {
+            const int64_t last = i % s.rows ? i - 1 : i + s.rows - 1;
+            if (symbols[i] % states != symbols[last] >> s.bits)
+                fail("no path", &(tq_stage){.rows = s.rows, .cols = s.cols, .bits = s.bits, .window = s.window});
+        }
+    }
+    free(targets), free(scales), free(roots), free(levels), free(upper), free(symbols);
+}
+
 int main(int argc, char **argv) {
     const double limit = argc > 1 ? atof(argv[1]) : 5;
     state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
@@ -276,6 +317,7 @@ int main(int argc, char **argv) {
             free(index);
         }
         if (!tq_check(&right) && right.rows * right.cols <= 4096) fuzz_weight(&right);
+        if (turns % 4 == 0) fuzz_search();
         free(first);
         free(bound);
         free(z);
@@ -287,7 +329,8 @@ int main(int argc, char **argv) {
         free((void *)right.offsets.data);
         free((void *)right.offsets.outer);
     }
-    printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused; %ld layers taken, %ld refused\n", turns,
-           taken, fast, refused, linear_taken, linear_refused);
-    return taken && refused && fast && linear_taken && linear_refused ? 0 : 1;
+    printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused; %ld layers taken, %ld refused; %ld searches taken, "
+           "%ld refused\n",
+           turns, taken, fast, refused, linear_taken, linear_refused, searches, searches_refused);
+    return taken && refused && fast && linear_taken && linear_refused && searches && searches_refused ? 0 : 1;
 }

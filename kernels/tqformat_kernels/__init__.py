@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 __version__ = "1.0.0"
-__all__ = ["Levels", "Stage", "Transform", "Weight", "form", "forms", "set_form"]
+__all__ = ["Levels", "Stage", "Transform", "Weight", "encode", "form", "forms", "set_form"]
 
-ABI = 3
+ABI = 4
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "uint8": 3, "int8": 4, "float8_e4m3fn": 5, "float8_e8m0fnu": 6}
 SIZES = (4, 2, 2, 1, 1, 1, 1)
 FLOATS = ("float32", "float16", "bfloat16")
@@ -94,6 +94,15 @@ class _Weight(ctypes.Structure):  # tq_weight
     )
 
 
+class _Search(ctypes.Structure):  # tq_search
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("targets", "scales", "roots", "upper", "levels", "symbols")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "groups", "overlap")),
+        ("bits", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+    )
+
+
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)  # tq_parallel
 
@@ -113,6 +122,7 @@ def _open() -> ctypes.CDLL:
         ("tq_check_weight", i32, [ctypes.POINTER(_Weight)]),
         ("tq_linear", i32, [ctypes.c_void_p, floats, i32, i64, floats, i32, i64, i64, i32, i32, ctypes.c_void_p]),
         ("tq_decode", i32, [stage, floats, i64, i64, i64, i32]),
+        ("tq_encode", i32, [ctypes.POINTER(_Search), i32]),
         ("tq_rows", i32, [stage, floats, i64, ctypes.c_void_p, i64, i32]),
     ):
         function = getattr(library, name)
@@ -565,3 +575,49 @@ def _factors(data: Array, outer: Array | None, what: str) -> _Factors:
         factors.outer_rows, factors.outer_cols = (int(size) for size in outer.shape)
         factors.outer_bytes = _count(outer.shape) * SIZES[DTYPES[_dtype(outer)]]
     return factors
+
+
+def encode(
+    targets: Array,
+    scales: Array,
+    roots: Array,
+    levels: Array,
+    bits: int,
+    window: int,
+    overlap: int,
+    upper: Array | None = None,
+) -> Any:
+    """The trellis symbols whose levels are nearest to `targets`, each column a tail-biting tile: uint16 NumPy array [cols, rows].
+
+    targets        [cols, rows]: levels times scales are to come near to them; with `upper` changed
+    scales, roots  [groups, rows], groups a divisor of cols; the squares of roots say what an error in units of a scale counts
+    levels         [2^window]; bits from 1 to 8, window from bits + 4 to 16
+    overlap        symbols on either side of a tile's begin by which the state there is found
+    upper          [cols, cols], upper triangular: what column c misses, times upper[c, j] / upper[c, c], is taken off each
+                   column j behind it (GPTQ, arXiv:2210.17323, algorithm 1); None: no feedback
+
+    All arrays are float32 and contiguous. One thread; Python's lock is released. ValueError for what does not fit.
+    """
+    cols, rows = (int(size) for size in targets.shape)
+    groups = int(scales.shape[0])
+    wanted = {"scales": (groups, rows), "roots": (groups, rows), "levels": (1 << window,), "upper": (cols, cols)}
+    given = {"scales": scales, "roots": roots, "levels": levels} | ({} if upper is None else {"upper": upper})
+    for name, array in given.items():
+        if tuple(array.shape) != wanted[name]:
+            raise ValueError(f"{name}: expected {list(wanted[name])}, got {list(array.shape)}")
+    symbols = np.empty((cols, rows), np.uint16)
+    if not cols:
+        return symbols
+    search = _Search(
+        targets=_pointer(targets, "targets", "float32"),
+        symbols=symbols.ctypes.data,
+        **{name: _pointer(array, name, "float32") for name, array in given.items()},
+        rows=rows,
+        cols=cols,
+        groups=groups,
+        overlap=overlap,
+        bits=bits,
+        window=window,
+    )
+    _raise(_library.tq_encode(ctypes.byref(search), _form))
+    return symbols

@@ -274,7 +274,7 @@ def _search(
     window: int,
     tile_rows: int,
 ) -> Tensor:
-    """The symbols int32 [rows, cols / p]: on a GPU by `search_torch`, else by the loops of `ldlq`, one thread for each row tile."""
+    """The symbols int32 [rows, cols / p]: on a GPU by `search_torch`, else by the loops of `ldlq` or their twins in C, one thread for each row tile."""
     if levels.dim() == 2:
         return vector.search(y, scales, upper, levels)
     if y.device.type != "cpu":
@@ -285,8 +285,9 @@ def _search(
         raise missing_library("feedback", "numba") from None
     rows, cols = y.shape
     step = block_rows(rows, bits, window, tile_rows)
-    u, book = upper.numpy(), levels.numpy()
+    u, book = upper.contiguous().numpy(), levels.contiguous().numpy()
     borders = (book[1:] + book[:-1]) / 2
+    compiled = trellis.compiled_search(bits, window) if window > bits else None
     if window > bits:
         table, branches = trellis.arrange(book, bits, 1), tuple(range(1 << bits))
         roots = search_torch.root_weights(scales.T * importance, tile_rows).numpy()  # [groups, tiles, tile_rows]
@@ -299,6 +300,9 @@ def _search(
         found = np.empty(targets.shape, np.uint16)
         if window > bits:
             root, overlap = np.ascontiguousarray(roots[:, first // step]), trellis.overlap_length(bits, window)
+            if compiled:
+                symbols[span] = compiled(targets, scale, root, book, bits, window, overlap, u).T
+                return
             ldlq.encode_trellis(targets, scale, root, u, book, table, branches, overlap, found)
         else:
             ldlq.encode_scalar(targets, scale, u, book, borders, found)

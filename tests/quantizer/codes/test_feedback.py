@@ -18,7 +18,7 @@ from torch import Tensor
 from reference_quantizer.__main__ import _parser, main
 from reference_quantizer.calibration.blocks import Blocks, find_blocks, load_in_blocks
 from reference_quantizer.checkpoint.source import open_source
-from reference_quantizer.codes import feedback
+from reference_quantizer.codes import feedback, trellis
 from reference_quantizer.codes.codebook import lloyd_max_levels
 from reference_quantizer.codes.encode import Encoder
 from reference_quantizer.codes.encode import encode as encode_nearest
@@ -73,6 +73,21 @@ def test_scalar_codes_are_those_of_plain_gptq() -> None:
     found = feedback._search(y, scales, torch.ones(70), upper, encoder.levels, 3, 3, 0)
     wanted = plain_gptq(y.numpy(), scales.numpy(), upper.numpy(), encoder.levels.numpy())
     assert (found.numpy() == wanted).mean() > 0.999  # float32 and float64 may differ where two levels are as near
+
+
+@pytest.mark.parametrize(("bits", "window", "groups"), [(2, 12, 1), (3, 8, 4), (4, 12, 1), (6, 12, 2)])
+def test_the_loops_in_c_find_what_numba_s_find(
+    bits: int, window: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trellis.compiled_search(bits, window) is None:
+        pytest.skip("needs tqformat-kernels, and a processor for which it has vectors")
+    encoder, y, upper = make_encoder(64, bits, window=window), gaussian(96, 64), inverse_factor(correlated(64))
+    scales = y.reshape(96, groups, -1).square().mean(-1).sqrt()
+    arguments = (scales.repeat_interleave(64 // groups, 1), y.abs().mean(1), upper, encoder.levels, bits, window, 48)
+    found = feedback._search(y, *arguments)
+    monkeypatch.setattr(trellis, "compiled_search", lambda bits, window: None)
+    wanted = feedback._search(y, *arguments)
+    assert (found == wanted).float().mean() > 0.99  # in float32 another path may be as near
 
 
 def test_without_correlation_the_nearest_levels_are_taken() -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from reference_quantizer.codes import trellis
 from reference_quantizer.codes.trellis import (
     MULTIPLIER,
+    compiled_search,
     computed_levels,
     computed_scale,
     encode_tiles,
@@ -87,6 +89,19 @@ def test_threads_and_neighbours_change_nothing(bits: int, window: int) -> None:
     one = encode_tiles(x, levels, bits, window, threads=1)
     assert (encode_tiles(x, levels, bits, window, threads=3) == one).all()
     assert (encode_tiles(x[5:6], levels, bits, window) == one[5:6]).all()
+
+
+@pytest.mark.parametrize("bits, window", [(1, 8), (2, 12), (3, 9), (4, 12), (5, 12), (8, 12)])
+def test_the_loops_in_c_find_what_numba_s_find(bits: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled_search(bits, window) is None:
+        pytest.skip("needs tqformat-kernels, and a processor for which it has vectors")
+    x, levels, weights = gaussian(8, 21, 40), gaussian(9, 1 << window), np.exp(gaussian(10, 21, 40))
+    found = encode_tiles(x, levels, bits, window, weights)
+    monkeypatch.setattr(trellis, "compiled_search", lambda bits, window: None)
+    wanted = encode_tiles(x, levels, bits, window, weights)
+    # both in float32, where another path may be as near
+    assert errors(x, levels, found, weights) == pytest.approx(errors(x, levels, wanted, weights), rel=1e-4)
+    assert (found == wanted).mean() > 0.99
 
 
 def test_weights_say_where_errors_may_be() -> None:
@@ -178,6 +193,7 @@ def test_no_tiles_no_symbols() -> None:
 
 
 def test_without_numba_the_advice_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqformat_kernels", None)
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "reference_quantizer.codes.viterbi", raising=False)
     monkeypatch.delattr("reference_quantizer.codes.viterbi", raising=False)
