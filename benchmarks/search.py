@@ -1,6 +1,6 @@
-"""Time to find the codes of one weight with error feedback: the numba loops on the CPU, torch on a device, and Triton on a GPU.
+"""Time to find the codes of one weight with error feedback: numba's loops and C's on the CPU, torch on a device, Triton on a GPU.
 
-    python benchmarks/search.py [--device cuda] [--bits 2] [--window 12] [--rows 2048] [--cols 512] [--tile-rows 256] [--runs 3]
+    python benchmarks/search.py [--device cuda] [--bits 2] [--window 12] [--rows 2048] [--cols 512] [--tile-rows 256] [--runs 3] [--cpu-only]
 
 Weights are normally distributed, levels random, and the Hessian is that of correlated inputs: the time depends on none of
 them. The candidates take turns; the first turn compiles and is not counted. Time grows with rows times columns.
@@ -14,9 +14,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+import tqformat_kernels
 from torch import Tensor
 
-from reference_quantizer.codes import feedback, search_torch
+from reference_quantizer.codes import feedback, search_torch, trellis
 from reference_quantizer.codes.trellis import initial_levels
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--cols", type=int, default=512)
     parser.add_argument("--tile-rows", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cpu-only", action="store_true", help="leave out torch, which takes minutes on a CPU")
     args = parser.parse_args()
     if args.window > args.bits and args.rows % args.tile_rows:
         parser.error(f"--rows {args.rows}: expected a multiple of --tile-rows {args.tile_rows}")
@@ -47,10 +49,16 @@ def main() -> None:
         with mock.patch.object(search_torch, "load_triton", lambda: None):
             return search_torch.search(*there, *settings).cpu()  # .cpu() waits for the device
 
-    candidates: dict[str, Callable[[], Tensor]] = {
-        f"numba, cpu, {torch.get_num_threads()} threads": lambda: feedback._search(*given, *settings),
-        f"torch, {args.device}": plain,
-    }
+    def numba() -> Tensor:
+        with mock.patch.object(trellis, "compiled_search", lambda bits, window: None):
+            return feedback._search(*given, *settings)
+
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    candidates: dict[str, Callable[[], Tensor]] = {f"numba, {threads}": numba}
+    if args.window > args.bits and trellis.compiled_search(args.bits, args.window):
+        candidates[f"C ({tqformat_kernels.form()}), {threads}"] = lambda: feedback._search(*given, *settings)
+    if not args.cpu_only:
+        candidates[f"torch, {args.device}"] = plain
     if args.device.startswith("cuda") and search_torch.load_triton():
         candidates[f"triton, {args.device}"] = lambda: search_torch.search(*there, *settings).cpu()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}

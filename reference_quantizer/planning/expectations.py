@@ -2,6 +2,7 @@
 
 import math
 
+from reference_quantizer.libraries import is_installed
 from reference_quantizer.planning.plan import EMBEDDING_BITS, EMBEDDING_MARGIN, Plan, is_embedding
 from reference_quantizer.planning.settings import Settings
 
@@ -20,6 +21,7 @@ SECONDS = {
     "balanced": 7e-7,
     "best": 3.5e-6,
 }  # to encode it; the last with WINDOW, twice that for each bit more
+COMPILED = 1.5e-6  # in place of the last, where tqformat_kernels searches
 WINDOW = 12
 MEASURING = {"fisher": 2.5e-6, "perturbation": 5e-6}  # what a target asks for, with the default numbers of tokens
 GRADIENTS = 7e-11  # of feedback between rows, for each token, up to GRADIENT_TOKENS
@@ -66,11 +68,12 @@ def expected_time(
     without a target.
     """
     wider = max(0, (settings.window or WINDOW) - WINDOW) if settings.preset == "best" else 0
+    compiled = settings.preset == "best" and is_installed("tqformat_kernels")
     seconds = {  # for a weight
         "text": tokens * WRITING * writes,
         "sensitivities": MEASURING.get(allocator or "", 0),
         "gradients": min(tokens, GRADIENT_TOKENS) * GRADIENTS * settings.output_feedback,
-        "codes": SECONDS[settings.preset] * 2**wider + tokens * READING,
+        "codes": (COMPILED if compiled else SECONDS[settings.preset]) * 2**wider + tokens * READING,
         "tuning": steps * TUNING,
     }
     stages = {stage: round(scalars * value / cores / 60) for stage, value in seconds.items()}
