@@ -4,7 +4,9 @@
 
 Every quantized weight is a PackedWeight, a parameter with the shape and the dtype of the weight that holds its parts. The
 modules of the model stay those of transformers: torch.nn.functional.linear and embedding know such a weight, and every other
-operation gets its decoded value. Decoding is the loader's own code, which reads from memory here in place of files.
+operation gets its decoded value. Decoding is the loader's own code, which reads from memory here in place of files. On a CPU
+the parts are views of the mapped file, as transformers maps a plain checkpoint: to replace the file is safe while the model
+lives, to write into it is not.
 
 A product with few rows of activations follows SPEC.md, section 22, in float32: z = T(column_scale * x), and y = sum over
 stages of (scale * level + offset) . z, straight from the codes: on a CPU by one call of tqformat_kernels, where that is
