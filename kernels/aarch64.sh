@@ -35,7 +35,7 @@ aarch64-linux-gnu-gcc -std=c11 -O3 -fvisibility=hidden -Wall -Wextra -Werror -fP
     -o "$work/package/tqformat_kernels/_library.so"
 cat > "$work/python" << END
 #!/bin/sh
-exec qemu-aarch64-static -L "$work/root" -0 "$work/python" -E PYTHONHOME="$work/root/usr" \\
+exec qemu-aarch64-static -L "$work/root" -0 "$work/python" -E PYTHONSAFEPATH=1 -E PYTHONHOME="$work/root/usr" \\
     -E PYTHONPATH="$work/package:$work/site" "$work/root/usr/bin/python3.11" "\$@"
 END
 chmod +x "$work/python"

@@ -232,20 +232,19 @@ def _threads_of_python(work: int, data: int, threads: int, flags: int) -> None:
 
     `data` ends with this call. So it must not end before all that began have ended, whatever interrupts it, and what
     the pool begins later (it keeps work even where it says that it cannot start a thread) must not touch `data`.
-    An exception cannot pass through C: `_raise` does it afterwards.
+    An exception cannot pass through C: `_raise` does it afterwards. Plain locks, which an interrupt cannot leave locked.
     """
-    run, gate, inside, closed = _Work(work), threading.Condition(), 0, False
+    run, gate, closed = _Work(work), threading.Lock(), False
+    begun: list[threading.Lock] = []  # of each thread that does some of the work, locked while it does
 
     def help_out() -> None:
-        nonlocal inside
-        with gate:
-            if closed:
-                return
-            inside += 1
-        run(data)
-        with gate:
-            inside -= 1
-            gate.notify()
+        busy = threading.Lock()
+        with busy:
+            with gate:
+                if closed:
+                    return
+                begun.append(busy)
+            run(data)
 
     try:
         with contextlib.suppress(RuntimeError):  # no more threads: those that there are do all of the work
@@ -258,7 +257,9 @@ def _threads_of_python(work: int, data: int, threads: int, flags: int) -> None:
         try:
             with gate:
                 closed = True
-                gate.wait_for(lambda: not inside)
+            for busy in begun:
+                with busy:
+                    pass
             return
         except BaseException as error:
             _interrupt.error = error
