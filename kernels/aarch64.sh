@@ -3,9 +3,9 @@
 # The directory (default: .work/aarch64 of the checkout; 800 MB) keeps Debian's Python and the wheels for the next time.
 # On Debian 12, this is what it needs, and without which it says so and does nothing:
 #   apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static mmdebstrap python3-pip
-# Quarter of an hour on an idle core, half of it for starting torch. What it tells is whether results are right; an
-# emulator takes unaligned addresses that a processor might not (UndefinedBehaviorSanitizer looks for these), and its
-# time says nothing.
+# Some minutes on an idle machine, most of them for starting torch and for compiling. What it tells is whether results are
+# right: its time says nothing, and an emulator takes unaligned addresses, which is why UndefinedBehaviorSanitizer looks
+# for these.
 set -euo pipefail
 cd "$(dirname "$0")"
 for tool in aarch64-linux-gnu-gcc qemu-aarch64-static mmdebstrap python3; do
@@ -41,6 +41,6 @@ END
 chmod +x "$work/python"
 
 "$work/python" -c "import tqformat_kernels; assert list(tqformat_kernels.forms()) == ['portable', 'neon']"
-"$work/python" -m pytest -q -p no:cacheprovider tests/test_kernels.py "$@"
+OMP_WAIT_POLICY=passive "$work/python" -m pytest -q -p no:cacheprovider tests/test_kernels.py "$@"
 export CC=aarch64-linux-gnu-gcc RUN="qemu-aarch64-static -L /usr/aarch64-linux-gnu" ASAN_OPTIONS=detect_leaks=0
 ./fuzz.sh 60
