@@ -28,7 +28,8 @@ CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-# of a processor: AUDIT_ARCH, and the number of the system call `socket`; that of io_uring_setup is the same everywhere
+# of a processor: AUDIT_ARCH (linux/audit.h), and the number of the system call `socket` (asm/unistd.h); that of
+# io_uring_setup is the same everywhere
 SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
 IO_URING_SETUP, X32 = 425, 0x40000000
 CHUNK = 2**24

@@ -573,20 +573,20 @@ static int columns_product(const tq_stage *s, const float *z, float *y, int64_t 
     } else {                      \
         ADD(HOW, K, NB, s->bits); \
     }
-#define ADDS(K, NB)                \
-    if (how == IN_8) {             \
-        ADD(IN_8, K, NB, s->bits); \
-    } else if (how == IN_16) {     \
-        ADD(IN_16, K, NB, 4);      \
-    } else if (how == COMPUTED) {  \
-        ADD_TWO(COMPUTED, K, NB);  \
-    } else if (how == IN_PAIRS) {  \
-        ADD_TWO(IN_PAIRS, K, NB);  \
-    } else if (s->bits == 3) {     \
-        ADD(IN_MEMORY, K, NB, 3);  \
-    } else {                       \
-        ADD_TWO(IN_MEMORY, K, NB); \
-    }                              \
+#define ADDS(K, NB)                                             \
+    if (how == IN_8) {                                          \
+        ADD(IN_8, K, NB, s->bits);                              \
+    } else if (how == IN_16) {                                  \
+        ADD(IN_16, K, NB, 4);                                   \
+    } else if (how == COMPUTED) {                               \
+        ADD_TWO(COMPUTED, K, NB);                               \
+    } else if (how == IN_PAIRS) {                               \
+        ADD_TWO(IN_PAIRS, K < PAIRS / VL ? PAIRS / VL : K, NB); \
+    } else if (s->bits == 3) {                                  \
+        ADD(IN_MEMORY, K, NB, 3);                               \
+    } else {                                                    \
+        ADD_TWO(IN_MEMORY, K, NB);                              \
+    }                                                           \
     b += NB
                     if (left >= 4) {
                         ADDS(2, 4);

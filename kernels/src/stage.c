@@ -161,6 +161,7 @@ int32_t tq_product_parallel(const tq_stage *s, const float *z, int64_t z_count, 
     const int64_t steps = (end - begin) / s->tile_rows;
     if (t.parts > steps) t.parts = steps > 0 ? steps : 1;
     parallel(work, &t, (unsigned)threads, 0);
+    work(&t); /* parts that no thread took, or the caller would get what stood in y before */
     return atomic_load(&t.error);
 }
 

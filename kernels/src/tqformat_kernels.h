@@ -97,8 +97,9 @@ TQ_API int32_t tq_product(const tq_stage *stage, const float *z, int64_t z_count
                           int64_t batch, int64_t row_begin, int64_t row_end, int32_t form);
 
 /* The same, rows divided among up to `threads` threads that `parallel` gives: it calls work(data) in each of them, and
- * returns when all have. GOMP_parallel of GNU's and LLVM's OpenMP is such a function; its threads are those that torch
- * uses, so that none has to wait for a processor which a waiting one keeps busy. */
+ * returns when all have; none may call it later. What they leave undone is done here. GOMP_parallel of GNU's and LLVM's
+ * OpenMP is such a function; its threads are those that torch uses, so that none has to wait for a processor which a
+ * waiting one keeps busy. */
 typedef void (*tq_parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 TQ_API int32_t tq_product_parallel(const tq_stage *stage, const float *z, int64_t z_count, float *y, int64_t y_count,
                                    int64_t batch, int64_t row_begin, int64_t row_end, int32_t form, int32_t threads,

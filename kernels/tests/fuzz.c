@@ -47,6 +47,18 @@ static float *floats(int64_t n) {
     return p;
 }
 
+/* The same bytes, of exactly that many, at an odd address: codes, scales and offsets need not be aligned. */
+static void *moved(void *from, int64_t n) {
+    uint8_t *p = malloc((size_t)n + 1);
+    memcpy(p + 1, from, (size_t)n);
+    free(from);
+    return p + 1;
+}
+
+static void free_moved(const void *p) {
+    if (p) free((uint8_t *)p - 1);
+}
+
 static int size_of(int32_t dtype) { return dtype == TQ_F32 ? 4 : dtype == TQ_F16 || dtype == TQ_BF16 ? 2 : 1; }
 
 static tq_factors factors(int64_t rows, int64_t n) {
@@ -57,12 +69,14 @@ static tq_factors factors(int64_t rows, int64_t n) {
         free((void *)f.data);
         f.data = floats(rows * n);
     }
+    f.data = moved((void *)f.data, f.bytes);
     if (f.dtype >= TQ_U8 || !upto(3)) {
         f.outer_dtype = (int32_t)upto(TQ_BF16);
         f.outer_rows = upto(1) ? rows : 1;
         f.outer_cols = divisor(n);
         f.outer_bytes = f.outer_rows * f.outer_cols * size_of(f.outer_dtype);
         f.outer = f.outer_dtype == TQ_F32 ? (void *)floats(f.outer_rows * f.outer_cols) : bytes(f.outer_bytes);
+        f.outer = moved((void *)f.outer, f.outer_bytes);
     }
     return f;
 }
@@ -72,6 +86,24 @@ static void fail(const char *what, const tq_stage *s) {
             (long long)s->rows, (long long)s->cols, (long long)s->tile_rows, (long long)s->tile_cols,
             (long long)s->vector_length, s->bits, s->window, s->dimension, s->levels_per_row);
     abort();
+}
+
+/* Teams that call too seldom, as often as asked, and more often, one after the other. */
+static void none(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    (void)work, (void)data, (void)threads, (void)flags;
+}
+
+static void all(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    for (unsigned i = 0; i < threads + flags; i++) work(data);
+}
+
+static void more(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    all(work, data, threads, flags + 3);
+}
+
+static tq_parallel team(void) {
+    const tq_parallel some[] = {NULL, none, all, more};
+    return some[upto(3)];
 }
 
 static long linear_taken = 0, linear_refused = 0;
@@ -124,7 +156,8 @@ static void fuzz_weight(const tq_stage *s) {
     free(u);
     for (int32_t form = 0; form < 4; form++) {
         float *y = malloc((size_t)(y_bytes ? y_bytes : 1));
-        const int32_t error = tq_linear(&w, x, x_dtype, x_count, y, y_dtype, y_count, batch, form, 1, NULL);
+        const int32_t error =
+            tq_linear(&w, x, x_dtype, x_count, y, y_dtype, y_count, batch, form, 1 + (int32_t)upto(4), team());
         if (!wrong && error && tq_form_name(form)) fail("a right weight is refused", s);
         if (tq_check_weight(&w) && !error) fail("taken though tq_check_weight refuses it", s);
         linear_taken += !error;
@@ -216,7 +249,7 @@ int main(int argc, char **argv) {
         s.levels_count = ((int64_t)s.dimension << s.window) * (s.levels_per_row ? s.rows : 1);
         s.scales = factors(s.rows, s.cols / s.vector_length);
         if (!upto(2)) s.offsets = factors(s.rows, s.cols / s.vector_length);
-        uint8_t *codes = bytes(s.codes_bytes);
+        uint8_t *codes = moved(bytes(s.codes_bytes), s.codes_bytes);
         for (int64_t i = 0; i < s.codes_bytes; i++) codes[i] = (uint8_t)draw(); /* any code is safe */
         float *levels = floats(s.levels_count);
         s.codes = codes;
@@ -321,13 +354,13 @@ int main(int argc, char **argv) {
         free(first);
         free(bound);
         free(z);
-        free(codes);
+        free_moved(codes);
         free(levels);
         free((void *)right.pairs);
-        free((void *)right.scales.data);
-        free((void *)right.scales.outer);
-        free((void *)right.offsets.data);
-        free((void *)right.offsets.outer);
+        free_moved(right.scales.data);
+        free_moved(right.scales.outer);
+        free_moved(right.offsets.data);
+        free_moved(right.offsets.outer);
     }
     printf("%ld stages, %ld products taken (%ld by a vector path), %ld refused; %ld layers taken, %ld refused; %ld searches taken, "
            "%ld refused\n",

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -207,6 +208,11 @@ def default_threads() -> int:
     return int(torch.get_num_threads()) if torch is not None else os.cpu_count() or 1
 
 
+class _Interrupt(threading.local):
+    error: BaseException | None = None  # that came while C code called back
+
+
+_interrupt = _Interrupt()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _forked = False
@@ -220,21 +226,53 @@ def _forget_pool() -> None:
 
 @functools.cache
 def _gomp_parallel() -> int | None:
-    """The address of GOMP_parallel, where an OpenMP that has it is loaded."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
+    """The address of GOMP_parallel in the OpenMP of torch, where that has it.
+
+    It is found as the linker finds it for torch: first among what the whole process sees, where an OpenMP that was
+    preloaded stands, then among the libraries that torch itself needs (wheels for aarch64 show theirs to nobody else).
+    """
+    for path in (None, getattr(getattr(sys.modules.get("torch"), "_C", None), "__file__", None)):
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 def _threads_of_python(work: int, data: int, threads: int, flags: int) -> None:
-    """tq_parallel: work(data) in so many threads of Python, of which this is one."""
-    run, others = _Work(work), []
-    with contextlib.suppress(RuntimeError):  # an interpreter that ends starts none: this thread does all of the work
-        others = [_pool_of(threads - 1).submit(run, data) for _ in range(threads - 1)]
-    run(data)
-    for other in others:
-        other.result()
+    """tq_parallel: work(data) in up to so many threads of Python, of which this is one.
+
+    `data` ends with this call. So it must not end before all that began have ended, whatever interrupts it, and what
+    the pool begins later (it keeps work even where it says that it cannot start a thread) must not touch `data`.
+    An exception cannot pass through C: `_raise` does it afterwards. Plain locks, which an interrupt cannot leave locked.
+    """
+    run, gate, closed = _Work(work), threading.Lock(), False
+    begun: list[threading.Lock] = []  # of each thread that does some of the work, locked while it does
+
+    def help_out() -> None:
+        busy = threading.Lock()
+        with busy:
+            with gate:
+                if closed:
+                    return
+                begun.append(busy)
+            run(data)
+
+    try:
+        with contextlib.suppress(RuntimeError):  # no more threads: those that there are do all of the work
+            for _ in range(threads - 1):
+                _pool_of(threads - 1).submit(help_out)
+        run(data)
+    except BaseException as error:  # Ctrl-C
+        _interrupt.error = error
+    while True:
+        try:
+            with gate:
+                closed = True
+            for busy in begun:
+                with busy:
+                    pass
+            return
+        except BaseException as error:
+            _interrupt.error = error
 
 
 _python_parallel = _Parallel(_threads_of_python)
@@ -275,6 +313,9 @@ def _in_parts(run: Callable[[int, int], Any], begin: int, end: int, step: int, t
 
 
 def _raise(error: int) -> None:
+    interrupt, _interrupt.error = _interrupt.error, None
+    if interrupt is not None:
+        raise interrupt
     if error == 3:
         raise MemoryError("tqformat_kernels: no memory for scratch space")
     if error:
@@ -412,6 +453,8 @@ class Stage:
         if z.ndim != 2 or z.shape[1] != cols:
             raise ValueError(f"z: expected [batch, {cols}], got {tuple(z.shape)}")
         address, batch = _pointer(z, "z", "float32"), int(z.shape[0])
+        if address % 4:
+            raise ValueError("z: expected floats at multiples of 4 bytes")
         y = _new((batch, rows), z)
         target, many = _pointer(y, "y", "float32"), threads or _threads_for(rows * cols)
         counts = (batch * cols, target, batch * rows, batch, 0, rows)
@@ -426,7 +469,7 @@ class Stage:
         out = _new((end - begin, cols), self._kept[0])
         target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
 
-        def run(first: int, last: int) -> Any:
+        def run(first: int, last: int, kept: Any = (self, out)) -> Any:  # after an interrupt, too, parts are written
             to = target + (first - begin) * cols * 4
             return _library.tq_decode(stage, to, (last - first) * cols, first, last, number)
 
@@ -447,7 +490,7 @@ class Stage:
         target, stage, number = _pointer(out, "out", "float32"), ctypes.byref(self._stage), _form
         source = wanted.ctypes.data
 
-        def run(begin: int, end: int) -> Any:
+        def run(begin: int, end: int, kept: Any = (self, out, wanted)) -> Any:  # as in decode
             n = end - begin
             return _library.tq_rows(stage, target + begin * cols * 4, n * cols, source + begin * 8, n, number)
 
@@ -471,12 +514,14 @@ class Transform:
     """
 
     def __init__(self, signs: Array, matrices: Sequence[Array]) -> None:
-        self._signs = np.array(signs, dtype=np.float32) / np.float32(math.sqrt(len(signs)))
-        self._factors = np.array([len(h) for h in matrices], dtype=np.int32)
-        steps = [-(-len(h) // ROOM) * ROOM for h in matrices]
-        padded = [
-            np.pad(np.array(h, np.float32).T, ((0, 0), (0, n - len(h)))) for h, n in zip(matrices, steps, strict=True)
-        ]
+        self._signs, square = np.array(signs, dtype=np.float32), [np.array(h, np.float32) for h in matrices]
+        if self._signs.ndim != 1 or any(h.ndim != 2 or len(h) != h.shape[1] for h in square):
+            raise ValueError(
+                f"signs {self._signs.shape}, matrices {[h.shape for h in square]}: expected [B], each [f, f]"
+            )
+        self._signs /= np.float32(math.sqrt(len(signs)))
+        self._factors = np.array([len(h) for h in square], dtype=np.int32)
+        padded = [np.pad(h.T, ((0, 0), (0, -len(h) % ROOM))) for h in square]
         self._matrices = np.concatenate([h.ravel() for h in padded]) if padded else np.zeros(0, np.float32)
         self._transform = _Transform(
             signs=self._signs.ctypes.data,
@@ -504,6 +549,8 @@ class Weight:
     def __init__(
         self, stages: Sequence[Stage], transforms: Sequence[Transform | None], column_scale: Array | None = None
     ) -> None:
+        if not stages or len(stages) != len(transforms):
+            raise ValueError(f"{len(stages)} stages, {len(transforms)} transforms: expected as many, and at least one")
         self.shape = stages[0].shape
         self._kept = tuple(stages), tuple(transforms), column_scale
         n = len(stages)
@@ -529,7 +576,7 @@ class Weight:
         """
         rows, cols = self.shape
         shape = (*x.shape[:-1], rows)
-        if x.shape[-1] != cols:
+        if tuple(x.shape[-1:]) != (cols,):
             raise ValueError(f"x: expected [..., {cols}], got {tuple(x.shape)}")
         source, number, batch = _pointer(x, "x", *FLOATS), DTYPES[_dtype(x)], _count(shape[:-1])
         if _is_torch(x):
