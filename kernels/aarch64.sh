@@ -41,6 +41,6 @@ END
 chmod +x "$work/python"
 
 "$work/python" -c "import tqformat_kernels; assert list(tqformat_kernels.forms()) == ['portable', 'neon']"
-OMP_WAIT_POLICY=passive "$work/python" -m pytest -q -p no:cacheprovider tests/test_kernels.py "$@"
+OMP_WAIT_POLICY=passive "$work/python" -m pytest -q -p no:cacheprovider tests "$@"
 export CC=aarch64-linux-gnu-gcc RUN="qemu-aarch64-static -L /usr/aarch64-linux-gnu" ASAN_OPTIONS=detect_leaks=0
 ./fuzz.sh 60
