@@ -24,6 +24,7 @@ SECONDS = {
 COMPILED = 1.5e-6  # in place of the last, where tqformat_kernels searches
 WINDOW = 12
 MEASURING = {"fisher": 2.5e-6, "perturbation": 5e-6}  # what a target asks for, with the default numbers of tokens
+GAINS = 1.2e-6  # what it asks for beside, where there is feedback
 GRADIENTS = 7e-11  # of feedback between rows, for each token, up to GRADIENT_TOKENS
 GRADIENT_TOKENS = 32768
 READING, WRITING = 9e-11, 2e-10  # for each token that the model reads, or writes itself
@@ -71,7 +72,7 @@ def expected_time(
     compiled = settings.preset == "best" and is_installed("tqformat_kernels")
     seconds = {  # for a weight
         "text": tokens * WRITING * writes,
-        "sensitivities": MEASURING.get(allocator or "", 0),
+        "sensitivities": MEASURING[allocator] + GAINS if allocator else 0,
         "gradients": min(tokens, GRADIENT_TOKENS) * GRADIENTS * settings.output_feedback,
         "codes": (COMPILED if compiled else SECONDS[settings.preset]) * 2**wider + tokens * READING,
         "tuning": steps * TUNING,
