@@ -9,11 +9,15 @@ the same base, text and settings is not computed again, so an interrupted run co
 Policy: decoder linear layers at the stated bits, embedding and output layer at 8 bit (one float16 scale per row), the rest
 bf16, all in one safetensors file. The `gguf-*` peers are files as llama-quantize mixes them by its own policy, which gives wider
 types to rows that 256 does not divide. The `ggml-*` peers are the same block types under the common policy, with such rows
-joined: what the codec can do, though no file of llama.cpp can hold it. The tokenizer counts for none, a tqformat repository's
-manifest does. With --calibration both see an importance matrix (mean square of each input), as llama-imatrix measures it.
+joined: what the codec can do, though no file of llama.cpp can hold it. `iqk-*` are ik_llama.cpp's own types in the same way,
+trellis types (KT) among them. A name with + has a type for the embedding, too: "IQ3_KT+IQ4_NL" is a mix or a type of the layers,
+and what the embedding has. The tokenizer counts for none, a tqformat repository's manifest does. With --calibration all of these
+see an importance matrix (mean square of each input), as llama-imatrix measures it, that of the output layer with it.
 
-The peers' packages, each with --no-deps: gguf, ik-llama-cpp-python (llama-quantize), libggml-python (block types), bitsandbytes,
-and hqq with termcolor (DISABLE_CUDA=1). What is not there is listed as not made.
+Weights are compared as they decode, with activations in float32; llama.cpp itself rounds activations, too.
+
+The peers' packages, each with --no-deps: gguf, ik-llama-cpp-python (llama-quantize, and libggml for its own types),
+libggml-python (block types), bitsandbytes, and hqq with termcolor (DISABLE_CUDA=1). What is not there is listed as not made.
 """
 
 import argparse
