@@ -9,16 +9,21 @@ the same base, text and settings is not computed again, so an interrupted run co
 Policy: decoder linear layers at the stated bits, embedding and output layer at 8 bit (one float16 scale per row), the rest
 bf16, all in one safetensors file. The `gguf-*` peers are files as llama-quantize mixes them by its own policy, which gives wider
 types to rows that 256 does not divide. The `ggml-*` peers are the same block types under the common policy, with such rows
-joined: what the codec can do, though no file of llama.cpp can hold it. The tokenizer counts for none, a tqformat repository's
-manifest does. With --calibration both see an importance matrix (mean square of each input), as llama-imatrix measures it.
+joined: what the codec can do, though no file of llama.cpp can hold it. `iqk-*` are ik_llama.cpp's own types in the same way,
+trellis types (KT) among them. A name with + has a type for the embedding, too: "IQ3_KT+IQ4_NL" is a mix or a type of the layers,
+and what the embedding has. The tokenizer counts for none, a tqformat repository's manifest does. With --calibration all of these
+see an importance matrix (mean square of each input), as llama-imatrix measures it, that of the output layer with it.
 
-The peers' packages, each with --no-deps: gguf, ik-llama-cpp-python (llama-quantize), libggml-python (block types), bitsandbytes,
-and hqq with termcolor (DISABLE_CUDA=1). What is not there is listed as not made.
+Weights are compared as they decode, with activations in float32; llama.cpp itself rounds activations, too.
+
+The peers' packages, each with --no-deps: gguf, ik-llama-cpp-python (llama-quantize, and libggml for its own types),
+libggml-python (block types), bitsandbytes, and hqq with termcolor (DISABLE_CUDA=1). What is not there is listed as not made.
 """
 
 import argparse
 import copy
 import ctypes
+import functools
 import importlib.metadata
 import json
 import math
@@ -62,8 +67,32 @@ VERSION = 2  # of the entries in the JSON file
 CALIBRATION_TOKENS = 24576
 GROUP = 64  # weights that share a scale, in HQQ and NF4
 BLOCK = 256  # weights in a block of the K and IQ types
+IK_TYPES = 160  # numbers of ik_llama.cpp's types; beyond are those types in other orders
 MIXES = ("IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_M")
 BLOCK_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q4_0", "Q5_0")
+# mix or type of the layers + type of the embedding, near 2.5, 3, 3.35, 4.15 and 5 bits per weight of a whole file
+SMALL_EMBEDDING = {
+    "gguf": (
+        "IQ2_KL+IQ4_NL",
+        "IQ3_KT+IQ4_NL",
+        "IQ3_K+IQ4_NL",
+        "IQ4_KSS+IQ4_NL",
+        "IQ4_KS+Q6_0",
+        "IQ4_NL+Q6_0",
+        "Q4_K_M+IQ4_NL",
+    ),
+    "ggml": ("IQ3_XXS+IQ4_XS", "IQ4_XS+IQ3_S", "Q4_K+Q6_K"),
+    "iqk": (
+        "IQ2_KT+IQ4_KSS",
+        "IQ2_KL+IQ4_KSS",
+        "IQ3_KT+IQ4_KT",
+        "IQ3_KS+IQ4_KSS",
+        "IQ4_KSS+IQ4_K",
+        "IQ4_KT+IQ4_K",
+        "IQ4_K+IQ6_K",
+        "IQ5_KS+IQ4_KSS",
+    ),
+}
 
 Stored = dict[str, Tensor]
 Codec = Callable[[Tensor, Tensor | None], tuple[Tensor, Stored]]  # weight, importance [cols] -> decoded, what is stored
@@ -77,7 +106,7 @@ class Checkpoint:
     linear: Stored
     embedding: Stored
     rest: Stored
-    importance: Stored | None = None  # of the linear layers: mean square of each input, [cols]
+    importance: Stored | None = None  # of the layers, the output layer with them: mean square of each input, [cols]
 
     @property
     def weights(self) -> int:
@@ -94,20 +123,24 @@ def open_checkpoint(model: Any, ids: Tensor | None = None) -> Checkpoint:
     parts: tuple[Stored, Stored, Stored] = ({}, {}, {})
     for name, w in state.items():
         parts[0 if name in layers else 1 if name in embedding else 2][name] = w
-    return Checkpoint(model.config.to_dict(), *parts, None if ids is None else measure_importance(model, layers, ids))
+    head = next(name for name, w in model.named_parameters() if w is output.weight)  # tied: the embedding's name
+    importance = None if ids is None else measure_importance(model, layers, head, ids)
+    return Checkpoint(model.config.to_dict(), *parts, importance)
 
 
-def measure_importance(model: Any, layers: dict[str, nn.Linear], ids: Tensor) -> Stored:
-    """The mean square of each input of each layer, [cols] float32."""
+def measure_importance(model: Any, layers: dict[str, nn.Linear], head: str, ids: Tensor) -> Stored:
+    """The mean square of each input of each layer, [cols] float32; `head` names the output layer, whose inputs the body gives."""
     total = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    total[head] = torch.zeros(model.get_output_embeddings().in_features, dtype=torch.float64)
 
-    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(name: str, _: nn.Module | None, args: tuple[Tensor, ...]) -> None:
         total[name] += args[0].reshape(-1, args[0].shape[-1]).square().sum(0).double().cpu()
 
     hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
     with torch.inference_mode():
         for row in ids:
-            model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+            out = model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+            note(head, None, (out.last_hidden_state,))
     for hook in hooks:
         hook.remove()
     return {name: (sums / ids.numel()).float() for name, sums in total.items()}
@@ -152,20 +185,35 @@ def ggml(weight: Tensor, importance: Tensor | None, *, kind: str) -> tuple[Tenso
 
     qtype = gguf.GGMLQuantizationType[kind]
     size = gguf.GGML_QUANT_SIZES[qtype][0]
-    joined = size // math.gcd(size, weight.shape[1])  # rows that fill whole blocks together
-    if weight.shape[0] % joined:
-        message = f"{list(weight.shape)} does not fill blocks of {size} weights"
-        raise TQFormatError("SCHEMA.VALUE", kind, message)
-    matrix = np.ascontiguousarray(weight.reshape(-1, joined * weight.shape[1]).numpy())
-    if size == BLOCK:
-        data = quantize_chunk(matrix, qtype, None if importance is None else importance.repeat(joined).numpy())
-    else:
-        data = gguf.quantize(matrix, qtype)
+    matrix, importances = join_rows(weight, importance, kind, size)
+    data = quantize_chunk(matrix, qtype, importances) if size == BLOCK else gguf.quantize(matrix, qtype)
     decoded = torch.from_numpy(gguf.dequantize(data, qtype).reshape(weight.shape))
     return decoded, {"blocks": torch.from_numpy(data)}
 
 
-def by_policy(codec: Codec, checkpoint: Checkpoint) -> tuple[Stored, int]:
+def iqk(weight: Tensor, importance: Tensor | None, *, kind: str) -> tuple[Tensor, Stored]:
+    """A block type of ik_llama.cpp, trellis types among them, which its own library encodes and decodes."""
+    qtype = ik_types()[kind]
+    matrix, importances = join_rows(weight, importance, kind, BLOCK)
+    rows, cols = matrix.shape
+    data = np.zeros((rows, ik_library().ggml_row_size(qtype, cols)), np.uint8)
+    pointers = [None if a is None else a.ctypes.data for a in (matrix, data, importances)]
+    written = ik_library().ggml_quantize_chunk(qtype, *pointers[:2], 0, rows, cols, pointers[2])
+    assert written == data.nbytes
+    return torch.from_numpy(ik_decode(data, qtype, cols).reshape(weight.shape)), {"blocks": torch.from_numpy(data)}
+
+
+def join_rows(weight: Tensor, importance: Tensor | None, kind: str, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """As many rows behind each other as fill whole blocks of `size` weights together, and the importance of those."""
+    joined = size // math.gcd(size, weight.shape[1])
+    if weight.shape[0] % joined:
+        message = f"{list(weight.shape)} does not fill blocks of {size} weights"
+        raise TQFormatError("SCHEMA.VALUE", kind, message)
+    matrix = np.ascontiguousarray(weight.reshape(-1, joined * weight.shape[1]).numpy())
+    return matrix, None if importance is None else importance.repeat(joined).numpy()
+
+
+def by_policy(codec: Codec, checkpoint: Checkpoint, embedding: Codec = int8_rows) -> tuple[Stored, int]:
     """The decoded weights and the bytes of the safetensors file, with `codec` for the linear layers."""
     from safetensors.torch import save
 
@@ -173,7 +221,7 @@ def by_policy(codec: Codec, checkpoint: Checkpoint) -> tuple[Stored, int]:
     for name, w in checkpoint.rest.items():
         stored[name] = w.bfloat16()
         decoded[name] = stored[name].float()
-    chosen = [(codec, checkpoint.linear), (int8_rows, checkpoint.embedding)]
+    chosen = [(codec, checkpoint.linear), (embedding, checkpoint.embedding)]
     for encode, weights in chosen:
         for name, w in weights.items():
             decoded[name], parts = encode(w, (checkpoint.importance or {}).get(name))
@@ -213,14 +261,94 @@ def quantize_chunk(matrix: np.ndarray, qtype: Any, importance: np.ndarray | None
     return out
 
 
-def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
+class Traits(ctypes.Structure):
+    """ggml_type_traits_t of ik_llama.cpp's ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_sizes", ctypes.c_int64 * 2),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("other_functions", ctypes.c_void_p * 4),
+        ("vec_dot_type", ctypes.c_int),
+        ("at_once", ctypes.c_int64 * 2),
+        ("products", ctypes.c_void_p * 2),
+        ("row_meta_size", ctypes.c_int64),
+    )
+
+
+class InitParams(ctypes.Structure):
+    """ggml_init_params and, by its first two members, gguf_init_params."""
+
+    _fields_ = (("first", ctypes.c_size_t), ("second", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@functools.cache
+def ik_library() -> ctypes.CDLL:
+    """ik_llama.cpp's libggml with the types of what is called here; its tables are made."""
+    path = packaged_file("ik-llama-cpp-python", "libggml.so")
+    with imported("ik-llama-cpp-python"):
+        library = ctypes.CDLL(str(path))
+    size, pointer, count = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("ggml_init", pointer, [InitParams]),
+        ("ggml_free", None, [pointer]),
+        ("ggml_type_name", ctypes.c_char_p, [ctypes.c_int]),
+        ("ggml_row_size", size, [ctypes.c_int, count]),
+        ("ggml_internal_get_type_traits", Traits, [ctypes.c_int]),
+        ("ggml_quantize_chunk", size, [ctypes.c_int, pointer, pointer, count, count, count, pointer]),
+        ("gguf_init_from_file", pointer, [ctypes.c_char_p, InitParams]),
+        ("gguf_free", None, [pointer]),
+        ("gguf_get_data_offset", size, [pointer]),
+        ("gguf_get_n_tensors", ctypes.c_int, [pointer]),
+        ("gguf_get_tensor_name", ctypes.c_char_p, [pointer, ctypes.c_int]),
+        ("gguf_get_tensor_type", ctypes.c_int, [pointer, ctypes.c_int]),
+        ("gguf_get_tensor_offset", size, [pointer, ctypes.c_int]),
+    ):
+        getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
+    library.ggml_free(library.ggml_init(InitParams(1 << 16, None, False)))
+    return library
+
+
+@functools.cache
+def ik_types() -> dict[str, int]:
+    """Name of each type -> its number in ik_llama.cpp."""
+    names = ((i, ik_library().ggml_type_name(i)) for i in range(IK_TYPES))
+    return {name.decode().upper(): i for i, name in names if name}
+
+
+def ik_decode(data: np.ndarray, qtype: int, cols: int) -> np.ndarray:
+    """The weights in blocks [rows, bytes] uint8 of a type of ik_llama.cpp, [rows, cols] float32."""
+    if qtype == ik_types()["F32"]:
+        return data.view(np.float32).copy()
+    to_float, out = ik_library().ggml_internal_get_type_traits(qtype).to_float, np.empty((len(data), cols), np.float32)
+    for i in range(len(data)):  # not all rows at once, since some types have a scale in front of each
+        to_float(data[i].ctypes.data, out[i].ctypes.data, cols)
+    return out
+
+
+def read_gguf(path: Path, shapes: dict[str, torch.Size]) -> Stored:
+    """The decoded tensors of a GGUF file with types of ik_llama.cpp, whose names and shapes are known."""
+    library, data, found = ik_library(), np.memmap(path, np.uint8, "r"), {}
+    file = library.gguf_init_from_file(bytes(path), InitParams(1, None, False))  # no_alloc, no ggml_context
+    if not file:
+        raise TQFormatError("UNSUPPORTED.LIBRARY", f"gguf {path.name}", "ik_llama.cpp cannot read its own file")
+    for i in range(library.gguf_get_n_tensors(file)):
+        name, qtype = library.gguf_get_tensor_name(file, i).decode(), library.gguf_get_tensor_type(file, i)
+        *rows, cols = shapes[name]
+        size, count = library.ggml_row_size(qtype, cols), math.prod(rows)
+        blocks = data[library.gguf_get_data_offset(file) + library.gguf_get_tensor_offset(file, i) :][: count * size]
+        found[name] = torch.from_numpy(ik_decode(blocks.reshape(count, size), qtype, cols).reshape(shapes[name]))
+    library.gguf_free(file)
+    return found
+
+
+def gguf_file(checkpoint: Checkpoint, *, mix: str, embedding: str | None = None) -> tuple[Stored, int]:
     """The weights and the size of the file that llama-quantize makes with its own mix of types; it has no tokenizer.
 
-    Rows stay in the checkpoint's order, where llama.cpp wants those of some models permuted: each row is quantized by itself.
+    `embedding` is the type of the embedding and of the output layer, where it is not left to the mix. Rows stay in the checkpoint's order, where llama.cpp wants those of some models permuted: each row is quantized by itself.
     """
-    with imported("gguf"):
-        import gguf
-
     narrow = next((name for name, w in (checkpoint.linear | checkpoint.embedding).items() if w.shape[1] % 32), None)
     if narrow is not None:  # llama-quantize would write a file that nobody can read
         raise TQFormatError("SCHEMA.VALUE", narrow, "expected rows of a multiple of 32 weights")
@@ -230,9 +358,11 @@ def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
         names = write_gguf(checkpoint, plain)
         options: list[str | Path] = []
         if checkpoint.importance is not None:
-            stored = {name: checkpoint.importance[own] for name, own in names.items() if own in checkpoint.importance}
-            matrix.write_bytes(imatrix_file(stored))
+            known = {name: checkpoint.importance[own] for name, own in names.items() if own in checkpoint.importance}
+            matrix.write_bytes(imatrix_file(known))
             options = ["--imatrix", matrix, "--hide-imatrix"]
+        if embedding is not None:
+            options += ["--token-embedding-type", embedding.lower(), "--output-tensor-type", embedding.lower()]
         with imported("ik-llama-cpp-python"):
             command = [tool, *options, plain, mixed, mix, str(torch.get_num_threads())]
             done = subprocess.run(
@@ -241,14 +371,9 @@ def gguf_file(checkpoint: Checkpoint, *, mix: str) -> tuple[Stored, int]:
         if done.returncode:
             last = " ".join(done.stdout.splitlines()[-1:])[:200]
             raise TQFormatError("UNSUPPORTED.LIBRARY", f"llama-quantize {mix}", f"it failed: {last}")
-        try:
-            reader = gguf.GGUFReader(mixed)
-        except ValueError as error:  # a type of ik_llama.cpp's own, which it takes where rows are no multiple of 256
-            raise TQFormatError("UNSUPPORTED.LIBRARY", f"gguf {mix}", f"cannot read the file: {error}") from None
-        decoded = {
-            names[t.name]: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors
-        }
-        return decoded, mixed.stat().st_size
+        weights = checkpoint.linear | checkpoint.embedding | checkpoint.rest
+        stored = read_gguf(mixed, {name: weights[own].shape for name, own in names.items()})
+        return {names[name]: w for name, w in stored.items()}, mixed.stat().st_size
 
 
 def imatrix_file(importance: Stored) -> bytes:
@@ -262,7 +387,8 @@ def imatrix_file(importance: Stored) -> bytes:
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> dict[str, str]:
     """The checkpoint as a float32 GGUF file with what llama.cpp's quantizer reads; its names -> the checkpoint's."""
-    import gguf
+    with imported("gguf"):
+        import gguf
 
     config = checkpoint.config
     arch = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
@@ -316,11 +442,25 @@ class Peer:
     packages: tuple[str, ...]
 
 
+def small_embedding(family: str, layers: str, embedding: str) -> Peer:
+    """Like other peers of the family, but with `embedding` as the type of the embedding, not 8 bits or what the mix has."""
+    if family == "gguf":
+        return Peer(partial(gguf_file, mix=layers, embedding=embedding), ("gguf", "ik-llama-cpp-python"))
+    codec, packages = {"ggml": (ggml, ("gguf", "libggml-python")), "iqk": (iqk, ("ik-llama-cpp-python",))}[family]
+    codecs = partial(codec, kind=layers), partial(codec, kind=embedding)
+    return Peer(partial(by_policy, codecs[0], embedding=codecs[1]), packages)
+
+
 PEERS = {
     **{f"gguf-{mix}": Peer(partial(gguf_file, mix=mix), ("gguf", "ik-llama-cpp-python")) for mix in MIXES},
     **{
         f"ggml-{kind}": Peer(partial(by_policy, partial(ggml, kind=kind)), ("gguf", "libggml-python"))
         for kind in BLOCK_TYPES
+    },
+    **{
+        f"{family}-{pair}": small_embedding(family, *pair.split("+"))
+        for family in SMALL_EMBEDDING
+        for pair in SMALL_EMBEDDING[family]
     },
     **{f"hqq-{bits}": Peer(partial(by_policy, partial(hqq, bits=bits)), ("hqq",)) for bits in (2, 3, 4)},
     "nf4": Peer(partial(by_policy, nf4), ("bitsandbytes",)),
@@ -557,6 +697,7 @@ def run_comparison(
                     else:
                         decoded, sizes[name] = peers[name].make(checkpoint)
                         models[name] = decoded_model(base_model, decoded)
+                        del decoded
                 except TQFormatError as error:
                     report["not_made"][name] = str(error)
                     continue

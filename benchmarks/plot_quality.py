@@ -30,7 +30,9 @@ STYLES = {  # family -> legend, color, marker, is it filled?, line
     "fast": ("tqformat fast", "#4b5563", "P", True, ":"),
     "gguf": ("GGUF file of llama-quantize", "#0e7490", "o", False, "-."),
     "ggml": ("block types of ggml in all layers", "#0e7490", "v", False, "-."),
+    "iqk": ("block types of ik_llama.cpp in all layers", "#15803d", "^", False, "-."),
     "hqq": ("HQQ", "#6d28d9", "h", False, "-."),
+    "nf4": ("bitsandbytes NF4", "#a16207", "p", False, "-."),
 }
 PLACES = {
     "tuned": ((-6, -9), "right"),

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,17 @@ CODECS = [  # bytes by the format's own definition, and the largest relative squ
             marks=needs("libggml-python"),
         )
         for kind, size, worst in (("Q2_K", 84, 0.15), ("IQ2_XXS", 66, 0.25), ("Q3_K", 110, 0.05), ("Q4_K", 144, 0.02))
+    ),
+    *(
+        pytest.param(partial(peers.iqk, kind=kind), size, worst, id=kind, marks=needs("ik-llama-cpp-python"))
+        for kind, size, worst in (  # four joined rows: three blocks each, and a scale where the type has one
+            ("IQ2_KT", 4 * (3 * 68 + 4), 0.15),
+            ("IQ3_KT", 4 * (3 * 100 + 4), 0.05),
+            ("IQ4_KT", 4 * (3 * 128 + 4), 0.02),
+            ("IQ4_KSS", 4 * (3 * 128 + 4), 0.02),
+            ("IQ3_KS", 4 * (3 * 102 + 2), 0.05),
+            ("IQ6_K", 4 * 3 * 212, 0.001),
+        )
     ),
     *(
         pytest.param(
@@ -160,14 +172,16 @@ def test_parts_and_importance_of_a_checkpoint(base: Path) -> None:
     ids = torch.arange(40).reshape(2, 20)
     checkpoint = peers.open_checkpoint(model, ids)
     assert set(checkpoint.embedding) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert len(checkpoint.linear) == 14 and checkpoint.importance.keys() == checkpoint.linear.keys()
+    assert len(checkpoint.linear) == 14 and checkpoint.importance.keys() == {*checkpoint.linear, "lm_head.weight"}
     assert checkpoint.weights == sum(p.numel() for p in model.parameters())
     layer = model.model.layers[0]
     with torch.inference_mode():
         x = layer.input_layernorm(model.model.embed_tokens(ids))
+        last = model.model(ids).last_hidden_state
     for name in ("q_proj", "k_proj"):
         found = checkpoint.importance[f"model.layers.0.self_attn.{name}.weight"]
         torch.testing.assert_close(found, x.square().mean((0, 1)))
+    torch.testing.assert_close(checkpoint.importance["lm_head.weight"], last.square().mean((0, 1)))
 
 
 def test_gguf_file_of_a_checkpoint(base: Path, tmp_path: Path) -> None:
@@ -196,17 +210,20 @@ def whole_blocks() -> Any:
     return peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
 
 
-def test_a_type_that_gguf_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    gguf = pytest.importorskip("gguf")
-
-    def unknown(_: Path) -> None:
-        raise ValueError("133 is not a valid GGMLQuantizationType")
-
-    monkeypatch.setattr(gguf, "GGUFReader", unknown)
+def test_a_tool_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
     monkeypatch.setattr(peers, "packaged_file", lambda *_: Path(sys.executable))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
-    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.LIBRARY.*Q4_K_M.*133"):
+    failed = subprocess.CompletedProcess([], 1, "one line\nno such type")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.LIBRARY.*Q4_K_M.*failed: no such type"):
         peers.PEERS["gguf-Q4_K_M"].make(whole_blocks())
+
+
+@needs("ik-llama-cpp-python")
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mixed.gguf").write_bytes(b"GGUF, but not quite" * 9)
+    with pytest.raises(TQFormatError, match=r"UNSUPPORTED\.LIBRARY.*mixed.gguf"):
+        peers.read_gguf(tmp_path / "mixed.gguf", {})
 
 
 @needs("ik-llama-cpp-python")
@@ -217,6 +234,27 @@ def test_llama_quantize_makes_a_mix() -> None:
     assert decoded.keys() == weights.keys() and checkpoint.weights / 2 < size < 2 * checkpoint.weights
     for name, w in weights.items():
         torch.testing.assert_close(decoded[name], w, atol=float(w.abs().max()) / 8, rtol=0)
+
+
+@needs("ik-llama-cpp-python")
+def test_trellis_types_in_a_file_are_those_of_the_codec() -> None:
+    checkpoint = whole_blocks()
+    embedding, down = "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"
+    makes = [partial(peers.gguf_file, mix="IQ3_KT", embedding=kind) for kind in ("IQ4_NL", "Q6_0")]
+    (narrow, small), (wide, large) = (make(checkpoint) for make in makes)
+    assert large - small == 2 * 64 * 64 // 32 * (26 - 18)  # bytes of 32 weights; embedding and output layer
+    assert torch.equal(narrow[down], wide[down])
+    assert torch.equal(narrow[down], peers.iqk(checkpoint.linear[down], checkpoint.importance[down], kind="IQ3_KT")[0])
+    exact = checkpoint.embedding[embedding]
+    assert (wide[embedding] - exact).square().sum() < (narrow[embedding] - exact).square().sum() / 4
+
+
+def test_the_embedding_can_have_a_codec_of_its_own() -> None:
+    checkpoint = small_checkpoint()
+    q4, q5 = (partial(peers.ggml, kind=kind) for kind in ("Q4_0", "Q5_0"))
+    decoded, size = peers.by_policy(q4, checkpoint, embedding=q5)
+    assert torch.equal(decoded["e.weight"], q5(checkpoint.embedding["e.weight"], None)[0])
+    assert size < peers.by_policy(q4, checkpoint)[1]
 
 
 def exact(checkpoint: Any) -> Any:
