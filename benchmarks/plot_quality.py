@@ -27,9 +27,9 @@ STYLES = {  # family -> legend, color, marker, is it filled?, line
     "wide": ("tqformat best, embedding at 8 bits", "#c2410c", "D", True, "-"),
     "balanced": ("tqformat balanced", "#1d4ed8", "s", True, "--"),
     "fast": ("tqformat fast", "#4b5563", "P", True, ":"),
-    "gguf": ("GGUF file of llama-quantize", "#0e7490", "o", False, "-."),
+    "gguf": ("GGUF file of llama-quantize", "#0e7490", "o", False, "none"),  # of many mixes: no series
     "ggml": ("block types of ggml in all layers", "#0e7490", "v", False, "-."),
-    "iqk": ("block types of ik_llama.cpp in all layers", "#15803d", "^", False, "-."),
+    "iqk": ("block types of ik_llama.cpp in all layers", "#15803d", "^", False, "none"),
     "hqq": ("HQQ", "#6d28d9", "h", False, "-."),
     "nf4": ("bitsandbytes NF4", "#a16207", "p", False, "-."),
 }
@@ -38,6 +38,7 @@ PLACES = {
     "best": ((-6, -11), "right"),
     "fast": ((-6, -9), "right"),
     "gguf": ((-4, -14), "left"),
+    "iqk": ((7, 4), "left"),
 }  # of labels
 OURS = ("best", "tuned", "wide", "balanced", "fast")
 MEASURES = {  # column -> title, its value without loss, ticks
@@ -112,12 +113,14 @@ def draw_measure(axes: Any, rows: list[Row], column: str) -> None:
             continue
         x, y = ([float(r[key]) for r in chosen] for key in ("bits_per_weight", column))
         fill, size = color if filled else "white", 9 if marker == "*" else 6.5
-        axes.plot(x, y, line, color=color, marker=marker, markersize=size, markerfacecolor=fill, label=legend, zorder=3)
+        look = {"color": color, "linestyle": line, "marker": marker, "markersize": size, "markerfacecolor": fill}
+        axes.plot(x, y, **look, label=legend, zorder=3)
         offset, align = PLACES.get(family, ((7, 2), "left"))
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # lines pass behind labels
         text = {"textcoords": "offset points", "ha": align, "fontsize": 8, "color": color, "bbox": box}
         for r, *place in zip(chosen, x, y, strict=True):
-            axes.annotate(r["candidate"], place, offset, **text)
+            name = r["candidate"].partition("+")[0]  # the table has the embedding's type, too
+            axes.annotate(name, place, offset, **text)
     to_scale, back = lambda v: np.log(np.maximum(v - least, 1e-9)), lambda v: np.exp(v) + least
     axes.set_yscale("function", functions=(to_scale, back))
     values, bits = ([float(r[key]) for r in rows] for key in (column, "bits_per_weight"))
