@@ -692,7 +692,8 @@ class PackedRepo(Repo):
             self._mapped[span.file] = torch.from_file(span.file.name, False, size, dtype=torch.uint8, device="cpu")
         dtype = torch.uint8 if span.dtype == "F8_E8M0" else lq.torch_dtype(span.dtype)
         data = self._mapped[span.file][span.begin : span.end].view(dtype)  # aligned, says [TQ-PAY-8]
-        return (data if flat else data.view(span.shape))[a:b]
+        data = data if flat else data.view(span.shape)
+        return data[a:b] if data.dim() else data
 
     def dequantize(self, name: str, device: Any = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         source = self.manifest.tied_weights.get(name, name)
