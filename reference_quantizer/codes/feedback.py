@@ -289,7 +289,8 @@ def _search(
     borders = (book[1:] + book[:-1]) / 2
     compiled = trellis.compiled_search(bits, window) if window > bits else None
     if window > bits:
-        table, branches = trellis.arrange(book, bits, 1), tuple(range(1 << bits))
+        overlap, branches = trellis.overlap_length(bits, window), tuple(range(1 << bits))
+        table = None if compiled else trellis.arrange(book, bits, 1)
         roots = search_torch.root_weights(scales.T * importance, tile_rows).numpy()  # [groups, tiles, tile_rows]
     symbols = np.empty((rows, cols), np.uint16)
 
@@ -298,11 +299,10 @@ def _search(
         targets = np.ascontiguousarray(y[span].T.numpy())  # [cols, tile rows], changed by the loops
         scale = np.ascontiguousarray(scales[span].T.numpy())  # [groups, tile rows]
         found = np.empty(targets.shape, np.uint16)
-        if window > bits:
-            root, overlap = np.ascontiguousarray(roots[:, first // step]), trellis.overlap_length(bits, window)
-            if compiled:
-                symbols[span] = compiled(targets, scale, root, book, bits, window, overlap, u).T
-                return
+        root = np.ascontiguousarray(roots[:, first // step]) if window > bits else None
+        if compiled:
+            found = compiled(targets, scale, root, book, bits, window, overlap, u)
+        elif window > bits:
             ldlq.encode_trellis(targets, scale, root, u, book, table, branches, overlap, found)
         else:
             ldlq.encode_scalar(targets, scale, u, book, borders, found)
