@@ -32,7 +32,7 @@ from reference_quantizer.evaluation.evaluate import SAMPLES, SUMMARY
 from reference_quantizer.evaluation.tasks import RESULTS
 from reference_quantizer.job.quantize import Target, quantize, resume_key
 from reference_quantizer.model.base import DTYPES, check_same_model, load_base, running_models
-from reference_quantizer.model.machine import check_device, has_bfloat16
+from reference_quantizer.model.machine import check_device, has_bfloat16, keep_freed_memory
 from reference_quantizer.planning.plan import Plan
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import (
@@ -271,6 +271,7 @@ def tune(
     `head` goes to the writer: `extra`, `max_shard_bytes`.
     """
     check_device(device)
+    keep_freed_memory()
     manifest, settings = read_manifest(repo_dir), settings.complete(device)
     if manifest.loader_kind not in KINDS:
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"

@@ -1,5 +1,6 @@
 """The machine under a model: devices, the cache directory and its locks, and what figures depend on."""
 
+import ctypes
 import os
 import platform
 import re
@@ -12,6 +13,8 @@ import torch
 from reference_quantizer import __version__
 from tqformat.load_quantized import TQFormatError
 from tqformat.load_quantized import __version__ as tqformat_version
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def check_device(device: str) -> None:
@@ -35,6 +38,18 @@ def free_memory() -> int:
     import psutil  # comes with accelerate
 
     return int(psutil.virtual_memory().available)
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps what it frees for its next arrays, where the C library is glibc.
+
+    By default large arrays go back to the system each time, which zeroes their pages when they come again: a third of the time of
+    tuning a model of many tokens. The peak of memory grows by about a tenth.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)  # never, by mallopt(3)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def default_cache() -> Path:
