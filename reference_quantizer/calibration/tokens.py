@@ -142,17 +142,26 @@ def kept_tokens(path: Path, make: Any) -> Calibration:
 
 
 def find_tokens(
-    source: Source, loader_kind: str, texts: tuple[str, ...], tokens: int, cache: Path | None, device: str = "cpu"
+    source: Source,
+    loader_kind: str,
+    texts: tuple[str, ...],
+    tokens: int,
+    cache: Path | None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Calibration:
-    """The calibration tokens for the checkpoint `source`; those that the model writes itself are kept in `cache`."""
+    """The calibration tokens for the checkpoint `source`; those that the model writes itself, by `seed`, are kept in `cache`."""
     with running_models():
         tokenizer = load_tokenizer(source.path)
         if texts != (SELF,):
             return calibration_tokens(None, tokenizer, texts, tokens)
         dtype, cache = default_dtype(device), cache or default_cache()
-        content = json.dumps([weights_sha256(source), loader_kind, tokens, dtype, device, libraries()])
+        content = json.dumps([weights_sha256(source), loader_kind, tokens, dtype, device, seed, libraries()])
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"calibration-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
-        return kept_tokens(
-            path, lambda: calibration_tokens(load_base(source, loader_kind, dtype, device), tokenizer, texts, tokens)
-        )
+
+        def write() -> Calibration:
+            model = load_base(source, loader_kind, dtype, device)
+            return calibration_tokens(model, tokenizer, texts, tokens, seed=seed)
+
+        return kept_tokens(path, write)

@@ -267,13 +267,24 @@ def tuning_steps(args: argparse.Namespace, chosen: Settings, loader_kind: str) -
 
 
 def find_tuning_tokens(args: argparse.Namespace, source: Source, calibration: "Calibration") -> "Calibration":
-    """More tokens of the texts that feedback has; the same ones where the model writes them itself, which takes long."""
+    """More tokens of the texts that feedback has; of what the model writes itself, which takes long, half as many again."""
     from reference_quantizer.calibration.tokens import SELF, find_tokens
 
+    kind = find_loader_kind(args, source)
     if calibration.texts == (SELF,):
-        return calibration
+        return add_written(source, kind, calibration, args.device)
     tokens = max(TUNING_TOKENS, calibration.tokens)
-    return find_tokens(source, find_loader_kind(args, source), tuple(args.calibration), tokens, None, args.device)
+    return find_tokens(source, kind, tuple(args.calibration), tokens, None, args.device)
+
+
+def add_written(source: Source, kind: str, calibration: "Calibration", device: str) -> "Calibration":
+    """`calibration`, which the model wrote itself, and half as many tokens that it writes besides."""
+    import torch
+
+    from reference_quantizer.calibration.tokens import find_tokens
+
+    more = find_tokens(source, kind, calibration.texts, calibration.tokens // 2, None, device, seed=1)
+    return replace(calibration, ids=torch.cat([calibration.ids, more.ids]))
 
 
 def find_loader_kind(args: argparse.Namespace, source: Source) -> str:

@@ -15,6 +15,7 @@ from reference_quantizer.commands.options import (
     positive,
 )
 from reference_quantizer.commands.quantize import check_target
+from reference_quantizer.commands.settings import add_written
 from reference_quantizer.release import report
 
 TUNE = """Train what costs no bits on the divergence from the base model, and write a new repository of the same size.
@@ -22,7 +23,8 @@ TUNE = """Train what costs no bits on the divergence from the base model, and wr
 That is a factor for each row's scale, embeddings' and output layers' too, norms and biases; codes stay as they are. Both
 models are in memory at once. A step of a 135M model takes about 30 seconds of one CPU core, 100 steps less than an hour. An
 interrupted run continues when the same command is given again. Nothing is written unless the divergence on held-out
-calibration text falls.
+calibration text falls; where the texts are those that REPO's codes were fitted to, the sequences that these were fitted to are not held out,
+so give more tokens than to `quantize`.
 """
 
 
@@ -38,9 +40,19 @@ def run_tune(args: argparse.Namespace) -> int:
     manifest = report.read_manifest(args.repo)
     texts = tuple(args.calibration or ("self",))  # what the model writes takes long: no more than `quantize` asks for
     tokens = args.calibration_tokens or (TUNING_TOKENS if args.calibration else FEEDBACK_TOKENS["self"])
-    calibration = find_tokens(source, manifest["loader_kind"], texts, tokens, None, args.device)
+    kind, device = manifest["loader_kind"], args.device
+    calibration = find_tokens(source, kind, texts, tokens, None, device)
+    fitted = manifest.get("quantization", {}).get("calibration") or {"source": None}
+    own, seen = texts == ("self",), None
+    if fitted["source"] == ("self" if own else "texts") and (fitted["tokens"] <= tokens or not own):
+        seen = find_tokens(source, kind, texts, fitted["tokens"], None, device)
+        if seen.sha256 != fitted.get("extra", {}).get("sha256"):
+            seen = None  # of other texts
+    if own:
+        calibration = add_written(source, kind, calibration, device)
     settings = tune.Settings(args.steps, args.batch, args.learning_rate, args.seed, args.dtype)
-    record = tune.tune(source, args.repo, args.out, calibration, settings, args.device, args.overwrite, args.quiet)
+    where = args.repo, args.out, calibration, settings, device, args.overwrite, args.quiet
+    record = tune.tune(source, *where, None if seen is None else seen.ids)
     before, after = record["held_out_kl"]
     print(f"written to {args.out}: KL on held-out text {before:.5f} -> {after:.5f}\nsize  {report.size_line(args.out)}")
     return 0

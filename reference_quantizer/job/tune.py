@@ -47,7 +47,9 @@ from tqformat.load_quantized import (
 from tqformat.writer import RepoWriter, publish
 
 SAVE_SECONDS = 120.0
-HELD_OUT = 8  # sequences that are not trained on: they tell whether the tuning was worth it
+HELD_OUT = (
+    8  # sequences that are not trained on, nor seen by feedback if there are such: they tell whether it was worth it
+)
 CHECK = 10  # steps from one look at these to the next; the parameters that were best there are kept
 PATIENCE = 5  # looks in a row that find nothing better, after which the tuning ends
 LEAST_SIZE = 0.01  # of what is trained: smaller gains make the steps of this one
@@ -263,10 +265,12 @@ def tune(
     device: str = "cpu",
     overwrite: bool = False,
     quiet: bool = False,
+    seen: Tensor | None = None,
     **head: Any,
 ) -> dict[str, Any]:
     """Tune the repository `repo_dir`, made from the checkpoint `source`, into `out`; returns what its manifest says of it.
 
+    `seen` [sequences, length] are the tokens that the codes were fitted to: `repo_dir` is better on these than on other text.
     Interrupted, the same call continues from what `.OUT.tuning` holds. SCHEMA.VALUE where nothing gets better: `out` is then not written.
     `head` goes to the writer: `extra`, `max_shard_bytes`.
     """
@@ -277,12 +281,12 @@ def tune(
         message = f"expected a model that predicts the next token ({', '.join(KINDS)}), found {manifest.loader_kind}"
         raise TQFormatError("SCHEMA.VALUE", "loader_kind", message)
     check_same_model(source, manifest)
-    dtype, ids = DTYPES[settings.dtype or ""], calibration.ids
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(settings.seed))].to(device)
-    held_out = max(1, min(HELD_OUT, len(ids) // 8))
+    dtype = DTYPES[settings.dtype or ""]
+    ids, held_out = hold_out(calibration.ids, seen, settings.seed)
     if len(ids) <= held_out:
         message = f"expected at least {held_out + 1} sequences of calibration text, found {len(ids)}"
         raise NotTuned("SCHEMA.VALUE", "--calibration-tokens", message)
+    order, ids = Calibration(ids, calibration.texts).sha256, ids.to(device)
     with open_repo(repo_dir) as repo, running_models():
         base = load_base(source, manifest.loader_kind, settings.dtype or "", device)
         whole = load(repo_dir, device, torch.float32)
@@ -292,7 +296,7 @@ def tune(
         for half in (halves, model):
             half.check(ids[0])
         digest = file_sha256(repo_dir / MANIFEST)
-        job = json.dumps([__version__, asdict(settings), calibration.sha256, digest, source.identity, device])
+        job = json.dumps([__version__, asdict(settings), order, held_out, digest, source.identity, device])
         state = State(out.with_name(f".{out.name}.tuning"), job)
         optimizer = make_optimizer(factors, small)
         kept = state.restore(optimizer)
@@ -308,6 +312,19 @@ def tune(
         message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
         raise NotTuned("SCHEMA.VALUE", "tuning", message)
     return record
+
+
+def hold_out(ids: Tensor, seen: Tensor | None, seed: int) -> tuple[Tensor, int]:
+    """The sequences `ids` [sequences, length] in an order of `seed`, those that are held out first; and how many these are.
+
+    They are none of `seen`, unless all sequences are.
+    """
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    known = {tuple(row) for row in seen.tolist()} if seen is not None else set()
+    fresh = [k for k, row in enumerate(ids.tolist()) if tuple(row) not in known]
+    count = max(1, min(HELD_OUT, len(ids) // 8))
+    first = (fresh or list(range(len(ids))))[:count]
+    return ids[first + sorted({*range(len(ids))} - {*first})], len(first)
 
 
 def quantize_tuned(
@@ -335,7 +352,18 @@ def quantize_tuned(
         mark.write_text(job, "utf-8")
     head = {"extra": target.extra, "max_shard_bytes": target.max_shard_bytes}
     try:
-        tune(source, beside.path, target.path, tokens, settings, target.device, target.overwrite, quiet, **head)
+        tune(
+            source,
+            beside.path,
+            target.path,
+            tokens,
+            settings,
+            target.device,
+            target.overwrite,
+            quiet,
+            calibration.ids,
+            **head,
+        )
         shutil.rmtree(beside.path)
     except NotTuned as error:
         print(f"note: not tuned: {error.message}", file=sys.stderr)

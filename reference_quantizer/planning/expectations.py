@@ -71,7 +71,7 @@ def expected_time(
     wider = max(0, (settings.window or WINDOW) - WINDOW) if settings.preset == "best" else 0
     compiled = settings.preset == "best" and is_installed("tqformat_kernels")
     seconds = {  # for a weight
-        "text": tokens * WRITING * writes,
+        "text": tokens * WRITING * writes * (1.5 if steps else 1),  # tuning has half as much again
         "sensitivities": MEASURING[allocator] + GAINS if allocator else 0,
         "gradients": min(tokens, GRADIENT_TOKENS) * GRADIENTS * settings.output_feedback,
         "codes": (COMPILED if compiled else SECONDS[settings.preset]) * 2**wider + tokens * READING,

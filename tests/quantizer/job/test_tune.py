@@ -464,3 +464,48 @@ def test_what_cannot_be_tuned_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     assert "note: not tuned: a model for fill-mask does not predict the next token" in capsys.readouterr().err
     with pytest.raises(tune.TQFormatError, match=r"SCHEMA\.VALUE.*--preset balanced or best"):
         choices.tuning_steps(args, choices.Settings(), "text-generation")
+
+
+# ------------------------------------------------------------------------------------------------ what is held out
+
+
+def rows_of(ids: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in ids.tolist()]
+
+
+def test_what_feedback_saw_is_not_held_out() -> None:
+    ids = torch.arange(64 * 3).reshape(64, 3)
+    for seen, count in ((ids[:60], 4), (ids[:8], 8), (ids, 8), (None, 8)):
+        order, held_out = tune.hold_out(ids, seen, 0)
+        assert held_out == count and sorted(rows_of(order)) == rows_of(ids)
+        if seen is not None and len(seen) < 64:
+            assert not {*rows_of(order[:held_out])} & {*rows_of(seen)}
+    assert tune.hold_out(ids[:1], None, 0)[1] == 1, "and nothing is left to train on, which `tune` refuses"
+    assert not torch.equal(tune.hold_out(ids, None, 0)[0], tune.hold_out(ids, None, 1)[0])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_both_commands_hold_out_other_text_than_that_of_the_codes(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Of a text, and of text that the model writes itself: the codes of `repo` are fitted to 4 sequences of it."""
+    monkeypatch.setattr(choices, "TUNING_TOKENS", 10240)  # 20 sequences, five times as many: the 4 are among them
+    monkeypatch.setitem(choices.FEEDBACK_TOKENS, "self", 2048)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain, found = tune.hold_out, []
+
+    def hold_out(ids: torch.Tensor, seen: torch.Tensor | None, seed: int) -> tuple[torch.Tensor, int]:
+        order, count = plain(ids, seen, seed)
+        found.append((seen, rows_of(order), count))
+        return order, count
+
+    monkeypatch.setattr(tune, "hold_out", hold_out)
+    text = [] if own else ["--calibration", str(lab / "text.txt")]
+    command = ["quantize", str(lab / "base"), str(tmp_path / "one"), "--bits", "2", "--preset", "best", "--window", "6"]
+    assert main([*command, *text, "--calibration-tokens", "2048", "--tune-steps", "2", "--quiet"]) == 0
+    command = ["tune", str(lab / "base"), str(tmp_path / "one"), str(tmp_path / "two"), "--steps", "2", *text]
+    main([*command, "--calibration-tokens", "2048" if own else "10240", "--quiet"])
+    assert len(found) == 2
+    for seen, order, count in found:
+        assert seen is not None and len(seen) == 4 and count < len(order) - 4
+        assert not {*order[:count]} & {*rows_of(seen)} and {*rows_of(seen)} <= {*order[count:]}
