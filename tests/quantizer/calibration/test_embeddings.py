@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT  # noqa: F401  # puts the sources onto the path
-from helpers import correlated, gaussian, llama, make_checkpoint, make_text, manifest_of
+from helpers import SMALL, TOKENS, correlated, gaussian, llama, make_checkpoint, make_text, manifest_of
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.calibration import curvature, embeddings
@@ -90,6 +91,46 @@ def test_rows_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "FLOOR", 0.5)
     floored = measure_uses(model, IDS[:1, :8], {})[EMBEDDING].weights
     assert float(floored.min()) == pytest.approx(0.5 / 96) and float(floored.sum()) == pytest.approx(1, rel=1e-5)
+
+
+def test_what_comes_behind_the_output_layer_counts() -> None:
+    """Granite divides the products, Cohere multiplies them, Gemma 2 caps them: the divergence is of what follows."""
+    shape = {k: v for k, v in SMALL.items() if k != "num_attention_heads"} | {"tie_word_embeddings": False}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, **TOKENS}
+    for kind, tail in (
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+    ):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape, **tail))
+        weight = model.eval().requires_grad_(False).get_output_embeddings().weight
+        weight.mul_(40)
+        use, before = measure_uses(model, IDS, {}, quiet=True)[HEAD], log_probabilities(model)
+        assert torch.allclose(use.weights, before.exp().mean((0, 1)).float(), rtol=1e-4), kind
+        measured, predicted, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
+        for _ in range(8):
+            d = torch.randn(weight.shape, generator=generator) * 0.01 * weight.square().mean().sqrt()
+            weight += d
+            after = log_probabilities(model)
+            weight -= d
+            measured += float((before.exp() * (before - after)).sum(-1).mean())
+            predicted += float((use.weights * ((d @ use.hessian) * d).sum(1)).sum()) / 2
+        assert predicted == pytest.approx(measured, rel=0.15), kind
+
+
+def test_logits_are_made_where_the_output_layer_is() -> None:
+    """With accelerate's hooks, as load_in_blocks leaves them, a layer takes its inputs to where the model runs: here to nowhere."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model(False)
+    wanted = measure_uses(model, IDS, {}, quiet=True)
+    output, tail = model.get_output_embeddings(), embeddings._tail(model, model.get_output_embeddings(), IDS[:1, :8])
+    hooks.add_hook_to_module(output, hook := hooks.AlignDevicesHook("cpu"))
+    hook.execution_device = "meta"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "_tail", lambda *_: tail)  # which runs the model as a whole
+        found = measure_uses(model, IDS, {}, quiet=True)
+    assert all(torch.equal(found[name].hessian, wanted[name].hessian) for name in (EMBEDDING, HEAD))
 
 
 def test_measuring_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
