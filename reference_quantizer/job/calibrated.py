@@ -31,7 +31,7 @@ def calibrated_weights(
     Embeddings and output layers of fewer than EMBEDDING_BITS come first, for the uses that they have in the base model, so that the blocks
     make up for some of what the former miss.
     With `settings.inputs` other than "original", a layer's inputs are what the encoded blocks before it give, and within a block
-    the layers encoded so far. SCHEMA.VALUE where no layer of the blocks is to be quantized.
+    the layers encoded so far. SCHEMA.VALUE where none of the weights is a layer of the blocks, unless all are embeddings.
     """
     source, plan, device, folder = job.source, job.plan, job.device, job.folder
     settings = plan.settings
@@ -45,6 +45,7 @@ def calibrated_weights(
         paired=settings.inputs == "paired",
         folder=folder if job.spill else None,
     )
+    asked = items.keys() | embeddings.keys()
     state = folder / "hidden.npz"
     gradients: dict[str, Tensor] = {}
     if settings.output_feedback:
@@ -94,10 +95,11 @@ def calibrated_weights(
                 if settings.inputs != "original":
                     weight.copy_(found[1].decoded.to(torch_dtype(item.info.dtype)).float())
                 seen.add(name)
-    if not seen:
+    rest = sorted((items.keys() - seen) | (embeddings.keys() - known))
+    if not seen and (items or len(rest) == len(asked)):
         advice = "none of the weights is a linear layer of the model's blocks, so nothing can be calibrated"
         raise TQFormatError("SCHEMA.VALUE", blocks.name, f"{advice}; use --preset fast")
-    if rest := sorted((items.keys() - seen) | (embeddings.keys() - known)):
+    if rest:
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         print(
             f"note: encoded without feedback, no embedding, output layer or linear layer of the blocks: {rest[0]}{more}",

@@ -227,6 +227,12 @@ def test_protected_embeddings_of_few_bits_have_feedback(tied: bool, options: lis
         assert all(torch.isfinite(repo.dequantize(name)).all() for name in stored)
 
 
+def test_an_embedding_alone_has_feedback(tmp_path: Path) -> None:
+    tensors = run_job(tmp_path, False, "--preset", "balanced", "--include", "*embed_tokens*")
+    assert [name for name, entry in tensors.items() if entry["kind"] == "quantized"] == [EMBEDDING]
+    assert "output_error" in tensors[EMBEDDING]["extra"]
+
+
 def test_blocks_get_what_the_encoded_embedding_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shifts: list[float] = []
     plain = feedback.wanted
