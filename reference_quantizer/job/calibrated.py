@@ -57,8 +57,12 @@ def calibrated_weights(
     if state.is_file():  # which is not written before the embeddings are done
         blocks.restore(state)
     elif embeddings:
+        modules = ends(blocks.model)
+        for alias, original in plan.ties.items():  # of the same bytes, which the configuration may not say
+            if alias in modules and original in modules:
+                modules[alias].weight = modules[original].weight
         uses = measure_uses(blocks.model, calibration.ids, gradients, device, progress.quiet)
-        for name, module in ends(blocks.model).items():
+        for name, module in modules.items():
             if (item := embeddings.get(name)) is None or name not in uses:
                 continue
             found = encode_embedding(item, make_encoders(item), module.weight.data, uses[name], settings, device)

@@ -94,7 +94,7 @@ def scale_rows(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> di
     """Puts factors, ones to begin with, on the rows of the quantized weights of linear layers and the embedding: weight name -> them [rows].
 
     Linear layers become Scaled, with weights of `dtype`; what the embedding gives is multiplied by the factors of the rows that it
-    reads. A weight that several modules share has the same factors in all. Everything else stays as it is, frozen.
+    reads. A weight that several modules share, or that is stored once for two, has the same factors in all. Everything else stays as it is, frozen.
     """
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()
@@ -105,6 +105,7 @@ def scale_rows(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> di
         if not isinstance(module, nn.Linear) and module is not embedding:
             continue
         name = names[id(module.weight)]
+        name = repo.manifest.tied_weights.get(name, name)  # stored once, and thus scaled alike
         if not (entry := repo.manifest.tensors.get(name)) or not entry.stages or len(entry.shape) != 2:
             continue
         if name not in factors:

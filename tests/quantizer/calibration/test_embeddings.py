@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT  # noqa: F401  # puts the sources onto the path
-from helpers import SMALL, TOKENS, correlated, gaussian, llama, make_checkpoint, make_text, manifest_of
+from helpers import SMALL, TOKENS, correlated, gaussian, llama, make_checkpoint, make_text, make_twins, manifest_of
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.calibration import curvature, embeddings
@@ -18,7 +18,8 @@ from reference_quantizer.codes import feedback
 from reference_quantizer.codes.encode import Encoder
 from reference_quantizer.codes.rotation import make_rotation
 from reference_quantizer.codes.trellis import trellis_levels
-from reference_quantizer.job import encoding
+from reference_quantizer.job import calibrated, encoding
+from reference_quantizer.planning import plan
 from reference_quantizer.planning.plan import Stage, TensorPlan
 from reference_quantizer.planning.settings import Settings
 from tqformat import open_repo
@@ -188,9 +189,11 @@ def test_a_trellis_serves_the_rows_that_count() -> None:
 # ------------------------------------------------------------------------------------------------ jobs
 
 
-def run_job(path: Path, tied: bool, *options: str) -> Any:
+def run_job(path: Path, tied: bool, *options: str, twins: bool = False) -> Any:
     base, text, out = path / "base", path / "text.txt", path / "out"
     make_checkpoint(base)
+    if twins:
+        make_twins(base)
     if tied:
         make_model(True).save_pretrained(base)
     make_text(text, 3000)
@@ -225,6 +228,21 @@ def test_protected_embeddings_of_few_bits_have_feedback(tied: bool, options: lis
         assert ("window" in tensors[name]["stages"][0]) == ("best" in options)
     with open_repo(tmp_path / "out") as repo:
         assert all(torch.isfinite(repo.dequantize(name)).all() for name in stored)
+
+
+def test_what_is_stored_once_has_both_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices of a model that is not tied, but has the same bytes in both."""
+    weights: list[torch.Tensor] = []
+
+    def note(*given: Any, **named: Any) -> Any:
+        uses = measure_uses(*given, **named)
+        weights.extend(use.weights for use in uses.values())
+        return uses
+
+    monkeypatch.setattr(plan, "LARGE", 16)
+    monkeypatch.setattr(calibrated, "measure_uses", note)
+    assert HEAD not in run_job(tmp_path, False, "--preset", "balanced", twins=True)
+    assert len(weights) == 2 and torch.equal(*weights)
 
 
 def test_an_embedding_alone_has_feedback(tmp_path: Path) -> None:
