@@ -305,7 +305,8 @@ def tune(
             write_tuned(repo, repo_dir, out, factors, small, record, calibration, overwrite, **head)
         shutil.rmtree(state.path)
     if not after < before:
-        message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
+        message = f"the divergence on held-out text, {before:.4g} nats, did not fall"
+        message += "; the command `tune` with a lower --learning-rate may do better"
         raise NotTuned("SCHEMA.VALUE", "tuning", message)
     return record
 
