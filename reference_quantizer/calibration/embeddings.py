@@ -138,8 +138,9 @@ def _tail(model: Any, output: nn.Module, ids: Tensor) -> Callable[[Tensor], tupl
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits.float()
     hook.remove()
-    same, power = torch.equal(logits, found[0]), float(found[0].square().sum())
-    scale = 1.0 if same or not power else float((logits * found[0]).sum()) / power
+    products, scale = found[0], 1.0
+    if products.shape == logits.shape and products.any() and not torch.equal(products, logits):
+        scale = float((logits * products).sum() / products.square().sum())
     return lambda products: (products * scale, scale)
 
 
