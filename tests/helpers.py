@@ -80,6 +80,13 @@ def make_checkpoint(path: Path, seed: int = 0, positions: int = 600, tied: bool 
     return path
 
 
+def make_twins(base: Path) -> None:
+    """Give the output layer of a checkpoint the bytes of the embedding, with a configuration that does not tie them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(base)
+
+
 def make_text(path: Path, tokens: int, seed: int = 0) -> Path:
     """A file of as many words, ten a row."""
     words = np.random.default_rng(seed).choice(WORDS[3:], tokens)

@@ -3,12 +3,14 @@
 An error E of an output layer with inputs x (the final hidden states) changes row v's logit by E_v x. To second order the model's
 divergence is then the sum over rows of E_v H_v E_vᵗ / 2, where H_v is the mean of p_v (1 - p_v) x xᵗ, but for products of two rows,
 which are left out: an error that all logits share costs nothing. One matrix serves all rows: H, the mean of (1 - sum of p_v²) x xᵗ,
-and row v counts as often as p_v, the probability that the model gives its token on average.
+and row v counts as often as p_v, the probability that the model gives its token on average. Where a model scales or caps the
+products of its output layer, its logits change by the slope of that times E_v x, and the square of the slope goes into H.
 
 An error of an embedding's row is felt as often as its token is read, f_v, and then costs E_v G E_vᵗ / 2, with G the mean of g gᵗ over the
 gradients g that reach the embedding (see `curvature`). A tied matrix has both uses, and as p_v and f_v are about the same, H + G serves it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
 BATCH = 4  # sequences that the model reads at once
+PROBE = 8  # tokens that show what the model makes of its output layer's products
 # Of the weights of the rows, spread over all rows alike: tokens that calibration text hardly has occur in other text.
 FLOOR = 0.5
 
@@ -87,6 +90,7 @@ def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str, quiet: 
     rows, cols = weight.shape
     square, share = torch.zeros(cols, cols, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
     states: list[Tensor] = []
+    tail = _tail(model, output, ids[:1, :PROBE])
     progress = Progress(len(ids), quiet, action="measuring the use of embeddings", unit="sequence")
 
     def reach(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -107,15 +111,37 @@ def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str, quiet: 
             states.pop().to(device).float()
         ):  # [length, cols] of a sequence: logits take more memory than anything else
             with torch.inference_mode(), _products(device):
-                p = output(x).float().softmax(-1)
+                # not output(x), which accelerate has wrapped to take x to where the model runs, away from the layer
+                logits, slope = tail(type(output).forward(output, x).float())
+            p = logits.softmax(-1)
             share += p.sum(0, dtype=torch.float64)
-            square.addmm_((x * (1 - p.square().sum(1, keepdim=True)).clamp_min(0)).T, x)
+            square.addmm_((x * ((p - p.square()) * slope**2).sum(1, keepdim=True)).T, x)
         output.to(place)
         progress.advance(len(part))
     progress.close()
     if not torch.isfinite(square.diagonal()).all():
         raise TQFormatError("DATA.NON_FINITE", "hidden states", "what reaches the output layer is NaN or infinite")
     return Use(square / ids.numel(), (share / share.sum()).float())
+
+
+def _tail(model: Any, output: nn.Module, ids: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor | float]]:
+    """A function from products of the output layer to the model's logits and the slope of that.
+
+    Most models leave the products as they are. Some scale them (Cohere, Granite), which shows for the tokens `ids`
+    [sequences, length]; some cap them (Gemma 2), and all of these name the cap alike.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        return lambda products: ((y := (products / cap).tanh()) * cap, 1 - y.square())
+    found: list[Tensor] = []
+    hook = output.register_forward_hook(lambda _, args, out: found.append(out.float().clone()))
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    hook.remove()
+    products, scale = found[0], 1.0
+    if products.shape == logits.shape and products.any() and not torch.equal(products, logits):
+        scale = float((logits * products).sum() / products.square().sum())
+    return lambda products: (products * scale, scale)
 
 
 def _products(device: str) -> torch.autocast:

@@ -10,6 +10,7 @@ from reference_quantizer.commands.settings import evaluation_datasets, evaluatio
 from reference_quantizer.progress import program, tell
 from reference_quantizer.release import report
 from reference_quantizer.release.card import CARD, is_stale
+from tqformat.load_quantized import TQFormatError
 
 EVALUATE = """Measure a repository against the checkpoint it was made from.
 
@@ -33,6 +34,9 @@ Figures of two releases compare where text, windows, --bos and base are the same
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a repository, write the figures into it and print them."""
+    for option, given in (("--tasks-dir", args.tasks_dir), ("--tasks-limit", args.tasks_limit)):
+        if given is not None and not args.tasks:
+            raise TQFormatError("SCHEMA.VALUE", option, "no task is asked for; add --tasks NAME,...")
     from reference_quantizer.evaluation import evaluate, tasks  # torch takes seconds to import
 
     options = evaluation_options(args) | {"base_revision": args.revision}

@@ -31,7 +31,7 @@ def calibrated_weights(
     Embeddings and output layers of fewer than EMBEDDING_BITS come first, for the uses that they have in the base model, so that the blocks
     make up for some of what the former miss.
     With `settings.inputs` other than "original", a layer's inputs are what the encoded blocks before it give, and within a block
-    the layers encoded so far. SCHEMA.VALUE where no layer of the blocks is to be quantized.
+    the layers encoded so far. SCHEMA.VALUE where none of the weights is a layer of the blocks, unless all are embeddings.
     """
     source, plan, device, folder = job.source, job.plan, job.device, job.folder
     settings = plan.settings
@@ -45,6 +45,7 @@ def calibrated_weights(
         paired=settings.inputs == "paired",
         folder=folder if job.spill else None,
     )
+    asked = items.keys() | embeddings.keys()
     state = folder / "hidden.npz"
     gradients: dict[str, Tensor] = {}
     if settings.output_feedback:
@@ -56,8 +57,12 @@ def calibrated_weights(
     if state.is_file():  # which is not written before the embeddings are done
         blocks.restore(state)
     elif embeddings:
+        modules = ends(blocks.model)
+        for alias, original in plan.ties.items():  # of the same bytes, which the configuration may not say
+            if alias in modules and original in modules:
+                modules[alias].weight = modules[original].weight
         uses = measure_uses(blocks.model, calibration.ids, gradients, device, progress.quiet)
-        for name, module in ends(blocks.model).items():
+        for name, module in modules.items():
             if (item := embeddings.get(name)) is None or name not in uses:
                 continue
             found = encode_embedding(item, make_encoders(item), module.weight.data, uses[name], settings, device)
@@ -94,10 +99,11 @@ def calibrated_weights(
                 if settings.inputs != "original":
                     weight.copy_(found[1].decoded.to(torch_dtype(item.info.dtype)).float())
                 seen.add(name)
-    if not seen:
+    rest = sorted((items.keys() - seen) | (embeddings.keys() - known))
+    if not seen and (items or len(rest) == len(asked)):
         advice = "none of the weights is a linear layer of the model's blocks, so nothing can be calibrated"
         raise TQFormatError("SCHEMA.VALUE", blocks.name, f"{advice}; use --preset fast")
-    if rest := sorted((items.keys() - seen) | (embeddings.keys() - known)):
+    if rest:
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         print(
             f"note: encoded without feedback, no embedding, output layer or linear layer of the blocks: {rest[0]}{more}",

@@ -96,7 +96,7 @@ def scale_rows(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> di
     """Puts factors, ones to begin with, on the rows of the quantized weights of linear layers and the embedding: weight name -> them [rows].
 
     Linear layers become Scaled, with weights of `dtype`; what the embedding gives is multiplied by the factors of the rows that it
-    reads. A weight that several modules share has the same factors in all. Everything else stays as it is, frozen.
+    reads. A weight that several modules share, or that is stored once for two, has the same factors in all. Everything else stays as it is, frozen.
     """
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()
@@ -107,6 +107,7 @@ def scale_rows(model: Any, repo: Repo, dtype: torch.dtype = torch.float32) -> di
         if not isinstance(module, nn.Linear) and module is not embedding:
             continue
         name = names[id(module.weight)]
+        name = repo.manifest.tied_weights.get(name, name)  # stored once, and thus scaled alike
         if not (entry := repo.manifest.tensors.get(name)) or not entry.stages or len(entry.shape) != 2:
             continue
         if name not in factors:
@@ -309,7 +310,8 @@ def tune(
             write_tuned(repo, repo_dir, out, factors, small, record, calibration, overwrite, **head)
         shutil.rmtree(state.path)
     if not after < before:
-        message = f"the divergence on held-out text went from {before:.5f} to {after:.5f}; lower --learning-rate"
+        message = f"the divergence on held-out text, {before:.4g} nats, did not fall"
+        message += "; the command `tune` with a lower --learning-rate may do better"
         raise NotTuned("SCHEMA.VALUE", "tuning", message)
     return record
 

@@ -224,6 +224,8 @@ def _plan_tensor(info: Info, settings: Settings, plan: Plan, counts: dict[str, i
         tell(f"vectors of {g}: not rotated, so inner products with them are not unbiased")
     kind = "identity" if size == 1 else kind
     tile_rows = choose_tile_rows(info, bits, settings.window, settings.output_feedback)
+    if settings.window is not None and not tile_rows and bits <= WINDOWED_BITS and bits < settings.window:
+        tell(f"{info.rows} row{'s' * (info.rows > 1)}: scalar codes, since no divisor of them suits a trellis")
     p = 1 if protected else choose_dimension(g, settings.dimension)
     if not protected and p < settings.dimension:
         tell(f"vectors of {g}: {p} weight{'s' * (p > 1)} a symbol, since {settings.dimension} do not divide them")

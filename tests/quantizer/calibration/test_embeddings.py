@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT  # noqa: F401  # puts the sources onto the path
-from helpers import correlated, gaussian, llama, make_checkpoint, make_text, manifest_of
+from helpers import SMALL, TOKENS, correlated, gaussian, llama, make_checkpoint, make_text, make_twins, manifest_of
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.calibration import curvature, embeddings
@@ -17,7 +18,8 @@ from reference_quantizer.codes import feedback
 from reference_quantizer.codes.encode import Encoder
 from reference_quantizer.codes.rotation import make_rotation
 from reference_quantizer.codes.trellis import trellis_levels
-from reference_quantizer.job import encoding
+from reference_quantizer.job import calibrated, encoding
+from reference_quantizer.planning import plan
 from reference_quantizer.planning.plan import Stage, TensorPlan
 from reference_quantizer.planning.settings import Settings
 from tqformat import open_repo
@@ -92,6 +94,46 @@ def test_rows_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(floored.min()) == pytest.approx(0.5 / 96) and float(floored.sum()) == pytest.approx(1, rel=1e-5)
 
 
+def test_what_comes_behind_the_output_layer_counts() -> None:
+    """Granite divides the products, Cohere multiplies them, Gemma 2 caps them: the divergence is of what follows."""
+    shape = {k: v for k, v in SMALL.items() if k != "num_attention_heads"} | {"tie_word_embeddings": False}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, **TOKENS}
+    for kind, tail in (
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+    ):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape, **tail))
+        weight = model.eval().requires_grad_(False).get_output_embeddings().weight
+        weight.mul_(40)
+        use, before = measure_uses(model, IDS, {}, quiet=True)[HEAD], log_probabilities(model)
+        assert torch.allclose(use.weights, before.exp().mean((0, 1)).float(), rtol=1e-4), kind
+        measured, predicted, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
+        for _ in range(8):
+            d = torch.randn(weight.shape, generator=generator) * 0.01 * weight.square().mean().sqrt()
+            weight += d
+            after = log_probabilities(model)
+            weight -= d
+            measured += float((before.exp() * (before - after)).sum(-1).mean())
+            predicted += float((use.weights * ((d @ use.hessian) * d).sum(1)).sum()) / 2
+        assert predicted == pytest.approx(measured, rel=0.15), kind
+
+
+def test_logits_are_made_where_the_output_layer_is() -> None:
+    """With accelerate's hooks, as load_in_blocks leaves them, a layer takes its inputs to where the model runs: here to nowhere."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model(False)
+    wanted = measure_uses(model, IDS, {}, quiet=True)
+    output, tail = model.get_output_embeddings(), embeddings._tail(model, model.get_output_embeddings(), IDS[:1, :8])
+    hooks.add_hook_to_module(output, hook := hooks.AlignDevicesHook("cpu"))
+    hook.execution_device = "meta"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "_tail", lambda *_: tail)  # which runs the model as a whole
+        found = measure_uses(model, IDS, {}, quiet=True)
+    assert all(torch.equal(found[name].hessian, wanted[name].hessian) for name in (EMBEDDING, HEAD))
+
+
 def test_measuring_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     measure_uses(make_model(True), IDS[:5], {})
     assert "measuring the use of embeddings: 5 of 5 sequences, 100 %" in capsys.readouterr().err
@@ -147,9 +189,11 @@ def test_a_trellis_serves_the_rows_that_count() -> None:
 # ------------------------------------------------------------------------------------------------ jobs
 
 
-def run_job(path: Path, tied: bool, *options: str) -> Any:
+def run_job(path: Path, tied: bool, *options: str, twins: bool = False) -> Any:
     base, text, out = path / "base", path / "text.txt", path / "out"
     make_checkpoint(base)
+    if twins:
+        make_twins(base)
     if tied:
         make_model(True).save_pretrained(base)
     make_text(text, 3000)
@@ -184,6 +228,27 @@ def test_protected_embeddings_of_few_bits_have_feedback(tied: bool, options: lis
         assert ("window" in tensors[name]["stages"][0]) == ("best" in options)
     with open_repo(tmp_path / "out") as repo:
         assert all(torch.isfinite(repo.dequantize(name)).all() for name in stored)
+
+
+def test_what_is_stored_once_has_both_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices of a model that is not tied, but has the same bytes in both."""
+    weights: list[torch.Tensor] = []
+
+    def note(*given: Any, **named: Any) -> Any:
+        uses = measure_uses(*given, **named)
+        weights.extend(use.weights for use in uses.values())
+        return uses
+
+    monkeypatch.setattr(plan, "LARGE", 16)
+    monkeypatch.setattr(calibrated, "measure_uses", note)
+    assert HEAD not in run_job(tmp_path, False, "--preset", "balanced", twins=True)
+    assert len(weights) == 2 and torch.equal(*weights)
+
+
+def test_an_embedding_alone_has_feedback(tmp_path: Path) -> None:
+    tensors = run_job(tmp_path, False, "--preset", "balanced", "--include", "*embed_tokens*")
+    assert [name for name, entry in tensors.items() if entry["kind"] == "quantized"] == [EMBEDDING]
+    assert "output_error" in tensors[EMBEDDING]["extra"]
 
 
 def test_blocks_get_what_the_encoded_embedding_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,12 @@ def test_both_models_are_asked_the_same(lab: Path, capsys: pytest.CaptureFixture
     assert same[0]["documents"] == 24 and same[0]["gained"] + same[0]["lost"] >= found["gained"] + found["lost"]
 
 
+@pytest.mark.parametrize("option", [["--tasks-limit", "5"], ["--tasks-dir", "here"]])
+def test_options_of_tasks_need_tasks(lab: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    assert run(lab, *option) == 1
+    assert f"[SCHEMA.VALUE] {option[0]}: no task is asked for; add --tasks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, reason", [("unknown", "tasks that lm-eval knows"), ("odd", "one of the metrics")])
 def test_tasks_that_cannot_be_put(lab: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str) -> None:
     pytest.importorskip("lm_eval")

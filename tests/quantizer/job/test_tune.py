@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, ROOT, new_writer, random_stage
-from helpers import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text, make_twins
 
 from reference_quantizer.__main__ import main
 from reference_quantizer.commands import settings as choices
 from reference_quantizer.disk import add_documents
 from reference_quantizer.job import tune
+from reference_quantizer.planning import plan
 from tqformat import load, open_repo
 from tqformat.load_quantized import MANIFEST
 
@@ -82,6 +83,23 @@ def test_factors_are_those_of_the_rows(tmp_path: Path, tied: bool) -> None:
     model(input_ids=ids).logits.square().sum().backward()
     used = factors["model.embed_tokens.weight"].grad.nonzero().flatten().tolist()
     assert used == ([0, 1, *range(3, 64)] if tied else [*range(3, 10)])  # row 2, of padding, is zeros
+
+
+def test_what_is_stored_once_has_one_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two matrices of a model that is not tied, but has the same bytes in both."""
+    monkeypatch.setattr(plan, "LARGE", 16)
+    source, repo_dir = make_checkpoint(tmp_path / "base"), tmp_path / "repo"
+    make_twins(source)
+    assert main(["quantize", str(source), str(repo_dir), "--preset", "fast", "--quiet"]) == 0
+    model, wanted, ids = load(repo_dir, dtype=torch.float32), load(repo_dir, dtype=torch.float32), IDS % 7 + 3
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with open_repo(repo_dir) as repo, torch.no_grad():
+        factor = tune.scale_rows(model, repo)["model.embed_tokens.weight"]
+        factor.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+        for weight in (wanted.model.embed_tokens.weight, wanted.lm_head.weight):
+            weight.mul_(factor[:, None])
+        found, logits = model(input_ids=ids).logits, wanted(input_ids=ids).logits
+    assert torch.allclose(found, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -427,7 +445,9 @@ def test_where_tuning_is_of_no_use_the_repository_before_it_stays(
 ) -> None:
     monkeypatch.setattr(tune, "mean_divergence", lambda *_: 1.0)
     assert best(lab, tmp_path / "out", "--tune-steps", "2") == 0
-    assert "note: not tuned: the divergence on held-out text went from 1.0" in capsys.readouterr().err
+    shown = capsys.readouterr().err  # an advice that names the command which has the option
+    assert "note: not tuned: the divergence on held-out text, 1 nats, did not fall" in shown
+    assert "the command `tune` with a lower --learning-rate" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     same_files(lab / "repo", tmp_path / "out")
 
