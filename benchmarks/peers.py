@@ -63,7 +63,7 @@ from reference_quantizer.model.text import read_corpus
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
 
-VERSION = 2  # of the entries in the JSON file
+VERSION = 3  # of the entries in the JSON file
 CALIBRATION_TOKENS = 24576
 GROUP = 64  # weights that share a scale, in HQQ and NF4
 BLOCK = 256  # weights in a block of the K and IQ types
@@ -548,6 +548,7 @@ def entry(
         "base_perplexity": summary["base"]["perplexity"],
         "perplexity": summary["quantized"]["perplexity"],
         "perplexity_ratio": summary["perplexity_ratio"],
+        "perplexity_ratio_standard_error": summary["perplexity_ratio_standard_error"],
         "kl_mean": summary["kl_divergence"]["mean"],
         "top1_agreement": summary["top1_agreement"]["rate"],
     }

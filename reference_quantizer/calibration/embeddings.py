@@ -115,7 +115,8 @@ def _output_use(model: Any, output: nn.Module, ids: Tensor, device: str, quiet: 
                 logits, slope = tail(type(output).forward(output, x).float())
             p = logits.softmax(-1)
             share += p.sum(0, dtype=torch.float64)
-            square.addmm_((x * ((p - p.square()) * slope**2).sum(1, keepdim=True)).T, x)
+            spread = p.square().neg_().add_(p).mul_(slope**2)  # p (1 - p), in the room of one more array of logits
+            square.addmm_((x * spread.sum(1, keepdim=True)).T, x)
         output.to(place)
         progress.advance(len(part))
     progress.close()
