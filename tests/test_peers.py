@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, repo_from_checkpoint
-from helpers import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text, save_quantized, words
 
 from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.evaluation import evaluate
@@ -50,6 +50,7 @@ ROWS, COLS = 16, 192  # no multiple of 256: the K and IQ types join four rows
 WEIGHTS = ROWS * COLS
 CODECS = [  # bytes by the format's own definition, and the largest relative squared error that is acceptable
     pytest.param(peers.int8_rows, WEIGHTS + 2 * ROWS, 1e-4, id="int8"),
+    pytest.param(partial(peers.rounded, bits=4), WEIGHTS // 64 * (32 + 2) + 3 * ROWS // 2, 0.015, id="rounded"),
     pytest.param(peers.PEERS["ggml-Q4_0"].make.args[0], WEIGHTS // 32 * 18, 0.02, id="Q4_0"),
     pytest.param(peers.PEERS["ggml-Q5_0"].make.args[0], WEIGHTS // 32 * 22, 0.005, id="Q5_0"),
     *(
@@ -112,6 +113,15 @@ def test_nf4_counts_its_tables() -> None:
 def test_int8_rows_of_zeros_and_of_small_values() -> None:
     decoded, _ = peers.int8_rows(torch.tensor([[0.0, 0.0], [1e-30, -1e-30]]))
     assert decoded.tolist() == [[0, 0], [0, 0]]
+
+
+def test_rounding_between_the_extremes_of_a_group() -> None:
+    row = torch.zeros(1, 128)
+    row[0, :3] = torch.tensor([-0.75, 3.0, 0.26])  # scale 0.25, zero point 3
+    decoded, stored = peers.rounded(row, bits=4)
+    assert decoded[0, :4].tolist() == [-0.75, 3.0, 0.25, 0] and not decoded[0, 4:].any()
+    assert stored["codes"][0, :2].tolist() == [15 << 4, 3 << 4 | 4] and stored["zeros"].flatten().tolist() == [3, 0]
+    assert stored["scales"].dtype == torch.bfloat16
 
 
 def test_blocks_must_be_filled() -> None:
@@ -255,6 +265,41 @@ def test_the_embedding_can_have_a_codec_of_its_own() -> None:
     decoded, size = peers.by_policy(q4, checkpoint, embedding=q5)
     assert torch.equal(decoded["e.weight"], q5(checkpoint.embedding["e.weight"], None)[0])
     assert size < peers.by_policy(q4, checkpoint)[1]
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_low_bit_checkpoint_is_a_peer(tmp_path: Path, coded: bool) -> None:
+    """Its own codes decide; an embedding without codes is encoded by the policy, and a copy of it for the output not counted."""
+    checkpoint, rng = small_checkpoint(), torch.Generator().manual_seed(1)
+    tensors, wanted = {"norm.weight": checkpoint.rest["norm.weight"].bfloat16()}, {}
+    for name, rows in (("a", 32), ("e", 8)):
+        codes, scales = torch.randint(0, 16, (rows, 64), generator=rng), torch.rand(rows, 2, generator=rng).bfloat16()
+        wanted[f"{name}.weight"] = scales.float().repeat_interleave(32, 1) * (codes - 8)
+        tensors |= {f"{name}.weight_packed": words(codes, 4), f"{name}.weight_scale": scales}
+        tensors[f"{name}.weight_shape"] = torch.tensor([rows, 64])
+    if not coded:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("e.")}
+        tensors |= {key: checkpoint.embedding["e.weight"].bfloat16() for key in ("e.weight", "lm_head.weight")}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    path = save_quantized(tmp_path / "c", tensors, config)
+    plain, small = (peer.make(checkpoint) for peer in peers.packed_peers("gptq-4", path).values())
+
+    linear = 32 * 64 // 2 + 32 * 2 * 2 + 16  # codes, scales, shape
+    sizes = [8 * 64 // 2 + 8 * 2 * 2 + 16] * 2 if coded else [8 * 64 + 8 * 2, 8 * 64 // 2 + 8 // 2 + 8 * 2]
+    for (decoded, size), own in zip((plain, small), sizes, strict=True):
+        parts = linear + own + 2 * 64
+        assert parts + 8 < size < parts + 8 + 7 * 100  # and the header
+        assert decoded.keys() == {"a.weight", "e.weight", "norm.weight"}
+        torch.testing.assert_close(decoded["a.weight"], wanted["a.weight"], rtol=2**-8, atol=0)  # bfloat16 there
+        assert torch.equal(decoded["norm.weight"], checkpoint.rest["norm.weight"].bfloat16().float())
+    if coded:
+        torch.testing.assert_close(plain[0]["e.weight"], wanted["e.weight"], rtol=2**-8, atol=0)
+        assert torch.equal(small[0]["e.weight"], plain[0]["e.weight"])
+    else:
+        assert torch.equal(plain[0]["e.weight"], peers.int8_rows(checkpoint.embedding["e.weight"])[0])
+        assert torch.equal(small[0]["e.weight"], peers.rounded(checkpoint.embedding["e.weight"], bits=4)[0])
 
 
 def exact(checkpoint: Any) -> Any:
