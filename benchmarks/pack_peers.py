@@ -2,14 +2,16 @@
 
     python benchmarks/pack_peers.py gptq|autoround BASE OUT --bits B --calibration TEXT [TEXT ...]
 
-GPTQ (arXiv:2210.17323) is llm-compressor's, AutoRound (arXiv:2309.05516) auto-round's; both write OUT as compressed-tensors
-has it: codes of B bits, a scale and a zero point for each group of a row. The linear layers of the decoder are coded; the embedding
-and the rest stay as they are. Calibration is as in `peers.py`. What is not set here is left as the program has it.
+GPTQ (arXiv:2210.17323) is llm-compressor's, AutoRound (arXiv:2309.05516) auto-round's; both write OUT in the layout of
+compressed-tensors: codes of B bits, a scale and a zero point for each group of a row. The linear layers of the decoder are
+coded, the embedding and the rest stay as they are. Calibration is as in `peers.py`. What is not set here is left as the
+program has it; AutoRound codes no layer whose rows 32 does not divide, and says so.
 
-Packages: llmcompressor with loguru, compressed-tensors, datasets; auto-round with py-cpuinfo; the first and the last --no-deps.
+Packages: llmcompressor (--no-deps) with loguru, compressed-tensors and datasets; auto-round (--no-deps) with py-cpuinfo.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ CALIBRATION_TOKENS = 24576
 
 
 def gptq(model: Any, tokenizer: Any, ids: Tensor, out: Path, args: argparse.Namespace) -> None:
-    """Error feedback along the rows; zero points and scales from the extremes of each group, columns in order of activation."""
+    """Error feedback along the rows, columns in the order of their power; scales and zero points from each group's extremes."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -46,7 +48,7 @@ def autoround(model: Any, tokenizer: Any, ids: Tensor, out: Path, args: argparse
     """Roundings and the extremes of each group by signed gradient descent on the outputs of a block."""
     from auto_round import AutoRound
 
-    AutoRound(
+    rounder = AutoRound(
         model,
         tokenizer,
         bits=args.bits,
@@ -58,7 +60,11 @@ def autoround(model: Any, tokenizer: Any, ids: Tensor, out: Path, args: argparse
         seqlen=ids.shape[1],
         dataset=list(ids[:, None]),
         device_map="cpu",
-    ).quantize_and_save(str(out), format="llm_compressor")
+    )
+    with tempfile.TemporaryDirectory(dir=out.parent) as work:
+        rounder.quantize_and_save(work, format="llm_compressor")
+        (made,) = Path(work).glob("**/config.json")  # in a folder that it names by the scheme
+        made.parent.rename(out)
 
 
 def main() -> None:

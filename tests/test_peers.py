@@ -16,18 +16,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, repo_from_checkpoint
-from helpers import make_checkpoint, make_text, save_quantized, words
+from helpers import make_checkpoint, make_text, make_tokenizer, save_quantized, words
 
 from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.evaluation import evaluate
 from reference_quantizer.model.base import load_base as load_model
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
-spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
-assert spec is not None and spec.loader is not None
-peers = importlib.util.module_from_spec(spec)
-sys.modules["peers"] = peers  # dataclasses look their module up
-spec.loader.exec_module(peers)
+
+def script(name: str) -> Any:
+    """The module benchmarks/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+peers, pack_peers = script("peers"), script("pack_peers")
 
 SETTINGS = evaluate.Settings(max_length=32, stride=16)
 
@@ -211,13 +218,16 @@ def test_llama_quantize_needs_whole_blocks(base: Path) -> None:
         peers.PEERS["gguf-Q4_K_M"].make(peers.open_checkpoint(load_base(base)))
 
 
-def whole_blocks() -> Any:
+def whole_model(positions: int = 64) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
-    return peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=positions, **sizes)).eval()
+
+
+def whole_blocks() -> Any:
+    return peers.open_checkpoint(whole_model(), torch.arange(40).reshape(2, 20))
 
 
 def test_a_tool_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +279,7 @@ def test_the_embedding_can_have_a_codec_of_its_own() -> None:
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_a_low_bit_checkpoint_is_a_peer(tmp_path: Path, coded: bool) -> None:
-    """Its own codes decide; an embedding without codes is encoded by the policy, and a copy of it for the output not counted."""
+    """An embedding without codes is encoded by the policy, and its copy for a tied output layer is not counted."""
     checkpoint, rng = small_checkpoint(), torch.Generator().manual_seed(1)
     tensors, wanted = {"norm.weight": checkpoint.rest["norm.weight"].bfloat16()}, {}
     for name, rows in (("a", 32), ("e", 8)):
@@ -300,6 +310,26 @@ def test_a_low_bit_checkpoint_is_a_peer(tmp_path: Path, coded: bool) -> None:
     else:
         assert torch.equal(plain[0]["e.weight"], peers.int8_rows(checkpoint.embedding["e.weight"])[0])
         assert torch.equal(small[0]["e.weight"], peers.rounded(checkpoint.embedding["e.weight"], bits=4)[0])
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("gptq", marks=needs("llmcompressor")), pytest.param("autoround", marks=needs("auto-round"))]
+)
+def test_other_programs_pack_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    base, text = tmp_path / "base", make_text(tmp_path / "text.txt", 2100)
+    whole_model(positions=512).save_pretrained(base)
+    make_tokenizer(base)
+    options = ["--bits", "3", "--group", "32", "--tokens", "2048", "--iterations", "2", "--batch", "2"]
+    arguments = [method, str(base), str(tmp_path / "out"), *options, "--calibration", str(text)]
+    monkeypatch.setattr(sys, "argv", ["pack_peers.py", *arguments])
+    pack_peers.main()
+    checkpoint = peers.open_checkpoint(load_base(base))
+    decoded, size = peers.packed(checkpoint, path=tmp_path / "out")
+    assert decoded.keys() == (checkpoint.linear | checkpoint.embedding | checkpoint.rest).keys()
+    for name, w in checkpoint.linear.items():
+        assert 0 < (decoded[name] - w).square().sum() / w.square().sum() < 0.1, name
+        assert len(decoded[name][0, :32].unique()) <= 8
+    assert size < checkpoint.weights + 100 * 100  # at 4 to 8 bits, and the header
 
 
 def exact(checkpoint: Any) -> Any:
