@@ -1,6 +1,7 @@
 """tqformat repositories beside other quantizers: the same base, text, windows and evaluation code for all.
 
-    python benchmarks/peers.py BASE TEXT [--repo REPO ...] [--peer NAME ...] [--calibration TEXT ...] [--max-windows N]
+    python benchmarks/peers.py BASE TEXT [--repo REPO ...] [--peer NAME ...] [--packed NAME=DIR ...]
+        [--calibration TEXT ...] [--max-windows N]
 
 Each peer turns the checkpoint into weights as it would decode them, and the bytes that it stores. All then go through
 `reference_quantizer.evaluation.evaluate`. OUT.json, OUT.md and OUT.svg are written after each group of candidates; what OUT.json holds of
@@ -13,6 +14,10 @@ joined: what the codec can do, though no file of llama.cpp can hold it. `iqk-*` 
 trellis types (KT) among them. A name with + has a type for the embedding, too: "IQ3_KT+IQ4_NL" is a mix or a type of the layers,
 and what the embedding has. The tokenizer counts for none, a tqformat repository's manifest does. With --calibration all of these
 see an importance matrix (mean square of each input), as llama-imatrix measures it, that of the output layer with it.
+
+A peer of --packed is a low-bit checkpoint that another program has written, such as `pack_peers.py` makes with GPTQ and
+AutoRound, in a layout that `reference_quantizer import` reads: NAME follows the policy where DIR leaves the embedding as it
+is, and NAME+4 has 4 bits for it, rounded in groups, as these programs do it, where they do.
 
 Weights are compared as they decode, with activations in float32; llama.cpp itself rounds activations, too.
 
@@ -33,7 +38,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,10 +49,12 @@ from torch import Tensor, nn
 
 import tqformat
 from reference_quantizer.calibration.tokens import calibration_tokens
-from reference_quantizer.checkpoint.source import weights_sha256
+from reference_quantizer.checkpoint.source import open_source, weights_sha256
 from reference_quantizer.evaluation.evaluate import Base, Runner, Settings, file_digests, to_text
 from reference_quantizer.evaluation.metrics import Result, summarize
 from reference_quantizer.evaluation.windows import batches, sliding_windows
+from reference_quantizer.foreign import formats
+from reference_quantizer.foreign.repository import write_repository
 from reference_quantizer.model.base import (
     DTYPES,
     check_length,
@@ -62,10 +69,11 @@ from reference_quantizer.model.machine import default_cache, hardware, libraries
 from reference_quantizer.model.text import read_corpus
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import MANIFEST, TQFormatError, read_manifest
+from tqformat.writer import pack
 
 VERSION = 3  # of the entries in the JSON file
 CALIBRATION_TOKENS = 24576
-GROUP = 64  # weights that share a scale, in HQQ and NF4
+GROUP = 64  # weights that share a scale, in HQQ, NF4 and rounding
 BLOCK = 256  # weights in a block of the K and IQ types
 IK_TYPES = 160  # numbers of ik_llama.cpp's types; beyond are those types in other orders
 MIXES = ("IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_M")
@@ -160,6 +168,18 @@ def int8_rows(weight: Tensor, _: Tensor | None = None) -> tuple[Tensor, Stored]:
     return codes * scales.float(), {"codes": codes, "scales": scales}
 
 
+def rounded(weight: Tensor, _: Tensor | None = None, *, bits: int) -> tuple[Tensor, Stored]:
+    """Rounding in groups between their extremes: a bfloat16 scale and a zero point of as many bits for each."""
+    groups, top = weight.reshape(len(weight), -1, GROUP), 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / top).clamp(min=2.0**-126).bfloat16()
+    zeros = (-low / scales.float()).round().clamp(0, top)
+    codes = (groups / scales.float()[:, :, None] + zeros[:, :, None]).round().clamp(0, top)
+    decoded = (codes - zeros[:, :, None]) * scales.float()[:, :, None]
+    parts = {"codes": pack(codes.flatten(1).int(), bits), "zeros": pack(zeros.t().int(), bits), "scales": scales}
+    return decoded.reshape(weight.shape), parts
+
+
 def hqq(weight: Tensor, _: Tensor | None, *, bits: int) -> tuple[Tensor, Stored]:
     """Half-quadratic quantization (Badri and Shaji 2023): float16 scale and zero per group. Three bits are packed as 3.2."""
     with imported("hqq"):
@@ -231,6 +251,31 @@ def by_policy(codec: Codec, checkpoint: Checkpoint, embedding: Codec = int8_rows
             decoded[name], parts = encode(w, (checkpoint.importance or {}).get(name))
             stored |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
     return decoded, len(save(stored))
+
+
+def packed(checkpoint: Checkpoint, *, path: Path, embedding: Codec = int8_rows) -> tuple[Stored, int]:
+    """The weights in the low-bit checkpoint `path`, and the bytes of its tensors as one safetensors file.
+
+    What it has of an embedding or of a separate output layer without codes is encoded with `embedding`; a tied output layer is not
+    counted. UNSUPPORTED.LIBRARY for a layout that is not read.
+    """
+    from safetensors.torch import load_file, save
+
+    with tempfile.TemporaryDirectory() as work, formats.opened(str(path), Path(work, "repo")) as found:
+        base_model = {"id": found.id, "revision": None, "license": None}
+        repo = write_repository(found, Path(work, "repo"), base_model, "text-generation")
+        values = tqformat.load_state_dict(repo, dtype=torch.float32)
+    weights = checkpoint.linear | checkpoint.embedding | checkpoint.rest
+    files = sorted({path / info.file for info in open_source(str(path)).tensors.values()})
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    for name in values.keys() & stored.keys():
+        if name not in weights:
+            del stored[name]
+        elif name in checkpoint.embedding:
+            del stored[name]
+            values[name], parts = embedding(checkpoint.embedding[name], (checkpoint.importance or {}).get(name))
+            stored |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
+    return {name: values[name] for name in values if name in weights}, len(save(stored))
 
 
 # ------------------------------------------------------------------------------------------------ llama.cpp
@@ -444,6 +489,7 @@ class Peer:
 
     make: Callable[[Checkpoint], tuple[Stored, int]]
     packages: tuple[str, ...]
+    made_from: dict[str, str] = field(default_factory=dict)  # digests of the files that it reads
 
 
 def small_embedding(family: str, layers: str, embedding: str) -> Peer:
@@ -453,6 +499,16 @@ def small_embedding(family: str, layers: str, embedding: str) -> Peer:
     codec, packages = {"ggml": (ggml, ("gguf", "libggml-python")), "iqk": (iqk, ("ik-llama-cpp-python",))}[family]
     codecs = partial(codec, kind=layers), partial(codec, kind=embedding)
     return Peer(partial(by_policy, codecs[0], embedding=codecs[1]), packages)
+
+
+def packed_peers(name: str, path: Path) -> dict[str, Peer]:
+    """The low-bit checkpoint `path` as `name`, and with 4 bits for an embedding that it leaves as it is."""
+    made_from = {"weights_sha256": weights_sha256(open_source(str(path)))}
+    makes = {
+        name: partial(packed, path=path),
+        f"{name}+4": partial(packed, path=path, embedding=partial(rounded, bits=4)),
+    }
+    return {key: Peer(make, (), made_from) for key, make in makes.items()}
 
 
 PEERS = {
@@ -684,7 +740,7 @@ def run_comparison(
         waiting: list[tuple[str, str, Any]] = [
             (r.name, "tqformat", file_digests(read_manifest(r), "payload")) for r in repos
         ]
-        waiting += [(name, "peer", versions(peer.packages)) for name, peer in peers.items()]
+        waiting += [(name, "peer", versions(peer.packages) | peer.made_from) for name, peer in peers.items()]
         places = {r.name: r for r in repos}
         done = [(c["name"], c["kind"], c["made_from"]) for c in kept]
         waiting = [candidate for candidate in waiting if candidate not in done]
@@ -737,6 +793,9 @@ def main() -> None:
     parser.add_argument("text", help="text file or data set of the Hub to evaluate on")
     parser.add_argument("--repo", type=Path, nargs="+", default=[], help="tqformat repositories made from the base")
     parser.add_argument("--peer", nargs="*", choices=PEERS, metavar="NAME", help=f"all if left out: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--packed", nargs="+", default=[], metavar="NAME=DIR", help="low-bit checkpoints made from the base"
+    )
     parser.add_argument("--calibration", nargs="+", default=[], help="texts for the importance matrix of GGUF types")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--at-once", type=int, default=3, help="models in memory beside the base")
@@ -746,6 +805,8 @@ def main() -> None:
     peers = PEERS if args.peer is None else {name: PEERS[name] for name in args.peer}
     settings = Settings(max_windows=args.max_windows, device=args.device)
     try:
+        for name, _, path in (given.partition("=") for given in args.packed):
+            peers = peers | packed_peers(name, Path(path))
         report = run_comparison(
             args.base, args.text, args.repo, peers, args.out, settings, tuple(args.calibration), args.at_once
         )

@@ -32,6 +32,8 @@ STYLES = {  # family -> legend, color, marker, is it filled?, line
     "iqk": ("block types of ik_llama.cpp in all layers", "#15803d", "^", False, "none"),
     "hqq": ("HQQ", "#6d28d9", "h", False, "-."),
     "nf4": ("bitsandbytes NF4", "#a16207", "p", False, "-."),
+    "gptq": ("GPTQ of llm-compressor", "#b91c1c", "<", False, "none"),
+    "autoround": ("AutoRound", "#4d7c0f", ">", False, "none"),
 }
 PLACES = {
     "tuned": ((-6, -9), "right"),

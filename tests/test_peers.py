@@ -16,18 +16,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, repo_from_checkpoint
-from helpers import make_checkpoint, make_text
+from helpers import make_checkpoint, make_text, make_tokenizer, save_quantized, words
 
 from reference_quantizer.checkpoint.source import open_source
 from reference_quantizer.evaluation import evaluate
 from reference_quantizer.model.base import load_base as load_model
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
-spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
-assert spec is not None and spec.loader is not None
-peers = importlib.util.module_from_spec(spec)
-sys.modules["peers"] = peers  # dataclasses look their module up
-spec.loader.exec_module(peers)
+
+def script(name: str) -> Any:
+    """The module benchmarks/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+peers, pack_peers = script("peers"), script("pack_peers")
 
 SETTINGS = evaluate.Settings(max_length=32, stride=16)
 
@@ -50,6 +57,7 @@ ROWS, COLS = 16, 192  # no multiple of 256: the K and IQ types join four rows
 WEIGHTS = ROWS * COLS
 CODECS = [  # bytes by the format's own definition, and the largest relative squared error that is acceptable
     pytest.param(peers.int8_rows, WEIGHTS + 2 * ROWS, 1e-4, id="int8"),
+    pytest.param(partial(peers.rounded, bits=4), WEIGHTS // 64 * (32 + 2) + 3 * ROWS // 2, 0.015, id="rounded"),
     pytest.param(peers.PEERS["ggml-Q4_0"].make.args[0], WEIGHTS // 32 * 18, 0.02, id="Q4_0"),
     pytest.param(peers.PEERS["ggml-Q5_0"].make.args[0], WEIGHTS // 32 * 22, 0.005, id="Q5_0"),
     *(
@@ -112,6 +120,15 @@ def test_nf4_counts_its_tables() -> None:
 def test_int8_rows_of_zeros_and_of_small_values() -> None:
     decoded, _ = peers.int8_rows(torch.tensor([[0.0, 0.0], [1e-30, -1e-30]]))
     assert decoded.tolist() == [[0, 0], [0, 0]]
+
+
+def test_rounding_between_the_extremes_of_a_group() -> None:
+    row = torch.zeros(1, 128)
+    row[0, :3] = torch.tensor([-0.75, 3.0, 0.26])  # scale 0.25, zero point 3
+    decoded, stored = peers.rounded(row, bits=4)
+    assert decoded[0, :4].tolist() == [-0.75, 3.0, 0.25, 0] and not decoded[0, 4:].any()
+    assert stored["codes"][0, :2].tolist() == [15 << 4, 3 << 4 | 4] and stored["zeros"].flatten().tolist() == [3, 0]
+    assert stored["scales"].dtype == torch.bfloat16
 
 
 def test_blocks_must_be_filled() -> None:
@@ -201,13 +218,16 @@ def test_llama_quantize_needs_whole_blocks(base: Path) -> None:
         peers.PEERS["gguf-Q4_K_M"].make(peers.open_checkpoint(load_base(base)))
 
 
-def whole_blocks() -> Any:
+def whole_model(positions: int = 64) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
-    return peers.open_checkpoint(model, torch.arange(40).reshape(2, 20))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=positions, **sizes)).eval()
+
+
+def whole_blocks() -> Any:
+    return peers.open_checkpoint(whole_model(), torch.arange(40).reshape(2, 20))
 
 
 def test_a_tool_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +275,61 @@ def test_the_embedding_can_have_a_codec_of_its_own() -> None:
     decoded, size = peers.by_policy(q4, checkpoint, embedding=q5)
     assert torch.equal(decoded["e.weight"], q5(checkpoint.embedding["e.weight"], None)[0])
     assert size < peers.by_policy(q4, checkpoint)[1]
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_low_bit_checkpoint_is_a_peer(tmp_path: Path, coded: bool) -> None:
+    """An embedding without codes is encoded by the policy, and its copy for a tied output layer is not counted."""
+    checkpoint, rng = small_checkpoint(), torch.Generator().manual_seed(1)
+    tensors, wanted = {"norm.weight": checkpoint.rest["norm.weight"].bfloat16()}, {}
+    for name, rows in (("a", 32), ("e", 8)):
+        codes, scales = torch.randint(0, 16, (rows, 64), generator=rng), torch.rand(rows, 2, generator=rng).bfloat16()
+        wanted[f"{name}.weight"] = scales.float().repeat_interleave(32, 1) * (codes - 8)
+        tensors |= {f"{name}.weight_packed": words(codes, 4), f"{name}.weight_scale": scales}
+        tensors[f"{name}.weight_shape"] = torch.tensor([rows, 64])
+    if not coded:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("e.")}
+        tensors |= {key: checkpoint.embedding["e.weight"].bfloat16() for key in ("e.weight", "lm_head.weight")}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    path = save_quantized(tmp_path / "c", tensors, config)
+    plain, small = (peer.make(checkpoint) for peer in peers.packed_peers("gptq-4", path).values())
+
+    linear = 32 * 64 // 2 + 32 * 2 * 2 + 16  # codes, scales, shape
+    sizes = [8 * 64 // 2 + 8 * 2 * 2 + 16] * 2 if coded else [8 * 64 + 8 * 2, 8 * 64 // 2 + 8 // 2 + 8 * 2]
+    for (decoded, size), own in zip((plain, small), sizes, strict=True):
+        parts = linear + own + 2 * 64
+        assert parts + 8 < size < parts + 8 + 7 * 100  # and the header
+        assert decoded.keys() == {"a.weight", "e.weight", "norm.weight"}
+        torch.testing.assert_close(decoded["a.weight"], wanted["a.weight"], rtol=2**-8, atol=0)  # bfloat16 there
+        assert torch.equal(decoded["norm.weight"], checkpoint.rest["norm.weight"].bfloat16().float())
+    if coded:
+        torch.testing.assert_close(plain[0]["e.weight"], wanted["e.weight"], rtol=2**-8, atol=0)
+        assert torch.equal(small[0]["e.weight"], plain[0]["e.weight"])
+    else:
+        assert torch.equal(plain[0]["e.weight"], peers.int8_rows(checkpoint.embedding["e.weight"])[0])
+        assert torch.equal(small[0]["e.weight"], peers.rounded(checkpoint.embedding["e.weight"], bits=4)[0])
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("gptq", marks=needs("llmcompressor")), pytest.param("autoround", marks=needs("auto-round"))]
+)
+def test_other_programs_pack_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    base, text = tmp_path / "base", make_text(tmp_path / "text.txt", 2100)
+    whole_model(positions=512).save_pretrained(base)
+    make_tokenizer(base)
+    options = ["--bits", "3", "--group", "32", "--tokens", "2048", "--iterations", "2", "--batch", "2"]
+    arguments = [method, str(base), str(tmp_path / "out"), *options, "--calibration", str(text)]
+    monkeypatch.setattr(sys, "argv", ["pack_peers.py", *arguments])
+    pack_peers.main()
+    checkpoint = peers.open_checkpoint(load_base(base))
+    decoded, size = peers.packed(checkpoint, path=tmp_path / "out")
+    assert decoded.keys() == (checkpoint.linear | checkpoint.embedding | checkpoint.rest).keys()
+    for name, w in checkpoint.linear.items():
+        assert 0 < (decoded[name] - w).square().sum() / w.square().sum() < 0.1, name
+        assert len(decoded[name][0, :32].unique()) <= 8
+    assert size < checkpoint.weights + 100 * 100  # at 4 to 8 bits, and the header
 
 
 def exact(checkpoint: Any) -> Any:
