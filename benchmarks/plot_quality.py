@@ -23,8 +23,6 @@ FIGURES = {"SmolLM2-135M-Instruct": "quality_smollm2.svg", "Gemma 3 270M": "qual
 INK, FAINT = "#1f2933", "#d5dbe1"
 STYLES = {  # family -> legend, color, marker, is it filled?, line
     "best": ("tqformat best", "#831843", "*", True, "-"),
-    "tuned": ("tqformat best, embedding at 8 bits, tuned", "#7c2d12", "X", True, "-"),
-    "wide": ("tqformat best, embedding at 8 bits", "#c2410c", "D", True, "-"),
     "balanced": ("tqformat balanced", "#1d4ed8", "s", True, "--"),
     "fast": ("tqformat fast", "#4b5563", "P", True, ":"),
     "gguf": ("GGUF file of llama-quantize", "#0e7490", "o", False, "none"),  # of many mixes: no series
@@ -36,13 +34,12 @@ STYLES = {  # family -> legend, color, marker, is it filled?, line
     "autoround": ("AutoRound", "#4d7c0f", ">", False, "none"),
 }
 PLACES = {
-    "tuned": ((-6, -9), "right"),
     "best": ((-6, -11), "right"),
     "fast": ((-6, -9), "right"),
     "gguf": ((-4, -14), "left"),
     "iqk": ((7, 4), "left"),
 }  # of labels
-OURS = ("best", "tuned", "wide", "balanced", "fast")
+OURS = ("best", "balanced", "fast")
 MEASURES = {  # column -> title, its value without loss, ticks
     "perplexity_ratio": ("perplexity, times the base's", 1, (1.02, 1.05, 1.1, 1.2, 1.5, 2, 5, 10, 100, 1000, 10000)),
     "kl_mean": ("mean KL divergence from the base, nats", 0, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)),
