@@ -74,11 +74,7 @@ def measure_output_hessians(
     progress = Progress(len(ids), quiet, action="measuring gradients", unit="sequence")
     for row in ids.to(device):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bfloat16(device)):
-            share = model(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
-        if not torch.isfinite(share).all():
-            raise TQFormatError(
-                "DATA.NON_FINITE", "logits", "the model's prediction for calibration text is NaN or infinite"
-            )
+            share = predict(model, row)
         labels = torch.multinomial(share.detach().exp(), 1, generator=generator)
         share.gather(1, labels).sum().backward()
         progress.advance(1)
@@ -91,6 +87,18 @@ def measure_output_hessians(
             raise TQFormatError("DATA.NON_FINITE", name, "the gradients of the layer's outputs are NaN or infinite")
     (folder / DONE).touch()
     return {name: g for name, g in found.items() if g.any()}
+
+
+def predict(model: Any, ids: Tensor) -> Tensor:
+    """The logarithms of the probabilities [length, vocabulary] of what follows each of the tokens `ids` [length], float32.
+
+    DATA.NON_FINITE where the model's logits are not finite.
+    """
+    share: Tensor = model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+    if not torch.isfinite(share).all():
+        message = "the model's prediction for calibration text is NaN or infinite"
+        raise TQFormatError("DATA.NON_FINITE", "logits", message)
+    return share
 
 
 def _in_file(path: Path, size: int, new: bool) -> Tensor:

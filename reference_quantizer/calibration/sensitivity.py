@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reference_quantizer.calibration.blocks import Blocks, load_in_blocks
-from reference_quantizer.calibration.curvature import measure_output_hessians
+from reference_quantizer.calibration.curvature import measure_output_hessians, predict
 from reference_quantizer.calibration.embeddings import measure_uses
 from reference_quantizer.calibration.tokens import SELF, Calibration, calibration_tokens, kept_tokens
 from reference_quantizer.checkpoint.source import Source, weights_sha256
@@ -30,7 +30,7 @@ from reference_quantizer.model.machine import libraries, locked
 from reference_quantizer.progress import Progress
 from tqformat.load_quantized import TQFormatError
 
-VERSION = 2  # of the arithmetic here: another one measures again
+VERSION = 3  # of the arithmetic here: another one measures again
 LENGTH = 256  # tokens of a sequence: many short sequences say more about Fisher traces than a few long ones
 TOKENS = {"fisher": 8192, "perturbation": 1024}  # the former costs two passes over its tokens, the latter one a weight
 # t^2 of the noise: that of a 3-bit Lloyd-Max quantizer. It lies among the errors that are chosen between, so that what is
@@ -232,7 +232,7 @@ def fisher(model: Any, weights: dict[str, Tensor], ids: Tensor, progress: Progre
         weight.requires_grad_(True)
         hooks.append(weight.register_post_accumulate_grad_hook(lambda w, name=name: add(name, w)))
     for row in ids:
-        share = model(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
+        share = predict(model, row)
         labels = torch.multinomial(share.detach().exp(), 1, generator=generator)
         share.gather(1, labels).sum().backward()
         progress.advance(1)

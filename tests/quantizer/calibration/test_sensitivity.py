@@ -111,6 +111,13 @@ def test_a_tied_weight_has_both_uses(source: Source) -> None:
     assert values[True] > 0 and values[False] > 0 and values[True] != pytest.approx(values[False], rel=0.1)
 
 
+def test_logits_that_are_not_finite_are_an_error(source: Source) -> None:
+    model = load_base(source, KIND, "float32", "cpu")
+    model.get_output_embeddings().weight.data.fill_(torch.inf)
+    with pytest.raises(TQFormatError, match=r"DATA\.NON_FINITE"):
+        list(sensitivity.fisher(model, {}, torch.zeros(1, 8, dtype=torch.int64), Progress(1, quiet=True)))
+
+
 def test_an_interrupted_measurement_continues(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = matrices(source)
     job = (source, KIND, names, "perturbation", ("self",), 64)
