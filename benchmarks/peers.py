@@ -99,9 +99,10 @@ SMALL_EMBEDDING = {
         "IQ4_KT+IQ4_K",
         "IQ4_K+IQ6_K",
         "IQ5_KS+IQ4_KSS",
-        "IQ3_KT+IQ2_KT",  # where the embedding is most of the model, as Gemma's is
-        "IQ3_KT+IQ3_KT",
-        "IQ4_KSS+IQ4_KT",
+        "IQ2_KL+IQ2_KS",  # from here on where the embedding is most of the model, as Gemma's is
+        "IQ3_K+IQ2_KL",
+        "IQ3_KS+IQ3_KS",
+        "IQ4_KS+IQ4_KSS",
         "IQ5_K+IQ4_K",
     ),
 }
