@@ -23,8 +23,8 @@ TUNE = """Train what costs no bits on the divergence from the base model, and wr
 That is a factor for each row's scale, embeddings' and output layers' too, norms and biases; codes stay as they are. Both
 models are in memory at once. A step of a 135M model takes about 30 seconds of one CPU core, 100 steps less than an hour. An
 interrupted run continues when the same command is given again. Nothing is written unless the divergence on held-out
-calibration text falls; where the texts are those that REPO's codes were fitted to, the sequences that these were fitted to are not held out,
-so give more tokens than to `quantize`.
+calibration text falls. Of the texts that REPO's codes were fitted to, only what these did not see is held out, if there is
+such: give more tokens than to `quantize`.
 """
 
 
@@ -42,7 +42,7 @@ def run_tune(args: argparse.Namespace) -> int:
     tokens = args.calibration_tokens or (TUNING_TOKENS if args.calibration else FEEDBACK_TOKENS["self"])
     kind, device = manifest["loader_kind"], args.device
     calibration = find_tokens(source, kind, texts, tokens, None, device)
-    fitted = manifest.get("quantization", {}).get("calibration") or {"source": None}
+    fitted = (manifest.get("quantization") or {}).get("calibration") or {"source": None}
     own, seen = texts == ("self",), None
     if fitted["source"] == ("self" if own else "texts") and (fitted["tokens"] <= tokens or not own):
         seen = find_tokens(source, kind, texts, fitted["tokens"], None, device)

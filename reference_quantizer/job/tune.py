@@ -47,9 +47,8 @@ from tqformat.load_quantized import (
 from tqformat.writer import RepoWriter, publish
 
 SAVE_SECONDS = 120.0
-HELD_OUT = (
-    8  # sequences that are not trained on, nor seen by feedback if there are such: they tell whether it was worth it
-)
+# Sequences that are not trained on: they tell whether the tuning was worth it. None that feedback saw, if there are others.
+HELD_OUT = 8
 CHECK = 10  # steps from one look at these to the next; the parameters that were best there are kept
 PATIENCE = 5  # looks in a row that find nothing better, after which the tuning ends
 LEAST_SIZE = 0.01  # of what is trained: smaller gains make the steps of this one
