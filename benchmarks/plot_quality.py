@@ -124,8 +124,8 @@ def draw_measure(axes: Any, rows: list[Row], column: str) -> None:
     axes.set_yscale("function", functions=(to_scale, back))
     values, bits = ([float(r[key]) for r in rows] for key in (column, "bits_per_weight"))
     axes.set_ylim(least + (min(values) - least) / 2.5, least + (max(values) - least) * 1.5)
-    room = (max(bits) - min(bits)) / 8  # for the last label
-    axes.set_xlim(min(bits) - room / 2, max(bits) + room)
+    room = (max(bits) - min(bits)) / 8  # for the first label and the last
+    axes.set_xlim(min(bits) - 0.8 * room, max(bits) + room)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
