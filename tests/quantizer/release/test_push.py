@@ -338,7 +338,7 @@ def test_evaluate_says_that_the_card_is_out_of_date(carded: Path, capsys: pytest
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command, "evaluation_options", lambda _: {})
             patch.setattr(command, "evaluation_settings", lambda _, ratio=ratio: ratio)
-            args.revision = args.dataset = args.tasks = None
+            args.revision = args.dataset = args.tasks = args.tasks_dir = args.tasks_limit = None
             patch.setattr(evaluate, "evaluate", lambda *given, **_: evaluation(carded, given[3]))
             patch.setattr(evaluate, "describe", lambda *_: "figures")
             assert command.run_evaluate(args) == 0
