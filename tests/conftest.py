@@ -1,5 +1,6 @@
 """Shared helpers: repositories with random codes for every setting, and repositories made from model checkpoints."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +34,16 @@ needs_cuda = [
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, where it is installed, reads this when it is imported
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+
+def benchmark(name: str) -> Any:
+    """The module benchmarks/NAME.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def new_writer(path: Path, loader_kind: str = "text-generation", **options: Any) -> RepoWriter:

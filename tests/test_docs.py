@@ -1,16 +1,12 @@
 """The documents: relative links lead somewhere, prose is wrapped, and quality.md shows the figures of its data file."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, benchmark
 
-spec = importlib.util.spec_from_file_location("plot_quality", ROOT / "benchmarks" / "plot_quality.py")
-assert spec is not None and spec.loader is not None
-plot_quality = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plot_quality)
+plot_quality = benchmark("plot_quality")
 
 FOLDERS = (".", "docs", "docs/tutorials", "benchmarks", "fuzz", "conformance", "demo", "kernels", "readers/javascript")
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]

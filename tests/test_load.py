@@ -1,29 +1,17 @@
 """The benchmark of loading: what its measures count, that both states of the page cache go, and what the report says."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, repo_from_checkpoint
+from conftest import ROOT, benchmark, repo_from_checkpoint
 from helpers import make_checkpoint
 
 from tqformat import open_repo
-
-
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 load, measures = benchmark("load"), benchmark("load_measures")
 OURS = ("decode", "load_state_dict", "tqformat.load")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, repo_from_checkpoint
+from conftest import benchmark, repo_from_checkpoint
 from helpers import make_checkpoint, make_text, make_tokenizer, save_quantized, words
 
 from reference_quantizer.checkpoint.source import open_source
@@ -23,18 +23,7 @@ from reference_quantizer.evaluation import evaluate
 from reference_quantizer.model.base import load_base as load_model
 from tqformat.load_quantized import MANIFEST, TQFormatError
 
-
-def script(name: str) -> Any:
-    """The module benchmarks/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-peers, pack_peers = script("peers"), script("pack_peers")
+peers, pack_peers = benchmark("peers"), benchmark("pack_peers")
 
 SETTINGS = evaluate.Settings(max_length=32, stride=16)
 
